@@ -1,0 +1,221 @@
+// The CPU backend: one pass over a range of chunks, everything in registers from load to store.
+//
+// Compiled once for each instruction set (cpu_avx2.cpp, cpu_avx512.cpp; this file alone is the baseline: SSE2, NEON). Lane
+// for lane the packs do what step.h says, so results don't depend on the width, nor on where a weight lies in a pack.
+#include "cpu.h"
+
+#include <type_traits>
+
+#if !defined(ASKEW_PACK_BYTES)
+#define ASKEW_PACK_BYTES 16
+#define ASKEW_CPU_STEP cpu_step_baseline
+#endif
+
+namespace askew {
+namespace {
+
+// Packs per turn. Weight, gradient and state of a whole turn are loaded before its first store: large buffers often start at
+// the same offset within a page, and a load that follows a store to such an address waits for it (4 KiB aliasing).
+constexpr int packs = 2;
+constexpr int64_t prefetch_bytes = 512;
+
+// A pack of a register's size, of the type that arithmetic on Storage is done in.
+template <typename Storage> using NativePack = Pack<Arithmetic<Storage>, ASKEW_PACK_BYTES / sizeof(Arithmetic<Storage>)>;
+
+template <typename Any> ASKEW_FN Any* at(void* base, int64_t i) { return static_cast<Any*>(base) + i; }
+template <typename Any> ASKEW_FN const Any* at(const void* base, int64_t i) { return static_cast<const Any*>(base) + i; }
+
+template <typename Storage, typename RuleType, typename Annealing, typename Codebook>
+struct Loop {
+  using T = Arithmetic<Storage>;
+  using P = NativePack<Storage>;
+  static constexpr int width = lanes<P>();
+  static constexpr int states = RuleType::states;
+
+  // Held by value: a store to the weights could otherwise change them, for all that the compiler knows.
+  Span span;
+  std::conditional_t<(sizeof(Codebook) > 1024), const Codebook&, Codebook> codebook;
+  Hyper<P> h;
+  Bias<P> bias;
+  bool wide_state;
+  Dtype snapped_dtype;
+
+  // Weights [begin, end) of the span.
+  static void run(Loop loop, int64_t begin, int64_t end) {
+    int64_t i = begin;
+    while (i < end) {
+      int64_t run_end = end;                 // weights up to here share a scale
+      Grid<P> grid{};
+      if constexpr (Codebook::quantized) {
+        if (loop.span.scale_count > 1) {
+          const int64_t boundary = (i / loop.span.scale_run + 1) * loop.span.scale_run;
+          run_end = boundary < end ? boundary : end;
+        }
+        grid = make_grid(broadcast(loop.scale_of(i), P{}), loop.codebook, loop.h);
+      }
+      for (; i + packs * width <= run_end; i += packs * width) loop.template turn<packs>(i, grid);
+      for (; i + width <= run_end; i += width) loop.template turn<1>(i, grid);
+      if (i < run_end) {                     // the run ends inside a pack: fill it up with what follows
+        const int count = end - i < width ? static_cast<int>(end - i) : width;
+        if constexpr (Codebook::quantized) {
+          P scale;
+          for (int lane = 0; lane < width; ++lane) scale[lane] = loop.scale_of(i + (lane < count ? lane : 0));
+          grid = make_grid(scale, loop.codebook, loop.h);
+        }
+        if (count == width) loop.template turn<1>(i, grid);
+        else loop.part(i, count, grid);
+        i += count;
+      }
+    }
+  }
+
+  ASKEW_FN T scale_of(int64_t i) const {
+    return static_cast<const T*>(span.scale)[span.scale_count == 1 ? 0 : (i / span.scale_run) % span.scale_count];
+  }
+
+  ASKEW_FN P load_state(int which, int64_t i) const {
+    if constexpr (sizeof(Storage) == 2) {
+      if (wide_state) return load<P>(at<T>(span.state[which], i));
+    }
+    return load<P>(at<Storage>(span.state[which], i));
+  }
+  ASKEW_FN void store_state(int which, int64_t i, P x) const {
+    if constexpr (sizeof(Storage) == 2) {
+      if (wide_state) return store(at<T>(span.state[which], i), x);
+    }
+    store(at<Storage>(span.state[which], i), x);
+  }
+
+  // `count` packs from weight i on.
+  template <int count>
+  ASKEW_FN void turn(int64_t i, const Grid<P>& grid) const {
+    P w[count], g[count], state[count][states];
+    if constexpr (count == packs) prefetch(i);
+#pragma GCC unroll 4
+    for (int k = 0; k < count; ++k) {
+      const int64_t j = i + k * width;
+      w[k] = load<P>(at<Storage>(span.weight, j));
+      g[k] = load<P>(at<Storage>(span.grad, j));
+#pragma GCC unroll 4
+      for (int which = 0; which < states; ++which) state[k][which] = span.state[which] ? load_state(which, j) : P{};
+    }
+#pragma GCC unroll 4
+    for (int k = 0; k < count; ++k) w[k] = step<RuleType, Annealing>(w[k], g[k], state[k], grid, codebook, h, bias);
+#pragma GCC unroll 4
+    for (int k = 0; k < count; ++k) {
+      const int64_t j = i + k * width;
+      store(at<Storage>(span.weight, j), w[k]);
+#pragma GCC unroll 4
+      for (int which = 0; which < states; ++which) if (span.state[which]) store_state(which, j, state[k][which]);
+    }
+    if constexpr (Codebook::quantized) {
+      if (span.codes || span.snapped) {
+#pragma GCC unroll 4
+        for (int k = 0; k < count; ++k) store_outputs(i + k * width, w[k], grid);
+      }
+    }
+  }
+
+  // (E6) of the weights as they were stored, from weight i on: 16-bit storage has rounded them.
+  ASKEW_FN void store_outputs(int64_t i, P w, const Grid<P>& grid) const {
+    if constexpr (sizeof(Storage) == 2) w = load<P>(at<Storage>(span.weight, i));
+    const P index = codebook.nearest(w * grid.inverse);
+    if (span.codes) store_codes(span.codes + i, index);
+    if (!span.snapped) return;
+    const P snapped = grid.unit * codebook.level(index);
+    if (snapped_dtype == Dtype::float64) return store(at<double>(span.snapped, i), __builtin_convertvector(snapped, Pack<double, width>));
+    const auto single = __builtin_convertvector(snapped, Pack<float, width>);
+    if (snapped_dtype == Dtype::float32) return store(at<float>(span.snapped, i), single);
+    if (snapped_dtype == Dtype::bfloat16) return store(at<BFloat16>(span.snapped, i), single);
+    store(at<Float16>(span.snapped, i), single);
+  }
+
+  // The last `count` < width weights of the range: a turn on copies, so that nothing beyond them is touched.
+  void part(int64_t i, int count, const Grid<P>& grid) const {
+    alignas(64) char weight[width * sizeof(Storage)] = {}, grad[width * sizeof(Storage)] = {}, state[states][width * sizeof(T)] = {};
+    alignas(64) char snapped[width * sizeof(double)];
+    uint8_t codes[width];
+    const size_t state_size = wide_state ? sizeof(T) : sizeof(Storage);
+    const size_t snapped_size = snapped_dtype == Dtype::float64 ? 8 : snapped_dtype == Dtype::float32 ? 4 : 2;
+    std::memcpy(weight, at<Storage>(span.weight, i), count * sizeof(Storage));
+    std::memcpy(grad, at<Storage>(span.grad, i), count * sizeof(Storage));
+    Loop copy = *this;
+    copy.span.weight = weight;
+    copy.span.grad = grad;
+    if (span.codes) copy.span.codes = codes;
+    if (span.snapped) copy.span.snapped = snapped;
+    for (int which = 0; which < states; ++which) {
+      if (!span.state[which]) continue;
+      std::memcpy(state[which], at<char>(span.state[which], i * state_size), count * state_size);
+      copy.span.state[which] = state[which];
+    }
+    copy.template turn<1>(0, grid);
+    std::memcpy(at<Storage>(span.weight, i), weight, count * sizeof(Storage));
+    for (int which = 0; which < states; ++which) {
+      if (span.state[which]) std::memcpy(at<char>(span.state[which], i * state_size), state[which], count * state_size);
+    }
+    if (span.codes) std::memcpy(span.codes + i, codes, count);
+    if (span.snapped) std::memcpy(at<char>(span.snapped, i * snapped_size), snapped, count * snapped_size);
+  }
+
+  ASKEW_FN void prefetch(int64_t i) const {
+    for (int64_t line = 0; line < packs * ASKEW_PACK_BYTES; line += 64) {
+      const int64_t ahead = i * static_cast<int64_t>(sizeof(Storage)) + line + prefetch_bytes;
+      __builtin_prefetch(at<char>(span.weight, ahead), 1);
+      __builtin_prefetch(at<char>(span.grad, ahead), 0);
+#pragma GCC unroll 4
+      for (int which = 0; which < states; ++which) if (span.state[which]) __builtin_prefetch(at<char>(span.state[which], ahead), 1);
+    }
+  }
+};
+
+template <typename Storage, typename RuleType, typename Annealing, typename Codebook>
+void run_chunks(const Launch& launch, const Codebook& codebook, int64_t begin, int64_t end) {
+  using Run = Loop<Storage, RuleType, Annealing, Codebook>;
+  using P = typename Run::P;
+  using T = typename Run::T;
+  const Hyper<P> h = hyper<P>(launch.settings);
+  int64_t which = span_of_chunk(launch.first_chunk, launch.span_count, begin);
+  for (int64_t chunk = begin; chunk < end; ++which) {
+    const int64_t first = launch.first_chunk[which], next = launch.first_chunk[which + 1];
+    const int64_t last = next < end ? next : end;
+    if (chunk >= last) continue;             // an empty span
+    const Span& span = launch.spans[which];
+    const int64_t upto = (last - first) * chunk_size;
+    const Bias<P> bias{constant(static_cast<T>(span.bias.first), P{}), constant(static_cast<T>(span.bias.second), P{})};
+    Run::run(Run{span, codebook, h, bias, launch.wide_state, launch.snapped_dtype}, (chunk - first) * chunk_size, upto < span.size ? upto : span.size);
+    chunk = last;
+  }
+}
+
+template <typename Storage, typename RuleType>
+void run_codebook(const Launch& launch, int64_t begin, int64_t end) {
+  const auto anneal = [&](const auto& codebook) {
+    if (launch.settings.interval) run_chunks<Storage, RuleType, Interval>(launch, codebook, begin, end);
+    else run_chunks<Storage, RuleType, Capture>(launch, codebook, begin, end);
+  };
+  if (launch.levels.count == 0) run_chunks<Storage, RuleType, Capture>(launch, NoCodebook{}, begin, end);
+  else if (is_uniform(launch.levels)) anneal(uniform_codebook<NativePack<Storage>>(launch.levels));
+  else anneal(table_codebook<Arithmetic<Storage>>(launch.levels));
+}
+
+template <typename Storage>
+void run_rule(const Launch& launch, int64_t begin, int64_t end) {
+  switch (launch.rule) {
+    case Rule::sgd: return run_codebook<Storage, Sgd>(launch, begin, end);
+    case Rule::adamw: return run_codebook<Storage, AdamW>(launch, begin, end);
+  }
+}
+
+}  // namespace
+
+void ASKEW_CPU_STEP(const Launch& launch, int64_t begin, int64_t end) {
+  switch (launch.dtype) {
+    case Dtype::float32: return run_rule<float>(launch, begin, end);
+    case Dtype::float64: return run_rule<double>(launch, begin, end);
+    case Dtype::bfloat16: return run_rule<BFloat16>(launch, begin, end);
+    case Dtype::float16: return run_rule<Float16>(launch, begin, end);
+  }
+}
+
+}  // namespace askew

@@ -1,0 +1,14 @@
+// csrc/cpu.cpp for AVX2. The pragma comes before every include, so that all that is compiled here may use it.
+#if defined(__x86_64__)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2"))), apply_to = function)
+#else
+#pragma GCC target("avx2")
+#endif
+#define ASKEW_PACK_BYTES 32
+#define ASKEW_CPU_STEP cpu_step_avx2
+#include "cpu.cpp"
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

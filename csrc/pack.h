@@ -1,0 +1,182 @@
+// The operations that step.h is written in, for one number (host or device) and for a SIMD pack of numbers alike.
+//
+// A pack is a GCC / Clang vector type: + - * /, comparisons and `mask ? a : b` work on it as on a number, so a template
+// over P needs only what this file adds. A comparison of packs gives a mask of integers, of numbers a bool; both combine
+// with & and |. NaN fails every comparison: a select that has to let a NaN through names it in its last operand.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#if defined(__CUDACC__)
+#define ASKEW_FN __host__ __device__ __forceinline__
+#else
+#define ASKEW_FN inline __attribute__((always_inline))
+#endif
+
+namespace askew {
+
+// 16-bit storage: the bits only. All arithmetic on it is float32.
+struct BFloat16 { uint16_t bits; };
+struct Float16 { uint16_t bits; };
+
+// The type that arithmetic on a storage type is done in.
+template <typename Storage> struct ArithmeticOf { using type = float; };
+template <> struct ArithmeticOf<double> { using type = double; };
+template <typename Storage> using Arithmetic = typename ArithmeticOf<Storage>::type;
+
+ASKEW_FN float abs(float x) { return ::fabsf(x); }
+ASKEW_FN double abs(double x) { return ::fabs(x); }
+ASKEW_FN float sqrt(float x) { return ::sqrtf(x); }
+ASKEW_FN double sqrt(double x) { return ::sqrt(x); }
+
+// The smallest integer that is not below x; 0 <= x <= 255.
+ASKEW_FN float ceil_index(float x) { return ::ceilf(x); }
+ASKEW_FN double ceil_index(double x) { return ::ceil(x); }
+
+// x with its sign turned where `sign` is negative: x * sign(sign), without a multiplication.
+ASKEW_FN float flip(float x, float sign) { return ::copysignf(1.0f, sign) < 0 ? -x : x; }
+ASKEW_FN double flip(double x, double sign) { return ::copysign(1.0, sign) < 0 ? -x : x; }
+
+// table[index], index holding an integer.
+template <typename T> ASKEW_FN T lookup(const T* table, T index) { return table[static_cast<int>(index)]; }
+
+// `value` in every lane of something like the second argument.
+ASKEW_FN float broadcast(float value, float) { return value; }
+ASKEW_FN double broadcast(double value, double) { return value; }
+
+// A constant of a loop: as broadcast(), but kept as a pack. Compilers else hold the number and broadcast it at each use.
+ASKEW_FN float constant(float value, float) { return value; }
+ASKEW_FN double constant(double value, double) { return value; }
+
+// The type of one lane.
+template <typename P> struct LaneOf { using type = std::remove_reference_t<decltype(P{}[0])>; };
+template <> struct LaneOf<float> { using type = float; };
+template <> struct LaneOf<double> { using type = double; };
+template <typename P> using Lane = typename LaneOf<P>::type;
+
+#if !defined(__CUDACC__)
+
+template <typename T, int N> struct PackOf { typedef T type __attribute__((vector_size(N * sizeof(T)))); };
+template <typename T, int N> using Pack = typename PackOf<T, N>::type;
+
+template <typename P> constexpr int lanes() { return sizeof(P) / sizeof(P{}[0]); }
+template <typename P> using MaskOf = decltype(P{} < P{});   // integers as wide as the lanes
+
+template <typename P> constexpr auto sign_bit() {
+  if constexpr (sizeof(P{}[0]) == 4) return static_cast<int32_t>(INT32_MIN);
+  else return static_cast<int64_t>(INT64_MIN);
+}
+
+// Taking away zero folds to nothing; adding it does not (-0 + 0 = +0).
+template <typename T, typename P> ASKEW_FN P broadcast(T value, P) { return value - P{}; }
+
+template <typename T, typename P> ASKEW_FN P constant(T value, P like) {
+  P all = broadcast(value, like);
+#if defined(__x86_64__)
+  asm("" : "+x"(all));
+#elif defined(__aarch64__)
+  asm("" : "+w"(all));
+#endif
+  return all;
+}
+
+template <typename P> ASKEW_FN P abs(P x) { return (P)((MaskOf<P>)x & ~sign_bit<P>()); }
+template <typename P> ASKEW_FN P flip(P x, P sign) { return (P)((MaskOf<P>)x ^ ((MaskOf<P>)sign & sign_bit<P>())); }
+
+template <typename P> ASKEW_FN P sqrt(P x) {
+  for (int lane = 0; lane < lanes<P>(); ++lane) x[lane] = sqrt(x[lane]);
+  return x;
+}
+
+template <typename P> constexpr bool has_ceil() {
+#if defined(__x86_64__)
+  return sizeof(P) > 16;                     // SSE2, the baseline, has none
+#else
+  return true;
+#endif
+}
+template <typename P> ASKEW_FN P ceil_index(P x) {
+  if constexpr (has_ceil<P>()) {
+    for (int lane = 0; lane < lanes<P>(); ++lane) x[lane] = ceil_index(x[lane]);
+    return x;
+  } else {                                   // adding 2^23 (2^52) leaves no room for a fraction: it rounds, to even in a tie
+    using T = Lane<P>;
+    const T room = sizeof(T) == 4 ? T(0x1p23) : T(0x1p52);
+    const P rounded = (x + room) - room;
+    return rounded + (rounded < x ? broadcast(T(1), x) : P{});
+  }
+}
+
+template <typename T, typename P> ASKEW_FN P lookup(const T* table, P index) {
+  P found;
+  for (int lane = 0; lane < lanes<P>(); ++lane) found[lane] = table[static_cast<int>(index[lane])];
+  return found;
+}
+
+// Storage to pack and back. Pointers need no alignment.
+template <typename P, typename T> ASKEW_FN P load(const T* from) {
+  P x;
+  static_assert(sizeof(T) == sizeof(x[0]), "a number is loaded as it is");
+  std::memcpy(&x, from, sizeof x);
+  return x;
+}
+template <typename P, typename T> ASKEW_FN void store(T* to, P x) {
+  static_assert(sizeof(T) == sizeof(x[0]), "a number is stored as it is");
+  std::memcpy(to, &x, sizeof x);
+}
+
+template <typename P> ASKEW_FN Pack<uint32_t, lanes<P>()> load_halves(const void* from) {
+  Pack<uint16_t, lanes<P>()> half;
+  std::memcpy(&half, from, sizeof half);
+  return __builtin_convertvector(half, Pack<uint32_t, lanes<P>()>);
+}
+template <typename Word> ASKEW_FN void store_halves(void* to, Word word) {
+  const auto half = __builtin_convertvector(word, Pack<uint16_t, lanes<Word>()>);
+  std::memcpy(to, &half, sizeof half);
+}
+
+template <typename P> ASKEW_FN P load(const BFloat16* from) { return (P)(load_halves<P>(from) << 16); }
+// Round to nearest even; every NaN becomes the quiet one that torch writes.
+template <typename P> ASKEW_FN void store(BFloat16* to, P x) {
+  using Word = Pack<uint32_t, lanes<P>()>;
+  const Word bits = (Word)x;
+  const Word rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  store_halves(to, x == x ? rounded : Word{} + 0x7fc0);
+}
+
+// 2^112 moves a binary16's exponent, set into a binary32's field, to its value; subnormals come out right by themselves.
+template <typename P> ASKEW_FN P load(const Float16* from) {
+  using Word = Pack<uint32_t, lanes<P>()>;
+  const Word half = load_halves<P>(from);
+  const Word magnitude = half & 0x7fff;
+  const Word finite = (Word)((P)(magnitude << 13) * 0x1p112f);
+  const Word special = (magnitude << 13) | 0x7f800000;
+  return (P)((magnitude < 0x7c00 ? finite : special) | ((half & 0x8000) << 16));
+}
+// Round to nearest even, by adding a power of two that leaves the ten bits of a binary16's mantissa room and no more.
+// The two products saturate what is too large to infinity.
+template <typename P> ASKEW_FN void store(Float16* to, P x) {
+  using Word = Pack<uint32_t, lanes<P>()>;
+  const Word twice = (Word)x + (Word)x;                       // the sign bit is shifted out
+  const Word exponent = twice & 0xff000000u;
+  const Word bias = exponent < 0x71000000u ? Word{} + 0x71000000u : exponent;
+  const P saturated = (abs(x) * 0x1p112f) * 0x1p-110f;
+  const Word bits = (Word)((P)((bias >> 1) + 0x07800000u) + saturated);
+  const Word magnitude = ((bits >> 13) & 0x7c00) + (bits & 0x0fff);
+  store_halves(to, (x == x ? magnitude : Word{} + 0x7e00) | (((Word)x >> 16) & 0x8000));
+}
+
+// Level indices (integers 0 .. 255) as bytes; by way of 16 bits, since the direct way goes lane by lane.
+template <typename P> ASKEW_FN void store_codes(uint8_t* to, P index) {
+  const auto word = __builtin_convertvector(index, Pack<int32_t, lanes<P>()>);
+  const auto half = __builtin_convertvector(word, Pack<int16_t, lanes<P>()>);
+  const auto code = __builtin_convertvector(half, Pack<uint8_t, lanes<P>()>);
+  std::memcpy(to, &code, sizeof code);
+}
+
+#endif  // !__CUDACC__
+
+}  // namespace askew
