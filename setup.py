@@ -40,7 +40,9 @@ def extension():
         return [], {}
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     found = find_torch()
-    missing = [name for name, there in (("a C++17 compiler", compiler and shutil.which(compiler.split()[0])), ("torch", found)) if not there]
+    missing = [
+        name for name, there in (("a C++17 compiler", compiler and shutil.which(compiler.split()[0])), ("torch", found)) if not there
+    ]
     if missing:
         message = f"askew_cuda: {' and '.join(missing)} not found"
         if mode != "auto":
@@ -49,7 +51,11 @@ def extension():
         return [], {}
     torch, cpp_extension = found
     module = cpp_extension.CppExtension(
-        "askew_cuda._C", SOURCES, depends=HEADERS, extra_compile_args=FLAGS, define_macros=[("ASKEW_TORCH_VERSION", f'"{torch.__version__}"')]
+        "askew_cuda._C",
+        SOURCES,
+        depends=HEADERS,
+        extra_compile_args=FLAGS,
+        define_macros=[("ASKEW_TORCH_VERSION", f'"{torch.__version__}"')],
     )
     # torch's headers are not held to our warnings
     torch_paths = list(module.include_dirs)

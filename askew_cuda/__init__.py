@@ -1,0 +1,31 @@
+"""Training of quantized neural networks (binary, ternary, 2-8 bit) as one fused optimizer step.
+
+import askew_cuda as askew
+groups = askew.param_groups(model, "ternary")
+optimizer = askew.AskewSGD(groups, lr=0.1, momentum=0.9)
+anneal = askew.Anneal(optimizer, total_steps=n)          # anneal.step() after optimizer.step()
+with optimizer.quantized(): evaluate(model)
+report = optimizer.finalize()
+"""
+
+from .anneal import Anneal
+from .base import FinalizeReport, TensorReport
+from .ops import build_info
+from .optimizers import AskewAdamW, AskewSGD
+from .paper import paper
+from .param_groups import param_groups
+from .quantizer import Codebook, Quantizer
+
+__all__ = [
+    "Anneal",
+    "AskewAdamW",
+    "AskewSGD",
+    "Codebook",
+    "FinalizeReport",
+    "Quantizer",
+    "TensorReport",
+    "build_info",
+    "paper",
+    "param_groups",
+]
+__version__ = "0.1.0"

@@ -304,8 +304,9 @@ def sgd_(weights, grads, momentum_buffers, scales, levels, codes, snapped, *, lr
 
 
 @torch.no_grad()
-def adamw_(weights, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, scales, levels, codes, snapped, *, lr, beta1, beta2, eps,
-           weight_decay, amsgrad, maximize, epsilon, anneal, skew_at, recovery, alpha, max_step, clip, grad_scale=None, found_inf=None):  # fmt: skip
+def adamw_(weights, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, scales, levels, codes, snapped, *,
+           lr, beta1, beta2, eps, weight_decay, amsgrad, maximize,
+           epsilon, anneal, skew_at, recovery, alpha, max_step, clip, grad_scale=None, found_inf=None):  # fmt: skip
     """One askew AdamW step (decoupled weight decay) of every weight, in place: the reference of ``askew_cuda::adamw_``.
 
     Args:

@@ -44,7 +44,7 @@ struct Loop {
   static void run(Loop loop, int64_t begin, int64_t end) {
     int64_t i = begin;
     while (i < end) {
-      int64_t run_end = end;                 // weights up to here share a scale
+      int64_t run_end = end;  // weights up to here share a scale
       Grid<P> grid{};
       if constexpr (Codebook::quantized) {
         if (loop.span.scale_count > 1) {
@@ -55,15 +55,17 @@ struct Loop {
       }
       for (; i + packs * width <= run_end; i += packs * width) loop.template turn<packs>(i, grid);
       for (; i + width <= run_end; i += width) loop.template turn<1>(i, grid);
-      if (i < run_end) {                     // the run ends inside a pack: fill it up with what follows
+      if (i < run_end) {  // the run ends inside a pack: fill it up with what follows
         const int count = end - i < width ? static_cast<int>(end - i) : width;
         if constexpr (Codebook::quantized) {
-          P scale;
+          P scale{};
           for (int lane = 0; lane < width; ++lane) scale[lane] = loop.scale_of(i + (lane < count ? lane : 0));
           grid = make_grid(scale, loop.codebook, loop.h);
         }
-        if (count == width) loop.template turn<1>(i, grid);
-        else loop.part(i, count, grid);
+        if (count == width)
+          loop.template turn<1>(i, grid);
+        else
+          loop.part(i, count, grid);
         i += count;
       }
     }
@@ -106,7 +108,8 @@ struct Loop {
       const int64_t j = i + k * width;
       store(at<Storage>(span.weight, j), w[k]);
 #pragma GCC unroll 4
-      for (int which = 0; which < states; ++which) if (span.state[which]) store_state(which, j, state[k][which]);
+      for (int which = 0; which < states; ++which)
+        if (span.state[which]) store_state(which, j, state[k][which]);
     }
     if constexpr (Codebook::quantized) {
       if (span.codes || span.snapped) {
@@ -164,7 +167,8 @@ struct Loop {
       __builtin_prefetch(at<char>(span.weight, ahead), 1);
       __builtin_prefetch(at<char>(span.grad, ahead), 0);
 #pragma GCC unroll 4
-      for (int which = 0; which < states; ++which) if (span.state[which]) __builtin_prefetch(at<char>(span.state[which], ahead), 1);
+      for (int which = 0; which < states; ++which)
+        if (span.state[which]) __builtin_prefetch(at<char>(span.state[which], ahead), 1);
     }
   }
 };
@@ -179,11 +183,12 @@ void run_chunks(const Launch& launch, const Codebook& codebook, int64_t begin, i
   for (int64_t chunk = begin; chunk < end; ++which) {
     const int64_t first = launch.first_chunk[which], next = launch.first_chunk[which + 1];
     const int64_t last = next < end ? next : end;
-    if (chunk >= last) continue;             // an empty span
+    if (chunk >= last) continue;  // an empty span
     const Span& span = launch.spans[which];
     const int64_t upto = (last - first) * chunk_size;
     const Bias<P> bias{constant(static_cast<T>(span.bias.first), P{}), constant(static_cast<T>(span.bias.second), P{})};
-    Run::run(Run{span, codebook, h, bias, launch.wide_state, launch.snapped_dtype}, (chunk - first) * chunk_size, upto < span.size ? upto : span.size);
+    Run::run(Run{span, codebook, h, bias, launch.wide_state, launch.snapped_dtype}, (chunk - first) * chunk_size,
+             upto < span.size ? upto : span.size);
     chunk = last;
   }
 }
@@ -191,19 +196,28 @@ void run_chunks(const Launch& launch, const Codebook& codebook, int64_t begin, i
 template <typename Storage, typename RuleType>
 void run_codebook(const Launch& launch, int64_t begin, int64_t end) {
   const auto anneal = [&](const auto& codebook) {
-    if (launch.settings.interval) run_chunks<Storage, RuleType, Interval>(launch, codebook, begin, end);
-    else run_chunks<Storage, RuleType, Capture>(launch, codebook, begin, end);
+    if (launch.settings.interval)
+      run_chunks<Storage, RuleType, Interval>(launch, codebook, begin, end);
+    else
+      run_chunks<Storage, RuleType, Capture>(launch, codebook, begin, end);
   };
-  if (launch.levels.count == 0) run_chunks<Storage, RuleType, Capture>(launch, NoCodebook{}, begin, end);
-  else if (is_uniform(launch.levels)) anneal(uniform_codebook<NativePack<Storage>>(launch.levels));
-  else anneal(table_codebook<Arithmetic<Storage>>(launch.levels));
+  if (launch.levels.count == 0)
+    run_chunks<Storage, RuleType, Capture>(launch, NoCodebook{}, begin, end);
+  else if (is_uniform(launch.levels))
+    anneal(uniform_codebook<NativePack<Storage>>(launch.levels));
+  else if (launch.levels.count <= 16)
+    anneal(table_codebook<Arithmetic<Storage>, 16>(launch.levels));
+  else
+    anneal(table_codebook<Arithmetic<Storage>, 256>(launch.levels));
 }
 
 template <typename Storage>
 void run_rule(const Launch& launch, int64_t begin, int64_t end) {
   switch (launch.rule) {
-    case Rule::sgd: return run_codebook<Storage, Sgd>(launch, begin, end);
-    case Rule::adamw: return run_codebook<Storage, AdamW>(launch, begin, end);
+    case Rule::sgd:
+      return run_codebook<Storage, Sgd>(launch, begin, end);
+    case Rule::adamw:
+      return run_codebook<Storage, AdamW>(launch, begin, end);
   }
 }
 
@@ -211,10 +225,14 @@ void run_rule(const Launch& launch, int64_t begin, int64_t end) {
 
 void ASKEW_CPU_STEP(const Launch& launch, int64_t begin, int64_t end) {
   switch (launch.dtype) {
-    case Dtype::float32: return run_rule<float>(launch, begin, end);
-    case Dtype::float64: return run_rule<double>(launch, begin, end);
-    case Dtype::bfloat16: return run_rule<BFloat16>(launch, begin, end);
-    case Dtype::float16: return run_rule<Float16>(launch, begin, end);
+    case Dtype::float32:
+      return run_rule<float>(launch, begin, end);
+    case Dtype::float64:
+      return run_rule<double>(launch, begin, end);
+    case Dtype::bfloat16:
+      return run_rule<BFloat16>(launch, begin, end);
+    case Dtype::float16:
+      return run_rule<Float16>(launch, begin, end);
   }
 }
 

@@ -20,11 +20,17 @@ using at::TensorList;
 
 Dtype dtype_of(const Tensor& tensor, const char* name) {
   switch (tensor.scalar_type()) {
-    case at::kFloat: return Dtype::float32;
-    case at::kDouble: return Dtype::float64;
-    case at::kBFloat16: return Dtype::bfloat16;
-    case at::kHalf: return Dtype::float16;
-    default: TORCH_CHECK_TYPE(false, "askew_cuda: ", name, " has dtype ", tensor.scalar_type(), "; float32, float64, bfloat16 and float16 are supported");
+    case at::kFloat:
+      return Dtype::float32;
+    case at::kDouble:
+      return Dtype::float64;
+    case at::kBFloat16:
+      return Dtype::bfloat16;
+    case at::kHalf:
+      return Dtype::float16;
+    default:
+      TORCH_CHECK_TYPE(false, "askew_cuda: ", name, " has dtype ", tensor.scalar_type(),
+                       "; float32, float64, bfloat16 and float16 are supported");
   }
 }
 
@@ -57,28 +63,31 @@ class Layout {
 // Fills scale, scale_run and scale_count for a weight in memory order.
 void set_scale(Span& span, const Tensor& weight, const Tensor& scale, size_t which, std::vector<Tensor>& kept) {
   const auto wanted = weight.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  TORCH_CHECK_TYPE(scale.scalar_type() == wanted, "askew_cuda: scales[", which, "] has dtype ", scale.scalar_type(), "; ", wanted, " goes with weights of ", weight.scalar_type());
-  TORCH_CHECK_VALUE(scale.device() == weight.device(), "askew_cuda: scales[", which, "] is on ", scale.device(), " but weights[", which, "] is on ", weight.device());
+  TORCH_CHECK_TYPE(scale.scalar_type() == wanted, "askew_cuda: scales[", which, "] has dtype ", scale.scalar_type(), "; ", wanted,
+                   " goes with weights of ", weight.scalar_type());
+  TORCH_CHECK_VALUE(scale.device() == weight.device(), "askew_cuda: scales[", which, "] is on ", scale.device(), " but weights[", which,
+                    "] is on ", weight.device());
   const int64_t size = weight.numel(), count = scale.numel();
-  const bool channels = count > 1 && weight.dim() > 0 && scale.dim() == weight.dim() && scale.size(0) == weight.size(0) && count == weight.size(0);
-  const bool groups = count > 1 && weight.dim() > 1 && scale.dim() == 2 && scale.size(0) == weight.size(0) && (size / scale.size(0)) % scale.size(1) == 0;
-  TORCH_CHECK_VALUE(count == 1 || channels || groups || size == 0, "askew_cuda: scales[", which, "] has shape ", scale.sizes(), " for a weight of shape ", weight.sizes(),
-                    "; (), (channels, 1, ..) or (rows, groups) are understood");
+  const bool channels =
+      count > 1 && weight.dim() > 0 && scale.dim() == weight.dim() && scale.size(0) == weight.size(0) && count == weight.size(0);
+  const bool groups =
+      count > 1 && weight.dim() > 1 && scale.dim() == 2 && scale.size(0) == weight.size(0) && (size / scale.size(0)) % scale.size(1) == 0;
+  TORCH_CHECK_VALUE(count == 1 || channels || groups || size == 0, "askew_cuda: scales[", which, "] has shape ", scale.sizes(),
+                    " for a weight of shape ", weight.sizes(), "; (), (channels, 1, ..) or (rows, groups) are understood");
   Tensor flat = scale.contiguous();
   span.scale_count = count;
-  if (count == 1) {
+  if (count <= 1) {  // 0: an empty weight has no chunk, and needs none
     span.scale_run = size > 0 ? size : 1;
   } else if (weight.is_contiguous()) {
     span.scale_run = size / count;
   } else if (channels || scale.size(1) == 1) {
     span.scale_run = weight.stride(0);
-  } else {                                   // groups are counted in logical order: in another memory order each weight brings its own
+  } else {  // groups are counted in logical order: in another memory order each weight brings its own
     const Tensor each = flat.reshape({count, 1}).expand({count, size / count}).reshape(weight.sizes());
     flat = at::empty_like(weight, weight.options().dtype(wanted)).copy_(each);
     span.scale_run = 1;
     span.scale_count = size;
   }
-  if (span.scale_run == 0) span.scale_run = 1;
   span.scale = flat.const_data_ptr();
   kept.push_back(std::move(flat));
 }
@@ -92,10 +101,13 @@ struct Lists {
 };
 
 void check_list(const char* name, TensorList list, TensorList weights, bool optional) {
-  TORCH_CHECK_VALUE((optional && list.empty()) || list.size() == weights.size(), "askew_cuda: ", name, " has ", list.size(), " tensors for ", weights.size(), " weights");
+  TORCH_CHECK_VALUE((optional && list.empty()) || list.size() == weights.size(), "askew_cuda: ", name, " has ", list.size(),
+                    " tensors for ", weights.size(), " weights");
   for (size_t i = 0; i < list.size(); ++i) {
-    TORCH_CHECK_VALUE(list[i].sizes() == weights[i].sizes(), "askew_cuda: ", name, "[", i, "] has shape ", list[i].sizes(), " but weights[", i, "] has ", weights[i].sizes());
-    TORCH_CHECK_VALUE(list[i].device() == weights[i].device(), "askew_cuda: ", name, "[", i, "] is on ", list[i].device(), " but weights[", i, "] is on ", weights[i].device());
+    TORCH_CHECK_VALUE(list[i].sizes() == weights[i].sizes(), "askew_cuda: ", name, "[", i, "] has shape ", list[i].sizes(), " but weights[",
+                      i, "] has ", weights[i].sizes());
+    TORCH_CHECK_VALUE(list[i].device() == weights[i].device(), "askew_cuda: ", name, "[", i, "] is on ", list[i].device(), " but weights[",
+                      i, "] is on ", weights[i].device());
     TORCH_CHECK_VALUE(list[i].layout() == at::kStrided, "askew_cuda: ", name, "[", i, "] is not a dense tensor");
   }
 }
@@ -105,7 +117,8 @@ void check(const Lists& lists) {
   const auto& weights = lists.weights;
   for (size_t i = 0; i < weights.size(); ++i) {
     dtype_of(weights[i], "a weight");
-    TORCH_CHECK_TYPE(weights[i].scalar_type() == weights[0].scalar_type(), "askew_cuda: weights[", i, "] is ", weights[i].scalar_type(), " but weights[0] is ", weights[0].scalar_type(), "; one call takes one dtype");
+    TORCH_CHECK_TYPE(weights[i].scalar_type() == weights[0].scalar_type(), "askew_cuda: weights[", i, "] is ", weights[i].scalar_type(),
+                     " but weights[0] is ", weights[0].scalar_type(), "; one call takes one dtype");
   }
   check_list("grads", lists.grads, weights, false);
   check_list("codes", lists.codes, weights, true);
@@ -113,25 +126,37 @@ void check(const Lists& lists) {
   for (auto& [name, list] : lists.state) check_list(name, list, weights, true);
   const auto scalar_type = weights[0].scalar_type();
   for (size_t i = 0; i < weights.size(); ++i) {
-    TORCH_CHECK_TYPE(lists.grads[i].scalar_type() == scalar_type, "askew_cuda: grads[", i, "] is ", lists.grads[i].scalar_type(), " but weights[", i, "] is ", scalar_type);
-    if (!lists.codes.empty()) TORCH_CHECK_TYPE(lists.codes[i].scalar_type() == at::kByte, "askew_cuda: codes[", i, "] is ", lists.codes[i].scalar_type(), "; codes are uint8");
-    if (!lists.snapped.empty()) TORCH_CHECK_TYPE(lists.snapped[i].scalar_type() == lists.snapped[0].scalar_type(), "askew_cuda: snapped[", i, "] is ", lists.snapped[i].scalar_type(), " but snapped[0] is ", lists.snapped[0].scalar_type());
+    TORCH_CHECK_TYPE(lists.grads[i].scalar_type() == scalar_type, "askew_cuda: grads[", i, "] is ", lists.grads[i].scalar_type(),
+                     " but weights[", i, "] is ", scalar_type);
+    if (!lists.codes.empty())
+      TORCH_CHECK_TYPE(lists.codes[i].scalar_type() == at::kByte, "askew_cuda: codes[", i, "] is ", lists.codes[i].scalar_type(),
+                       "; codes are uint8");
+    if (!lists.snapped.empty())
+      TORCH_CHECK_TYPE(lists.snapped[i].scalar_type() == lists.snapped[0].scalar_type(), "askew_cuda: snapped[", i, "] is ",
+                       lists.snapped[i].scalar_type(), " but snapped[0] is ", lists.snapped[0].scalar_type());
     for (auto& [name, list] : lists.state) {
       if (list.empty()) continue;
       const auto state_type = list[i].scalar_type();
       const bool wide = state_type == at::kFloat && weights[0].element_size() == 2;
-      TORCH_CHECK_TYPE(state_type == scalar_type || wide, "askew_cuda: ", name, "[", i, "] is ", state_type, " for weights of ", scalar_type, "; their dtype, or float32 for 16-bit weights, is supported");
-      TORCH_CHECK_TYPE(state_type == lists.state[0].second[0].scalar_type(), "askew_cuda: ", name, "[", i, "] is ", state_type, " but ", lists.state[0].first, "[0] is ", lists.state[0].second[0].scalar_type());
+      TORCH_CHECK_TYPE(state_type == scalar_type || wide, "askew_cuda: ", name, "[", i, "] is ", state_type, " for weights of ",
+                       scalar_type, "; their dtype, or float32 for 16-bit weights, is supported");
+      TORCH_CHECK_TYPE(state_type == lists.state[0].second[0].scalar_type(), "askew_cuda: ", name, "[", i, "] is ", state_type, " but ",
+                       lists.state[0].first, "[0] is ", lists.state[0].second[0].scalar_type());
     }
   }
   const auto& levels = lists.levels;
-  TORCH_CHECK_VALUE(levels.empty() || (levels.size() >= 2 && levels.size() <= 256), "askew_cuda: levels has ", levels.size(), " entries; 2 to 256 are supported");
+  TORCH_CHECK_VALUE(levels.empty() || (levels.size() >= 2 && levels.size() <= 256), "askew_cuda: levels has ", levels.size(),
+                    " entries; 2 to 256 are supported");
   for (size_t k = 0; k < levels.size(); ++k) {
-    TORCH_CHECK_VALUE(static_cast<float>(levels[k]) == levels[k], "askew_cuda: levels[", k, "] = ", levels[k], " is not a float32 number; round it first");
-    if (k > 0) TORCH_CHECK_VALUE(levels[k] > levels[k - 1], "askew_cuda: levels[", k, "] = ", levels[k], " is not above levels[", k - 1, "] = ", levels[k - 1], "; levels are strictly increasing");
+    TORCH_CHECK_VALUE(static_cast<float>(levels[k]) == levels[k], "askew_cuda: levels[", k, "] = ", levels[k],
+                      " is not a float32 number; round it first");
+    if (k > 0)
+      TORCH_CHECK_VALUE(levels[k] > levels[k - 1], "askew_cuda: levels[", k, "] = ", levels[k], " is not above levels[", k - 1,
+                        "] = ", levels[k - 1], "; levels are strictly increasing");
   }
   const size_t wanted = levels.empty() ? 0 : weights.size();
-  TORCH_CHECK_VALUE(lists.scales.size() == wanted, "askew_cuda: scales has ", lists.scales.size(), " tensors; ", wanted, " are needed for ", weights.size(), " weights and ", levels.size(), " levels");
+  TORCH_CHECK_VALUE(lists.scales.size() == wanted, "askew_cuda: scales has ", lists.scales.size(), " tensors; ", wanted, " are needed for ",
+                    weights.size(), " weights and ", levels.size(), " levels");
   TORCH_CHECK_VALUE(!levels.empty() || (lists.codes.empty() && lists.snapped.empty()), "askew_cuda: codes and snapped need levels");
 }
 
@@ -162,16 +187,22 @@ void run_cpu(const Lists& lists, Rule rule, const Settings& settings, const std:
     first_chunk[i + 1] = first_chunk[i] + chunks_of(span.size);
   }
   const bool wide = !lists.state[0].second.empty() && lists.state[0].second[0].scalar_type() != lists.weights[0].scalar_type();
-  const Launch launch{dtype_of(lists.weights[0], "weights[0]"), wide, rule, settings,
+  const Launch launch{dtype_of(lists.weights[0], "weights[0]"),
+                      wide,
+                      rule,
+                      settings,
                       {lists.levels.data(), static_cast<int>(lists.levels.size())},
                       lists.snapped.empty() ? Dtype::float32 : dtype_of(lists.snapped[0], "snapped[0]"),
-                      spans.data(), first_chunk.data(), static_cast<int64_t>(count)};
+                      spans.data(),
+                      first_chunk.data(),
+                      static_cast<int64_t>(count)};
   const CpuStep step = cpu_step;
   at::parallel_for(0, first_chunk[count], 1, [&](int64_t begin, int64_t end) { step(launch, begin, end); });
   layout.write_back();
   // Autograd must see that these changed: a backward pass over a graph from before the step is an error, as with torch's optimizers.
   for (TensorList list : {lists.weights, lists.codes, lists.snapped}) {
-    for (const Tensor& tensor : list) if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
+    for (const Tensor& tensor : list)
+      if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
   }
 }
 
@@ -183,8 +214,8 @@ bool one_of(const char* name, c10::string_view value, const char* yes, const cha
 double number(const Tensor& tensor) { return tensor.item<double>(); }
 
 // What both operators share; false where AMP found an infinity: the step leaves everything as it is.
-bool common_settings(Settings& s, const Tensor& lr, double weight_decay, bool maximize, const Tensor& epsilon, c10::string_view anneal, c10::string_view skew_at,
-                     std::optional<double> recovery, std::optional<double> alpha, double max_step, bool clip,
+bool common_settings(Settings& s, const Tensor& lr, double weight_decay, bool maximize, const Tensor& epsilon, c10::string_view anneal,
+                     c10::string_view skew_at, std::optional<double> recovery, std::optional<double> alpha, double max_step, bool clip,
                      const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf) {
   s.lr = number(lr);
   s.weight_decay = weight_decay;
@@ -193,7 +224,8 @@ bool common_settings(Settings& s, const Tensor& lr, double weight_decay, bool ma
   s.interval = one_of("anneal", anneal, "interval", "capture");
   s.skew_gradient = one_of("skew_at", skew_at, "gradient", "velocity");
   TORCH_CHECK_VALUE(recovery.has_value() != alpha.has_value(), "askew_cuda: give recovery or alpha, not both and not neither");
-  TORCH_CHECK_VALUE(!s.skew_gradient || (s.interval && alpha.has_value()), "askew_cuda: skew_at = 'gradient' needs alpha and anneal = 'interval'");
+  TORCH_CHECK_VALUE(!s.skew_gradient || (s.interval && alpha.has_value()),
+                    "askew_cuda: skew_at = 'gradient' needs alpha and anneal = 'interval'");
   s.rate_is_alpha = alpha.has_value();
   s.rate = s.rate_is_alpha ? *alpha : *recovery;
   s.max_step = max_step;
@@ -202,16 +234,19 @@ bool common_settings(Settings& s, const Tensor& lr, double weight_decay, bool ma
   return !(found_inf && number(*found_inf) != 0);
 }
 
-void sgd_(TensorList weights, TensorList grads, TensorList momentum_buffers, TensorList scales, at::ArrayRef<double> levels, TensorList codes, TensorList snapped,
-          const Tensor& lr, double momentum, double dampening, double weight_decay, bool nesterov, bool maximize,
-          const Tensor& epsilon, c10::string_view anneal, c10::string_view skew_at, std::optional<double> recovery, std::optional<double> alpha, double max_step, bool clip,
-          const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf) {
+void sgd_(TensorList weights, TensorList grads, TensorList momentum_buffers, TensorList scales, at::ArrayRef<double> levels,
+          TensorList codes, TensorList snapped, const Tensor& lr, double momentum, double dampening, double weight_decay, bool nesterov,
+          bool maximize, const Tensor& epsilon, c10::string_view anneal, c10::string_view skew_at, std::optional<double> recovery,
+          std::optional<double> alpha, double max_step, bool clip, const std::optional<Tensor>& grad_scale,
+          const std::optional<Tensor>& found_inf) {
   if (weights.empty()) return;
   const Lists lists{weights, grads, {{"momentum_buffers", momentum_buffers}}, scales, codes, snapped, levels};
   check(lists);
   TORCH_CHECK_VALUE(momentum == 0 || !momentum_buffers.empty(), "askew_cuda: momentum = ", momentum, " needs momentum_buffers");
   Settings settings;
-  if (!common_settings(settings, lr, weight_decay, maximize, epsilon, anneal, skew_at, recovery, alpha, max_step, clip, grad_scale, found_inf)) return;
+  if (!common_settings(settings, lr, weight_decay, maximize, epsilon, anneal, skew_at, recovery, alpha, max_step, clip, grad_scale,
+                       found_inf))
+    return;
   settings.momentum = momentum;
   settings.dampening = dampening;
   settings.nesterov = nesterov;
@@ -219,22 +254,29 @@ void sgd_(TensorList weights, TensorList grads, TensorList momentum_buffers, Ten
 }
 
 void adamw_(TensorList weights, TensorList grads, TensorList exp_avgs, TensorList exp_avg_sqs, TensorList max_exp_avg_sqs, TensorList steps,
-            TensorList scales, at::ArrayRef<double> levels, TensorList codes, TensorList snapped,
-            const Tensor& lr, double beta1, double beta2, double eps, double weight_decay, bool amsgrad, bool maximize,
-            const Tensor& epsilon, c10::string_view anneal, c10::string_view skew_at, std::optional<double> recovery, std::optional<double> alpha, double max_step, bool clip,
+            TensorList scales, at::ArrayRef<double> levels, TensorList codes, TensorList snapped, const Tensor& lr, double beta1,
+            double beta2, double eps, double weight_decay, bool amsgrad, bool maximize, const Tensor& epsilon, c10::string_view anneal,
+            c10::string_view skew_at, std::optional<double> recovery, std::optional<double> alpha, double max_step, bool clip,
             const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf) {
   if (weights.empty()) return;
-  const Lists lists{weights, grads, {{"exp_avgs", exp_avgs}, {"exp_avg_sqs", exp_avg_sqs}, {"max_exp_avg_sqs", max_exp_avg_sqs}}, scales, codes, snapped, levels};
+  const Lists lists{weights, grads, {{"exp_avgs", exp_avgs}, {"exp_avg_sqs", exp_avg_sqs}, {"max_exp_avg_sqs", max_exp_avg_sqs}},
+                    scales,  codes, snapped,
+                    levels};
   check(lists);
   TORCH_CHECK_VALUE(!exp_avgs.empty() && !exp_avg_sqs.empty(), "askew_cuda: adamw_ needs exp_avgs and exp_avg_sqs");
-  TORCH_CHECK_VALUE(amsgrad == !max_exp_avg_sqs.empty(), "askew_cuda: amsgrad = ", amsgrad, " but max_exp_avg_sqs has ", max_exp_avg_sqs.size(), " tensors");
+  TORCH_CHECK_VALUE(amsgrad == !max_exp_avg_sqs.empty(), "askew_cuda: amsgrad = ", amsgrad, " but max_exp_avg_sqs has ",
+                    max_exp_avg_sqs.size(), " tensors");
   TORCH_CHECK_VALUE(steps.size() == weights.size(), "askew_cuda: steps has ", steps.size(), " tensors for ", weights.size(), " weights");
   for (size_t i = 0; i < steps.size(); ++i) {
-    TORCH_CHECK_TYPE(steps[i].numel() == 1 && (steps[i].scalar_type() == at::kFloat || steps[i].scalar_type() == at::kDouble) && steps[i].is_cpu(),
-                     "askew_cuda: steps[", i, "] is ", steps[i].toString(), " of shape ", steps[i].sizes(), "; a 0-d float32 or float64 CPU tensor is needed");
+    TORCH_CHECK_TYPE(
+        steps[i].numel() == 1 && (steps[i].scalar_type() == at::kFloat || steps[i].scalar_type() == at::kDouble) && steps[i].is_cpu(),
+        "askew_cuda: steps[", i, "] is ", steps[i].toString(), " of shape ", steps[i].sizes(),
+        "; a 0-d float32 or float64 CPU tensor is needed");
   }
   Settings settings;
-  if (!common_settings(settings, lr, weight_decay, maximize, epsilon, anneal, skew_at, recovery, alpha, max_step, clip, grad_scale, found_inf)) return;
+  if (!common_settings(settings, lr, weight_decay, maximize, epsilon, anneal, skew_at, recovery, alpha, max_step, clip, grad_scale,
+                       found_inf))
+    return;
   settings.beta1 = beta1;
   settings.beta2 = beta2;
   settings.adam_eps = eps;
@@ -246,15 +288,22 @@ void adamw_(TensorList weights, TensorList grads, TensorList exp_avgs, TensorLis
     bias.push_back({1 / (1 - std::pow(beta1, step)), 1 / std::sqrt(1 - std::pow(beta2, step))});
   }
   run_cpu(lists, Rule::adamw, settings, bias);
-  for (const Tensor& tensor : steps) tensor.scalar_type() == at::kFloat ? *tensor.mutable_data_ptr<float>() += 1 : *tensor.mutable_data_ptr<double>() += 1;
+  for (const Tensor& tensor : steps)
+    tensor.scalar_type() == at::kFloat ? *tensor.mutable_data_ptr<float>() += 1 : *tensor.mutable_data_ptr<double>() += 1;
 }
 
-struct Capability { const char* name; CpuStep step; bool present; };
+struct Capability {
+  const char* name;
+  CpuStep step;
+  bool present;
+};
 
-std::vector<Capability> capabilities() {     // widest first
+std::vector<Capability> capabilities() {  // widest first
   return {
 #if defined(__x86_64__)
-      {"avx512", cpu_step_avx512, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")},
+      {"avx512", cpu_step_avx512,
+       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vl")},
       {"avx2", cpu_step_avx2, static_cast<bool>(__builtin_cpu_supports("avx2"))},
 #endif
       {"baseline", cpu_step_baseline, true},
@@ -281,14 +330,20 @@ std::string set_cpu_capability(const std::string& name) {
 }  // namespace
 }  // namespace askew
 
-#define ASKEW_CONSTRAINT "Tensor epsilon, str anneal, str skew_at, float? recovery, float? alpha, float max_step, bool clip, Tensor? grad_scale=None, Tensor? found_inf=None"
+#define ASKEW_CONSTRAINT                                                                                                                 \
+  "Tensor epsilon, str anneal, str skew_at, float? recovery, float? alpha, float max_step, bool clip, Tensor? grad_scale=None, Tensor? " \
+  "found_inf=None"
 
 TORCH_LIBRARY(askew_cuda, m) {
-  m.def("sgd_(Tensor(a!)[] weights, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor[] scales, float[] levels, Tensor(c!)[] codes, Tensor(d!)[] snapped, *, "
-        "Tensor lr, float momentum, float dampening, float weight_decay, bool nesterov, bool maximize, " ASKEW_CONSTRAINT ") -> ()");
-  m.def("adamw_(Tensor(a!)[] weights, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] steps, "
-        "Tensor[] scales, float[] levels, Tensor(f!)[] codes, Tensor(g!)[] snapped, *, "
-        "Tensor lr, float beta1, float beta2, float eps, float weight_decay, bool amsgrad, bool maximize, " ASKEW_CONSTRAINT ") -> ()");
+  m.def(
+      "sgd_(Tensor(a!)[] weights, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor[] scales, float[] levels, Tensor(c!)[] codes, "
+      "Tensor(d!)[] snapped, *, "
+      "Tensor lr, float momentum, float dampening, float weight_decay, bool nesterov, bool maximize, " ASKEW_CONSTRAINT ") -> ()");
+  m.def(
+      "adamw_(Tensor(a!)[] weights, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] max_exp_avg_sqs, "
+      "Tensor(e!)[] steps, "
+      "Tensor[] scales, float[] levels, Tensor(f!)[] codes, Tensor(g!)[] snapped, *, "
+      "Tensor lr, float beta1, float beta2, float eps, float weight_decay, bool amsgrad, bool maximize, " ASKEW_CONSTRAINT ") -> ()");
 }
 
 TORCH_LIBRARY_IMPL(askew_cuda, CPU, m) {
@@ -298,21 +353,31 @@ TORCH_LIBRARY_IMPL(askew_cuda, CPU, m) {
 
 PYBIND11_MODULE(_C, m) {
   m.def("set_cpu_capability", askew::set_cpu_capability, "Chooses the CPU kernel's instruction set by name; returns the one before.");
-  m.def("cpu_capabilities", [] {
-    std::vector<std::string> names;
-    for (const auto& each : askew::capabilities()) if (each.present) names.push_back(each.name);
-    pybind11::tuple result(names.size());
-    for (size_t i = 0; i < names.size(); ++i) result[i] = names[i];
-    return result;
-  }, "Instruction sets that this machine has, widest first.");
-  m.def("build_info", [] {
-    pybind11::dict info;
-    info["torch"] = ASKEW_TORCH_VERSION;
-    info["compiler"] = __VERSION__;
-    info["cuda"] = pybind11::none();
-    return info;
-  }, "What the extension was built with: torch, compiler, cuda (None: without).");
+  m.def(
+      "cpu_capabilities",
+      [] {
+        std::vector<std::string> names;
+        for (const auto& each : askew::capabilities())
+          if (each.present) names.push_back(each.name);
+        pybind11::tuple result(names.size());
+        for (size_t i = 0; i < names.size(); ++i) result[i] = names[i];
+        return result;
+      },
+      "Instruction sets that this machine has, widest first.");
+  m.def(
+      "build_info",
+      [] {
+        pybind11::dict info;
+        info["torch"] = ASKEW_TORCH_VERSION;
+        info["compiler"] = __VERSION__;
+        info["cuda"] = pybind11::none();
+        return info;
+      },
+      "What the extension was built with: torch, compiler, cuda (None: without).");
   for (const auto& each : askew::capabilities()) {
-    if (each.present) { askew::set_cpu_capability(each.name); break; }
+    if (each.present) {
+      askew::set_cpu_capability(each.name);
+      break;
+    }
   }
 }

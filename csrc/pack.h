@@ -19,12 +19,20 @@
 namespace askew {
 
 // 16-bit storage: the bits only. All arithmetic on it is float32.
-struct BFloat16 { uint16_t bits; };
-struct Float16 { uint16_t bits; };
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
 
 // The type that arithmetic on a storage type is done in.
-template <typename Storage> struct ArithmeticOf { using type = float; };
-template <> struct ArithmeticOf<double> { using type = double; };
+template <typename Storage> struct ArithmeticOf {
+  using type = float;
+};
+template <> struct ArithmeticOf<double> {
+  using type = double;
+};
 template <typename Storage> using Arithmetic = typename ArithmeticOf<Storage>::type;
 
 ASKEW_FN float abs(float x) { return ::fabsf(x); }
@@ -40,8 +48,8 @@ ASKEW_FN double ceil_index(double x) { return ::ceil(x); }
 ASKEW_FN float flip(float x, float sign) { return ::copysignf(1.0f, sign) < 0 ? -x : x; }
 ASKEW_FN double flip(double x, double sign) { return ::copysign(1.0, sign) < 0 ? -x : x; }
 
-// table[index], index holding an integer.
-template <typename T> ASKEW_FN T lookup(const T* table, T index) { return table[static_cast<int>(index)]; }
+// table[index], index holding an integer below `capacity`, the table's size.
+template <int capacity, typename T> ASKEW_FN T lookup(const T* table, T index) { return table[static_cast<int>(index)]; }
 
 // `value` in every lane of something like the second argument.
 ASKEW_FN float broadcast(float value, float) { return value; }
@@ -52,22 +60,32 @@ ASKEW_FN float constant(float value, float) { return value; }
 ASKEW_FN double constant(double value, double) { return value; }
 
 // The type of one lane.
-template <typename P> struct LaneOf { using type = std::remove_reference_t<decltype(P{}[0])>; };
-template <> struct LaneOf<float> { using type = float; };
-template <> struct LaneOf<double> { using type = double; };
+template <typename P> struct LaneOf {
+  using type = std::remove_reference_t<decltype(P{}[0])>;
+};
+template <> struct LaneOf<float> {
+  using type = float;
+};
+template <> struct LaneOf<double> {
+  using type = double;
+};
 template <typename P> using Lane = typename LaneOf<P>::type;
 
 #if !defined(__CUDACC__)
 
-template <typename T, int N> struct PackOf { typedef T type __attribute__((vector_size(N * sizeof(T)))); };
+template <typename T, int N> struct PackOf {
+  typedef T type __attribute__((vector_size(N * sizeof(T))));
+};
 template <typename T, int N> using Pack = typename PackOf<T, N>::type;
 
 template <typename P> constexpr int lanes() { return sizeof(P) / sizeof(P{}[0]); }
-template <typename P> using MaskOf = decltype(P{} < P{});   // integers as wide as the lanes
+template <typename P> using MaskOf = decltype(P{} < P{});  // integers as wide as the lanes
 
 template <typename P> constexpr auto sign_bit() {
-  if constexpr (sizeof(P{}[0]) == 4) return static_cast<int32_t>(INT32_MIN);
-  else return static_cast<int64_t>(INT64_MIN);
+  if constexpr (sizeof(P{}[0]) == 4)
+    return static_cast<int32_t>(INT32_MIN);
+  else
+    return static_cast<int64_t>(INT64_MIN);
 }
 
 // Taking away zero folds to nothing; adding it does not (-0 + 0 = +0).
@@ -93,7 +111,7 @@ template <typename P> ASKEW_FN P sqrt(P x) {
 
 template <typename P> constexpr bool has_ceil() {
 #if defined(__x86_64__)
-  return sizeof(P) > 16;                     // SSE2, the baseline, has none
+  return sizeof(P) > 16;  // SSE2, the baseline, has none
 #else
   return true;
 #endif
@@ -102,7 +120,7 @@ template <typename P> ASKEW_FN P ceil_index(P x) {
   if constexpr (has_ceil<P>()) {
     for (int lane = 0; lane < lanes<P>(); ++lane) x[lane] = ceil_index(x[lane]);
     return x;
-  } else {                                   // adding 2^23 (2^52) leaves no room for a fraction: it rounds, to even in a tie
+  } else {  // adding 2^23 (2^52) leaves no room for a fraction: it rounds, to even in a tie
     using T = Lane<P>;
     const T room = sizeof(T) == 4 ? T(0x1p23) : T(0x1p52);
     const P rounded = (x + room) - room;
@@ -110,8 +128,19 @@ template <typename P> ASKEW_FN P ceil_index(P x) {
   }
 }
 
-template <typename T, typename P> ASKEW_FN P lookup(const T* table, P index) {
-  P found;
+// A table that fills one register, or two, is shuffled; a larger one is read lane by lane.
+template <int capacity, typename T, typename P> ASKEW_FN P lookup(const T* table, P index) {
+#if !defined(__clang__)
+  constexpr int width = lanes<P>();
+  if constexpr (width >= 8 && (capacity == width || capacity == 2 * width)) {
+    P first, second;
+    std::memcpy(&first, table, sizeof first);
+    std::memcpy(&second, table + (capacity - width), sizeof second);
+    const auto which = __builtin_convertvector(index, MaskOf<P>);
+    return capacity == width ? __builtin_shuffle(first, which) : __builtin_shuffle(first, second, which);
+  }
+#endif
+  P found{};
   for (int lane = 0; lane < lanes<P>(); ++lane) found[lane] = table[static_cast<int>(index[lane])];
   return found;
 }
@@ -160,7 +189,7 @@ template <typename P> ASKEW_FN P load(const Float16* from) {
 // The two products saturate what is too large to infinity.
 template <typename P> ASKEW_FN void store(Float16* to, P x) {
   using Word = Pack<uint32_t, lanes<P>()>;
-  const Word twice = (Word)x + (Word)x;                       // the sign bit is shifted out
+  const Word twice = (Word)x + (Word)x;  // the sign bit is shifted out
   const Word exponent = twice & 0xff000000u;
   const Word bias = exponent < 0x71000000u ? Word{} + 0x71000000u : exponent;
   const P saturated = (abs(x) * 0x1p112f) * 0x1p-110f;

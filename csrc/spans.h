@@ -20,8 +20,8 @@ struct Settings {
   bool amsgrad = false;
   double epsilon = 1;
   bool interval = false, skew_gradient = false, clip = false;
-  bool rate_is_alpha = false;                // the pull's rate is lr * alpha; else `recovery`, whatever lr
-  double rate = 0;                           // alpha or recovery
+  bool rate_is_alpha = false;  // the pull's rate is lr * alpha; else `recovery`, whatever lr
+  double rate = 0;             // alpha or recovery
   double max_step = 0;
 };
 
@@ -32,8 +32,10 @@ ASKEW_FN Hyper<P> hyper(const Settings& s) {
   const T lr = static_cast<T>(s.lr), grad_factor = (s.maximize ? T(-1) : T(1)) / static_cast<T>(s.grad_scale);
   const T root = sqrt(static_cast<T>(s.epsilon)), half_width = half_width_inside(root), capture_radius = 1 - half_width;
   T rate = static_cast<T>(s.rate), max_step = static_cast<T>(s.max_step);
-  if (s.skew_gradient) max_step = max_step / lr;           // the gradient is skewed per unit of lr
-  else if (s.rate_is_alpha) rate = lr * rate;
+  if (s.skew_gradient)
+    max_step = max_step / lr;  // the gradient is skewed per unit of lr
+  else if (s.rate_is_alpha)
+    rate = lr * rate;
   if (!s.interval && !(rate < 1)) rate = 1;
   Hyper<P> h;
   h.minus_lr = all(-lr);
@@ -68,19 +70,19 @@ ASKEW_FN Hyper<P> hyper(const Settings& s) {
 struct Span {
   void* weight;
   const void* grad;
-  void* state[3];                            // Sgd: momentum_buffer; AdamW: exp_avg, exp_avg_sq, max_exp_avg_sq
+  void* state[3];  // Sgd: momentum_buffer; AdamW: exp_avg, exp_avg_sq, max_exp_avg_sq
   uint8_t* codes;
   void* snapped;
-  const void* scale;                         // of the arithmetic type; weight i has scale[(i / scale_run) % scale_count]
+  const void* scale;  // of the arithmetic type; weight i has scale[(i / scale_run) % scale_count]
   int64_t scale_run, scale_count;
   int64_t size;
-  Bias<double> bias;                         // AdamW: of this tensor's step count
+  Bias<double> bias;  // AdamW: of this tensor's step count
 };
 
 // A list of levels, as the caller gave it.
 struct Levels {
-  const double* values;                      // each representable in float32
-  int count;                                 // 0: not quantized
+  const double* values;  // each representable in float32
+  int count;             // 0: not quantized
 };
 
 // Levels that arithmetic reproduces exactly need no table: their distance is a power of two, and they are multiples of half of it.
@@ -103,12 +105,13 @@ ASKEW_FN UniformCodebook<P> uniform_codebook(Levels levels) {
   return {all(unit), all(first), all(first + top), all(-first - T(0.5)), all(0), all(top)};
 }
 
-template <typename T>
-ASKEW_FN TableCodebook<T> table_codebook(Levels levels) {
-  TableCodebook<T> book;
+template <typename T, int capacity>
+ASKEW_FN TableCodebook<T, capacity> table_codebook(Levels levels) {
+  TableCodebook<T, capacity> book{};
   const int last = levels.count - 1;
   book.count = levels.count;
   for (int k = 0; k <= last; ++k) book.levels[k] = static_cast<T>(levels.values[k]);
+  for (int k = 0; k < capacity; ++k) book.midpoints[k] = INFINITY;
   for (int k = 0; k < last; ++k) {
     book.midpoints[k] = (book.levels[k] + book.levels[k + 1]) * T(0.5);
     book.gap_above[k] = book.gap_below[k + 1] = (book.levels[k + 1] - book.levels[k]) * T(0.5);
@@ -124,20 +127,20 @@ ASKEW_FN TableCodebook<T> table_codebook(Levels levels) {
 
 // All that a backend needs for one call.
 struct Launch {
-  Dtype dtype;                               // of weights and gradients
-  bool wide_state;                           // 16-bit weights with float32 state
+  Dtype dtype;      // of weights and gradients
+  bool wide_state;  // 16-bit weights with float32 state
   Rule rule;
   Settings settings;
   Levels levels;
   Dtype snapped_dtype;
   const Span* spans;
-  const int64_t* first_chunk;                // [span_count + 1]: number of the first chunk of each span; the last is their count
+  const int64_t* first_chunk;  // [span_count + 1]: number of the first chunk of each span; the last is their count
   int64_t span_count;
 };
 
 // Weights are dealt in chunks, so that one large tensor and many small ones spread over threads alike. A chunk never
 // crosses a span; an empty span has none.
-constexpr int64_t chunk_size = 1 << 15;      // 640 KiB of float32 weight, gradient and momentum traffic: well below a millisecond
+constexpr int64_t chunk_size = 1 << 15;  // 640 KiB of float32 weight, gradient and momentum traffic: well below a millisecond
 ASKEW_FN int64_t chunks_of(int64_t size) { return (size + chunk_size - 1) / chunk_size; }
 
 // The span that holds a chunk: the last one whose first chunk is not beyond it and that is not empty.
@@ -145,8 +148,10 @@ ASKEW_FN int64_t span_of_chunk(const int64_t* first_chunk, int64_t span_count, i
   int64_t low = 0, high = span_count;
   while (high - low > 1) {
     const int64_t middle = low + (high - low) / 2;
-    if (first_chunk[middle] <= chunk) low = middle;
-    else high = middle;
+    if (first_chunk[middle] <= chunk)
+      low = middle;
+    else
+      high = middle;
   }
   return low;
 }

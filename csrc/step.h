@@ -17,17 +17,17 @@ namespace askew {
 template <typename P>
 struct Hyper {
   P minus_lr, weight_decay;
-  P grad_factor;                             // 1 / AMP's grad_scale, negated to maximize; mostly 1
-  P momentum, one_minus_dampening;           // SGD
-  P beta1, one_minus_beta1, beta2, one_minus_beta2, adam_eps;   // AdamW
-  bool unscales, moves, decays, has_momentum, dampens;   // factors that are not 1, or not 0
+  P grad_factor;                                               // 1 / AMP's grad_scale, negated to maximize; mostly 1
+  P momentum, one_minus_dampening;                             // SGD
+  P beta1, one_minus_beta1, beta2, one_minus_beta2, adam_eps;  // AdamW
+  bool unscales, moves, decays, has_momentum, dampens;         // factors that are not 1, or not 0
   bool nesterov, amsgrad;
-  bool skew_gradient;                        // the constraint acts on the gradient, as in the authors' code; else on the displacement
+  bool skew_gradient;  // the constraint acts on the gradient, as in the authors' code; else on the displacement
   bool clip;
-  P half_width, half_width_outside, root;    // (E1): r, r_out, sqrt(epsilon)
-  P capture_radius;                          // D = 1 - r in units of half the level distance; infinity once D = 1
-  P rate;                                    // a of (E2), (E2')
-  P max_step;                                // cap on the pull, in units of half the level distance
+  P half_width, half_width_outside, root;  // (E1): r, r_out, sqrt(epsilon)
+  P capture_radius;                        // D = 1 - r in units of half the level distance; infinity once D = 1
+  P rate;                                  // a of (E2), (E2')
+  P max_step;                              // cap on the pull, in units of half the level distance
 };
 
 // (E1) Half-widths of the feasible interval around a level, inside the codebook and outside of it; root = sqrt(epsilon).
@@ -35,23 +35,27 @@ template <typename T> ASKEW_FN T half_width_inside(T root) { return root / (1 + 
 template <typename T> ASKEW_FN T half_width_outside(T root) { return root / (1 + sqrt(1 + root)); }
 
 // Bias corrections of Adam, 1 / (1 - beta1^t) and 1 / sqrt(1 - beta2^t): computed in double, rounded once.
-template <typename P> struct Bias { P first, second; };
+template <typename P> struct Bias {
+  P first, second;
+};
 
 // No constraint: the base rule alone.
-struct NoCodebook { static constexpr bool quantized = false; };
+struct NoCodebook {
+  static constexpr bool quantized = false;
+};
 
 // Levels (first + k) * unit, k = 0 .. top, the unit a power of two: the nearest one by rounding.
 template <typename P>
 struct UniformCodebook {
   static constexpr bool quantized = true;
-  P unit;                                    // in level units; all below in this unit, so that products with it are exact
+  P unit;  // in level units; all below in this unit, so that products with it are exact
   P first, last;
-  P shift;                                   // -first - 1/2
-  P bottom, top;                             // index of the first level (0) and of the last
+  P shift;        // -first - 1/2
+  P bottom, top;  // index of the first level (0) and of the last
 
   ASKEW_FN P lowest() const { return first; }
   ASKEW_FN P highest() const { return last; }
-  ASKEW_FN P nearest(P u) const {            // ties go to the lower level; NaN: 0
+  ASKEW_FN P nearest(P u) const {  // ties go to the lower level; NaN: 0
     P x = u + shift;
     x = x > bottom ? x : bottom;
     x = x < top ? x : top;
@@ -62,39 +66,43 @@ struct UniformCodebook {
   ASKEW_FN P inverse_gap(P index, P) const { return broadcast(Lane<P>(2), index); }
 };
 
-// Any sorted levels; the unit is 1.
-template <typename T>
+// Any sorted levels, up to `capacity` of them, a power of two; the unit is 1.
+template <typename T, int capacity>
 struct TableCodebook {
   static constexpr bool quantized = true;
-  static constexpr int max_levels = 256;
   static constexpr T unit = 1;
   int count;
-  T levels[max_levels];
-  T midpoints[max_levels];                   // between level k and k + 1
-  T gap_below[max_levels], gap_above[max_levels];   // half the distance to the neighbour; at the ends, to the only one
-  T inverse_gap_below[max_levels], inverse_gap_above[max_levels];
+  T levels[capacity];
+  T midpoints[capacity];                       // between level k and k + 1; infinity where there is none
+  T gap_below[capacity], gap_above[capacity];  // half the distance to the neighbour; at the ends, to the only one
+  T inverse_gap_below[capacity], inverse_gap_above[capacity];
 
   ASKEW_FN T lowest() const { return levels[0]; }
   ASKEW_FN T highest() const { return levels[count - 1]; }
-  template <typename P> ASKEW_FN P nearest(P u) const {
+  template <typename P> ASKEW_FN P nearest(P u) const {  // how many midpoints lie below u: a tie counts as below, NaN as 0
     P index = broadcast(T(0), u);
-    for (int k = 0; k + 1 < count; ++k) index = index + (u > midpoints[k] ? broadcast(T(1), u) : broadcast(T(0), u));
+    for (int half = capacity / 2; half > 0; half /= 2) {
+      const P midpoint = lookup<capacity>(midpoints, index + T(half - 1));
+      index = index + (u > midpoint ? broadcast(T(half), u) : broadcast(T(0), u));
+    }
     return index;
   }
-  template <typename P> ASKEW_FN P level(P index) const { return lookup(levels, index); }
+  template <typename P> ASKEW_FN P level(P index) const { return lookup<capacity>(levels, index); }
   // e < 0: the weight lies above its level.
-  template <typename P> ASKEW_FN P gap(P index, P e) const { return e < T(0) ? lookup(gap_above, index) : lookup(gap_below, index); }
+  template <typename P> ASKEW_FN P gap(P index, P e) const {
+    return e < T(0) ? lookup<capacity>(gap_above, index) : lookup<capacity>(gap_below, index);
+  }
   template <typename P> ASKEW_FN P inverse_gap(P index, P e) const {
-    return e < T(0) ? lookup(inverse_gap_above, index) : lookup(inverse_gap_below, index);
+    return e < T(0) ? lookup<capacity>(inverse_gap_above, index) : lookup<capacity>(inverse_gap_below, index);
   }
 };
 
 // What all weights under one scale share.
 template <typename P>
 struct Grid {
-  P unit;         // weight units per unit of the codebook
-  P inverse;      // 1 / unit
-  P low, high;    // the box: outermost levels, or infinities where nothing is clipped
+  P unit;       // weight units per unit of the codebook
+  P inverse;    // 1 / unit
+  P low, high;  // the box: outermost levels, or infinities where nothing is clipped
 };
 
 template <typename P, typename Codebook>
@@ -103,7 +111,7 @@ ASKEW_FN Grid<P> make_grid(P scale, const Codebook& codebook, const Hyper<P>& h)
   const P infinity = broadcast(T(INFINITY), scale);
   const P unit = scale * codebook.unit;
   Grid<P> grid{unit, T(1) / unit, -infinity, infinity};
-  if (h.clip) {                              // a scale of zero has no levels: its weights are free
+  if (h.clip) {  // a scale of zero has no levels: its weights are free
     grid.low = scale > T(0) ? unit * codebook.lowest() : -infinity;
     grid.high = scale > T(0) ? unit * codebook.highest() : infinity;
   }
@@ -113,11 +121,11 @@ ASKEW_FN Grid<P> make_grid(P scale, const Codebook& codebook, const Hyper<P>& h)
 // A weight among its levels.
 template <typename P>
 struct Place {
-  P index;        // of the nearest level
-  P level;        // its value, units of the codebook
-  P e;            // signed distance to it, q - w; weight units
-  P gap;          // half the distance between the two levels around the weight, units of the codebook
-  P half;         // the same in weight units: r_h
+  P index;  // of the nearest level
+  P level;  // its value, units of the codebook
+  P e;      // signed distance to it, q - w; weight units
+  P gap;    // half the distance between the two levels around the weight, units of the codebook
+  P half;   // the same in weight units: r_h
 };
 
 template <typename P, typename Codebook>
@@ -143,7 +151,7 @@ struct Capture {
     const P cap = h.max_step * at.half;
     P pull = h.rate * distance;
     pull = pull < cap ? pull : cap;
-    pull = distance <= T(0x1p-16) * at.half ? distance : pull;          // the last bit of the way: exactly onto the level
+    pull = distance <= T(0x1p-16) * at.half ? distance : pull;  // the last bit of the way: exactly onto the level
     const P toward = flip(d, at.e);
     const P wanted = toward > distance ? distance : toward;
     const P move = pull > wanted ? pull : wanted;
@@ -165,22 +173,23 @@ struct Interval {
     const P from_middle = outside ? distance + at.half : abs(w - middle);
     const P per_half = grid.inverse * codebook.inverse_gap(at.index, at.e);
     const P delta = distance * per_half;
-    const P t = from_middle * per_half;                                   // |t|
-    const P signed_delta = outside ? -delta : delta;                      // sigma delta
+    const P t = from_middle * per_half;               // |t|
+    const P signed_delta = outside ? -delta : delta;  // sigma delta
     const P width = outside ? h.half_width_outside : h.half_width;
     const P signed_width = outside ? -width : width;
     const P well = delta * (T(2) - signed_delta);
-    const P pull = h.rate * at.half * T(0.25) * (delta - width) * (T(2) - (signed_delta + signed_width)) * (well + h.root) / (well * t);   // (E2)
+    const P pull =
+        h.rate * at.half * T(0.25) * (delta - width) * (T(2) - (signed_delta + signed_width)) * (well + h.root) / (well * t);  // (E2)
     const P cap = h.max_step * at.half;
     const P toward = flip(d, at.e);
-    const auto keep = (delta <= width) | (from_middle == T(0)) | !(toward < pull);   // (E3); the last also keeps a NaN
+    const auto keep = (delta <= width) | (from_middle == T(0)) | !(toward < pull);  // (E3); the last also keeps a NaN
     return keep ? d : flip(pull < cap ? pull : cap, at.e);
   }
 };
 
 // (E4) The base rules, torch's formulas: the state moves, the displacement comes back.
 struct Sgd {
-  static constexpr int states = 1;           // momentum_buffer, absent (and zero here) without momentum
+  static constexpr int states = 1;  // momentum_buffer, absent (and zero here) without momentum
 
   template <typename P>
   static ASKEW_FN P displacement(P g, P w, P (&state)[1], const Hyper<P>& h, const Bias<P>&) {
@@ -195,7 +204,7 @@ struct Sgd {
 };
 
 struct AdamW {
-  static constexpr int states = 3;           // exp_avg, exp_avg_sq, max_exp_avg_sq (absent without amsgrad)
+  static constexpr int states = 3;  // exp_avg, exp_avg_sq, max_exp_avg_sq (absent without amsgrad)
 
   template <typename P>
   static ASKEW_FN P displacement(P g, P w, P (&state)[3], const Hyper<P>& h, const Bias<P>& bias) {
@@ -219,10 +228,11 @@ ASKEW_FN P step(P w, P g, P (&state)[Rule::states], const Grid<P>& grid, const C
   }
   P d = Rule::displacement(g, w, state, h, bias);
   if (!h.moves) return w;
-  if constexpr (!Codebook::quantized) return w + d;
+  if constexpr (!Codebook::quantized)
+    return w + d;
   else {
     if (!(Annealing::on_gradient && h.skew_gradient)) d = Annealing::skew(d, w, locate(w, grid, codebook), grid, codebook, h);
-    P moved = w + d;                                                    // (E5)
+    P moved = w + d;  // (E5)
     moved = moved < grid.low ? grid.low : moved;
     return moved > grid.high ? grid.high : moved;
   }

@@ -1,0 +1,45 @@
+# Each target does everything: environment, pinned dependencies, build, run.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip install --quiet --constraint constraints.txt
+
+.PHONY: demo test accuracy bench lint format clean
+.DELETE_ON_ERROR:
+
+demo: build/built  ## train digits at 1 bit, ternary, 2 and 4 bit, beside full precision and a straight-through estimator
+	$(RUN) -m examples.demo
+
+test: build/built  ## all tests
+	$(RUN) -m pytest -n 2 --dist worksteal
+
+accuracy: build/built  ## the accuracy table: digits, 10 seeds
+	$(RUN) -m benchmarks.accuracy
+
+bench: build/built  ## the CPU benchmark, against torch's fused SGD, the authors' eager formula and torchao's PARQ
+	$(PIP) --no-deps torchao
+	$(RUN) -m benchmarks.bench_cpu
+
+lint: build/installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror csrc/*
+
+format: build/installed
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i csrc/*
+
+clean:
+	rm -rf $(VENV) build askew_cuda/*.so *.egg-info
+
+# torch first: what follows is built and checked against it. Without build isolation, which would fetch another torch.
+build/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) setuptools wheel ninja pybind11 torch numpy
+	ASKEW_BUILD=none $(PIP) --no-build-isolation --editable '.[demo,dev]'
+	mkdir -p build && touch $@
+
+build/built: build/installed setup.py $(wildcard csrc/*)
+	$(RUN) setup.py --quiet build_ext --inplace
+	touch $@

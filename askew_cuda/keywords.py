@@ -1,0 +1,79 @@
+"""The keywords of a param group beyond torch.optim's: defaults, ranges, and which of two rates holds."""
+
+import math
+
+import torch
+from torch import Tensor
+
+# Keywords of a quantized param group beyond torch.optim's, and their defaults.
+CONSTRAINT = {
+    "quantizer": None,
+    "pretrained": False,
+    "epsilon": 1.0,
+    "recovery": None,
+    "alpha": None,
+    "anneal": "capture",
+    "skew_at": "velocity",
+    "max_step": 0.5,
+    "clip": True,
+    "outputs": (),
+    "state_dtype": None,
+    "backend": "auto",
+}
+# These say how a machine computes, not what: a checkpoint does not bring them along.
+EXECUTION = ("backend", "outputs", "foreach", "fused", "capturable", "differentiable")
+
+
+def resolve_rate(group: dict, defaults: dict, skew_at: str) -> tuple[float | None, float | None]:
+    """(recovery, alpha), one of them None: the group's own, else the optimizer's, else recovery 0.5 or, on the gradient, alpha 1."""
+    for source in (group, defaults):
+        recovery, alpha = source.get("recovery"), source.get("alpha")
+        if recovery is not None and alpha is not None:
+            raise ValueError(f"recovery = {recovery}, alpha = {alpha}: give one of them")
+        if recovery is not None or alpha is not None:
+            return recovery, alpha
+    return (None, 1.0) if skew_at == "gradient" else (0.5, None)
+
+
+def check_group(group: dict) -> None:
+    """Ranges of what every group has; raises before anything is changed."""
+
+    def check(name: str, good: bool, wanted: str) -> None:
+        if not good:
+            raise ValueError(f"{name} = {group[name]!r}; {wanted}")
+
+    def number(name: str, good, wanted: str) -> None:
+        value = group[name]
+        if isinstance(value, Tensor):
+            check(name, value.numel() == 1, "a tensor must hold one number")
+            if value.device.type != "cpu":
+                return  # reading it would wait for the device
+        elif isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} = {value!r}; a number is needed")
+        check(name, good(float(value)), wanted)
+
+    number("lr", lambda x: x >= 0, "a learning rate is at least 0")
+    number("weight_decay", lambda x: x >= 0, "weight decay is at least 0")
+    number(
+        "epsilon",
+        lambda x: 0 <= x <= 1,
+        "the annealed number lies in [0, 1]: 1 is unconstrained, 0 leaves the levels (it is not Adam's eps)",
+    )
+    number("max_step", lambda x: x > 0, "above 0, in units of half the distance between levels; inf for no cap")
+    check("anneal", group["anneal"] in ("capture", "interval"), "'capture' or 'interval'")
+    check("skew_at", group["skew_at"] in ("velocity", "gradient"), "'velocity' or 'gradient'")
+    if group["recovery"] is not None:
+        number("recovery", lambda x: 0 < x <= 1, "the share of the distance that a step removes lies in (0, 1]")
+        check("recovery", group["skew_at"] == "velocity", "with skew_at = 'gradient' give alpha: momentum would amplify a recovery")
+    if group["alpha"] is not None:
+        number("alpha", lambda x: 0 < x < math.inf, "a finite rate above 0 per unit of lr")
+    check("skew_at", group["skew_at"] == "velocity" or group["anneal"] == "interval", "skew_at = 'gradient' needs anneal = 'interval'")
+    check("pretrained", group["pretrained"] in (False, True, "packed"), "False, True or 'packed'")
+    check("clip", isinstance(group["clip"], bool), "True or False")
+    check("maximize", isinstance(group["maximize"], bool), "True or False")
+    outputs = group["outputs"]
+    check("outputs", not isinstance(outputs, str) and set(outputs) <= {"codes", "snapped"}, "a list of 'codes' and 'snapped'")
+    check("outputs", not outputs or group["quantizer"] is not None, "outputs need a quantizer")
+    check("state_dtype", group["state_dtype"] in (None, torch.float32, "float32"), "None (the weight's dtype) or torch.float32")
+    check("differentiable", not group["differentiable"], "the step is not differentiable; leave it False")
+    check("foreach", not (group["foreach"] and group["fused"]), "foreach and fused exclude each other")

@@ -1,0 +1,114 @@
+"""The backends: which are here, why the others are not, which one a call takes, and the call.
+
+Each backend offers ``sgd_`` and ``adamw_`` with the arguments of :mod:`askew_cuda.reference`, whose results it reproduces.
+"""
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from . import reference
+
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+_REINSTALL = "reinstall with `pip install --no-build-isolation --force-reinstall --no-deps askew_cuda`"
+
+
+def _load() -> tuple[object | None, str]:
+    """The compiled extension, or None and the reason with its remedy."""
+    try:
+        from . import _C
+    except ModuleNotFoundError:
+        return None, f"the package was installed without its compiled extension; with a C++17 compiler and torch in place, {_REINSTALL}"
+    except ImportError as error:  # built for another torch, most of the time
+        return None, f"the compiled extension does not load under torch {torch.__version__} ({error}); {_REINSTALL}"
+    return _C, ""
+
+
+extension, _extension_absent = _load()
+
+if extension is not None:
+
+    @torch.library.register_fake("askew_cuda::sgd_")
+    def _(*args, **kwargs) -> None:
+        """Nothing is returned; all results are mutated arguments."""
+
+    @torch.library.register_fake("askew_cuda::adamw_")
+    def _(*args, **kwargs) -> None:
+        """Nothing is returned; all results are mutated arguments."""
+
+
+def build_info() -> dict[str, object] | None:
+    """What the compiled extension was built with (torch, compiler, cuda); None where there is none."""
+    return None if extension is None else extension.build_info()
+
+
+def absent(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Why ``backend`` can't step weights of this dtype on this device, and what helps; "" where it can."""
+    if dtype not in DTYPES:
+        return f"weights of {dtype} are not supported; float32, float64, bfloat16 and float16 are"
+    if backend == "cpu":
+        return _extension_absent or ("" if device.type == "cpu" else f"it steps CPU tensors, and the weights are on {device}")
+    if backend == "cuda":
+        return "this version has no CUDA kernels yet; backend='reference' runs on any device"
+    if backend == "triton":
+        return "this version has no Triton kernels yet; backend='reference' runs on any device"
+    return ""
+
+
+@functools.cache
+def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend that steps weights of this dtype on this device: the one asked for, or the first present one for "auto".
+
+    Raises:
+        ValueError: ``backend`` is not a backend's name. TypeError: no backend has this dtype.
+        RuntimeError: it is absent; the message says why and what helps.
+    """
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(f"backend = {backend!r}; 'auto', 'cuda', 'triton', 'cpu' or 'reference'")
+    if dtype not in DTYPES:
+        raise TypeError(absent("reference", device, dtype))
+    if backend != "auto":
+        reason = absent(backend, device, dtype)
+        if reason:
+            raise RuntimeError(f"backend = {backend!r} is absent: {reason}")
+        return backend
+    candidates = [name for name in BACKENDS if not absent(name, device, dtype)]
+    if candidates[0] == "reference":
+        own = "cpu" if device.type == "cpu" else "cuda"
+        warnings.warn(
+            f"askew_cuda steps {device.type} weights by its slow pure PyTorch reference: {absent(own, device, dtype)}", stacklevel=2
+        )
+    return candidates[0]
+
+
+def _scalar(value: float | torch.Tensor | None) -> torch.Tensor | None:
+    """A scalar that changes from step to step, as the operators take it."""
+    return value if value is None or isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.float64)
+
+
+def _compiled(operator: Callable[..., None]) -> Callable[..., None]:
+    def call(*lists, lr, epsilon, grad_scale=None, found_inf=None, **settings) -> None:
+        scalars = {"lr": lr, "epsilon": epsilon, "grad_scale": grad_scale, "found_inf": found_inf}
+        operator(*lists, **{name: _scalar(value) for name, value in scalars.items()}, **settings)
+
+    return call
+
+
+class Operators(NamedTuple):
+    """The two operators of a backend; :func:`askew_cuda.reference.sgd_` describes their arguments."""
+
+    sgd_: Callable[..., None]
+    adamw_: Callable[..., None]
+
+
+@functools.cache
+def operators(backend: str) -> Operators:
+    """The operators of a backend that is present."""
+    if backend == "reference":
+        return Operators(reference.sgd_, reference.adamw_)
+    return Operators(_compiled(torch.ops.askew_cuda.sgd_.default), _compiled(torch.ops.askew_cuda.adamw_.default))

@@ -1,0 +1,140 @@
+"""AskewSGD and AskewAdamW: torch.optim.SGD and torch.optim.AdamW whose weights end on a few levels."""
+
+import torch
+from torch import Tensor
+
+from .base import QuantizedOptimizer
+
+_KEYWORDS = """
+    Keywords beyond torch.optim's, for all groups or in a group (which wins):
+
+    quantizer: levels and scale of the weights: a name ("binary", "ternary/channel", "2bit/group128", ..), a
+        :class:`~askew_cuda.Quantizer`, or None: not quantized, then the group does what torch's optimizer does.
+    pretrained: True for weights that are trained already, "packed" for weights from a packed file. Chooses scale and annealing.
+    epsilon: the annealed number in [0, 1], 1 free, 0 levels only; mostly set by :class:`~askew_cuda.Anneal`, which fills a 0-d
+        tensor in place.
+    anneal: "capture" (ours) or "interval" (the paper's). skew_at: what the constraint acts on, "velocity" or, as in the authors'
+        code, "gradient" (interval only).
+    recovery: share in (0, 1] of the distance that a constrained weight makes up in a step. alpha: the paper's rate, per unit of
+        lr, instead of it. Default: recovery 0.5, or alpha 1 with skew_at="gradient".
+    max_step: cap on the pull, in units of half the distance between levels. clip: keep weights within the outermost levels.
+    outputs: "codes" and "snapped" are written by the step itself, to ``optimizer.outputs[p]``.
+    state_dtype: torch.float32 keeps the state of 16-bit weights in float32. backend: "auto", "cuda", "triton", "cpu" or "reference".
+    fused, foreach: accepted as torch's are; every backend is fused. capturable, differentiable: not offered.
+
+    State per weight: torch's, and ``scale``. Raises ValueError, TypeError or RuntimeError (a backend that is absent) with the
+    argument, its value and the remedy.
+    """
+
+
+class AskewSGD(QuantizedOptimizer):
+    __doc__ = f"""torch.optim.SGD, argument for argument, whose quantized weights end on their levels.
+    {_KEYWORDS}
+    >>> import torch, askew_cuda as askew
+    >>> model = torch.nn.Linear(8, 4)
+    >>> optimizer = askew.AskewSGD(model.parameters(), lr=0.1, momentum=0.9, quantizer="ternary")
+    """
+
+    def __init__(
+        self,
+        params,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        **constraint,
+    ):
+        defaults = {
+            "lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay, "nesterov": nesterov,
+            "maximize": maximize, "foreach": foreach, "differentiable": differentiable, "fused": fused,
+        }  # fmt: skip
+        super().__init__(params, defaults, constraint)
+
+    @staticmethod
+    def _check_rule(group: dict) -> None:
+        if not group["momentum"] >= 0:
+            raise ValueError(f"momentum = {group['momentum']!r}; at least 0")
+        if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
+            raise ValueError(
+                f"nesterov = True with momentum = {group['momentum']}, dampening = {group['dampening']}; it needs momentum and no dampening"
+            )
+
+    def _calls(self, group, backend, weights, grads):
+        momentum, dampening = group["momentum"], group["dampening"]
+        settings = {"momentum": momentum, "nesterov": group["nesterov"]}
+        if momentum == 0 or dampening == 0:
+            yield self._call(group, backend, weights, grads, dampening=0.0, **settings)
+            return
+        # The first gradient fills the buffer undamped: with the buffer at zero, that is a step without dampening.
+        fresh = [self.state[weight].get("momentum_buffer") is None for weight in weights]
+        for first in (True, False):
+            chosen = [i for i, each in enumerate(fresh) if each is first]
+            if chosen:
+                some = ([weights[i] for i in chosen], [grads[i] for i in chosen])
+                yield self._call(group, backend, *some, dampening=0.0 if first else dampening, **settings)
+
+    def _call(self, group, backend, weights, grads, **settings):
+        scales, (codes, snapped) = self._prepare_group(group, weights)
+        levels, constraint = self._constraint(group)
+        buffers = self._state_tensors(group, weights, "momentum_buffer") if settings["momentum"] != 0 else []
+        return lambda: backend.sgd_(weights, grads, buffers, scales, levels, codes, snapped, **settings, **constraint)
+
+
+class AskewAdamW(QuantizedOptimizer):
+    __doc__ = f"""torch.optim.AdamW, argument for argument, whose quantized weights end on their levels.
+    {_KEYWORDS}
+    >>> import torch, askew_cuda as askew
+    >>> model = torch.nn.Linear(8, 4)
+    >>> optimizer = askew.AskewAdamW(model.parameters(), lr=0.01, quantizer="2bit/channel")
+    """
+
+    def __init__(
+        self,
+        params,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        **constraint,
+    ):
+        defaults = {
+            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad, "maximize": maximize,
+            "foreach": foreach, "capturable": capturable, "differentiable": differentiable, "fused": fused,
+        }  # fmt: skip
+        super().__init__(params, defaults, constraint)
+
+    @staticmethod
+    def _check_rule(group: dict) -> None:
+        betas = tuple(float(beta) for beta in group["betas"])
+        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas = {group['betas']!r}; two numbers in [0, 1)")
+        if not group["eps"] >= 0:
+            raise ValueError(f"eps = {group['eps']!r}; at least 0")
+        if group["capturable"]:
+            raise ValueError("capturable = True is not offered yet; leave it False")
+
+    def _calls(self, group, backend, weights, grads):
+        scales, (codes, snapped) = self._prepare_group(group, weights)
+        levels, constraint = self._constraint(group)
+        moments = [self._state_tensors(group, weights, key) for key in ("exp_avg", "exp_avg_sq")]
+        moments.append(self._state_tensors(group, weights, "max_exp_avg_sq") if group["amsgrad"] else [])
+        for weight in weights:
+            if "step" not in self.state[weight]:
+                self.state[weight]["step"] = torch.zeros((), dtype=torch.get_default_dtype())
+        steps = [self.state[weight]["step"] for weight in weights]
+        beta1, beta2 = (float(beta) for beta in group["betas"])
+        settings = {"beta1": beta1, "beta2": beta2, "eps": group["eps"], "amsgrad": group["amsgrad"]}
+        yield lambda: backend.adamw_(weights, grads, *moments, steps, scales, levels, codes, snapped, **settings, **constraint)

@@ -1,0 +1,235 @@
+"""Codebooks, their names, and what a scale is good for: codes, snapped weights, distances."""
+
+import functools
+import itertools
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+_NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+_NAMED = {
+    "binary": (-1, 1),
+    "ternary": (-1, 0, 1),
+    **{f"{bits}bit": tuple(k - (2**bits - 1) / 2 for k in range(2**bits)) for bits in range(2, 9)},
+    **{f"int{bits}": tuple(range(-(2 ** (bits - 1)), 2 ** (bits - 1))) for bits in range(2, 9)},
+    "authors_4bit": tuple(range(-8, 9)),
+    "nf4": _NF4,
+    "fp4": (-6, -4, -3, -2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2, 3, 4, 6),
+    "pow2": (-1, -0.5, -0.25, -0.125, 0, 0.125, 0.25, 0.5, 1),
+}  # fmt: skip
+_ALIASES = {"1bit": "binary"}
+SCALE_RULES = ("auto", "absmean", "absmax", "sawb", "mse")
+GRANULARITIES = ("tensor", "channel", "group")
+
+
+@dataclass(frozen=True)
+class Codebook:
+    """The levels that a quantized weight may take, before scale.
+
+    Args:
+        levels: 2 to 256 strictly increasing finite numbers, level units; each is rounded to float32.
+
+    Raises:
+        TypeError: not a sequence of numbers. ValueError: too few or too many, unsorted, equal (once rounded) or not finite.
+    """
+
+    levels: tuple[float, ...]
+
+    def __init__(self, levels: Sequence[float]):
+        if isinstance(levels, (str, bytes)) or not isinstance(levels, (Sequence, Tensor)):
+            raise TypeError(f"Codebook: levels = {levels!r}; a list of numbers is needed (a name goes to Codebook.named)")
+        given = levels.tolist() if isinstance(levels, Tensor) else list(levels)
+        for index, level in enumerate(given):
+            if isinstance(level, bool) or not isinstance(level, (int, float)):
+                raise TypeError(f"Codebook: levels[{index}] = {level!r}; a number is needed")
+            if not math.isfinite(level):
+                raise ValueError(f"Codebook: levels[{index}] = {level}; levels are finite")
+        if not 2 <= len(given) <= 256:
+            raise ValueError(f"Codebook: {len(given)} levels; 2 to 256 are needed")
+        rounded = torch.tensor(given, dtype=torch.float64).to(torch.float32).tolist()
+        for index, (lower, upper) in enumerate(itertools.pairwise(rounded)):
+            if not lower < upper:
+                raise ValueError(
+                    f"Codebook: levels[{index}] = {given[index]} is not below levels[{index + 1}] = {given[index + 1]} in float32; "
+                    "sort them, and leave each in once"
+                )
+        if not math.isfinite(rounded[0] - rounded[-1]):
+            raise ValueError(f"Codebook: levels from {given[0]} to {given[-1]}; their range must fit float32")
+        object.__setattr__(self, "levels", tuple(rounded))
+
+    @classmethod
+    def uniform(cls, bits: int) -> "Codebook":
+        """2^bits half-integers, symmetric, without zero; 1 <= bits <= 8, and 1 bit is (-1, 1)."""
+        if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 8:
+            raise ValueError(f"Codebook.uniform: bits = {bits!r}; 1 to 8")
+        return cls.named(f"{bits}bit")
+
+    @classmethod
+    def named(cls, name: str) -> "Codebook":
+        """A codebook by its name: binary (1bit), ternary, 2bit .. 8bit, int2 .. int8, authors_4bit, nf4, fp4, pow2."""
+        levels = _NAMED.get(_ALIASES.get(name, name))
+        if levels is None:
+            raise ValueError(f"codebook = {name!r} is not known; {', '.join([*_NAMED, *_ALIASES])}, or askew_cuda.Codebook(levels)")
+        return cls(levels)
+
+    @property
+    def name(self) -> str | None:
+        """Its canonical name; None for one's own levels."""
+        return _names().get(self.levels)
+
+    @property
+    def bits(self) -> int:
+        """Bits that a code takes."""
+        return (len(self.levels) - 1).bit_length()
+
+    def __len__(self) -> int:
+        return len(self.levels)
+
+
+@functools.cache
+def _names() -> dict[tuple[float, ...], str]:
+    return {Codebook(levels).levels: name for name, levels in _NAMED.items()}
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """How a weight is quantized: its levels, how their scale is found, and how many weights share one.
+
+    Args:
+        codebook: a Codebook, a name, or a list of levels.
+        scale: "auto", "absmean", "absmax", "sawb", "mse", a positive number, or a tensor of the shape that the granularity asks for.
+        granularity: one scale per "tensor", "channel" (first dimension) or "group".
+        group_size: consecutive weights of a row that share a scale, with "group" only; it must divide the row.
+
+    Raises:
+        ValueError, TypeError: an argument is not one of these.
+    """
+
+    codebook: Codebook
+    scale: str | float | tuple = "auto"
+    granularity: str = "tensor"
+    group_size: int | None = None
+
+    def __post_init__(self):
+        codebook, scale = self.codebook, self.scale
+        if isinstance(codebook, str):
+            object.__setattr__(self, "codebook", Codebook.named(codebook))
+        elif not isinstance(codebook, Codebook):
+            object.__setattr__(self, "codebook", Codebook(codebook))
+        if isinstance(scale, str):
+            if scale not in SCALE_RULES:
+                raise ValueError(f"scale = {scale!r}; {', '.join(SCALE_RULES)}, a positive number or a tensor")
+        elif isinstance(scale, bool) or not isinstance(scale, (int, float, list, tuple, Tensor)):
+            raise TypeError(f"scale = {scale!r}; {', '.join(SCALE_RULES)}, a positive number or a tensor")
+        else:
+            numbers = scale.detach().to("cpu", torch.float64) if isinstance(scale, Tensor) else torch.tensor(scale, dtype=torch.float64)
+            if not bool(((numbers > 0) & numbers.isfinite()).all()):
+                raise ValueError(f"scale = {scale!r}; every number must be positive and finite")
+            object.__setattr__(self, "scale", _nested(numbers.tolist(), tuple))
+        if self.granularity not in GRANULARITIES:
+            raise ValueError(f"granularity = {self.granularity!r}; {', '.join(GRANULARITIES)}")
+        size = self.group_size
+        if self.granularity != "group":
+            if size is not None:
+                raise ValueError(f"group_size = {size!r} with granularity = {self.granularity!r}; it goes with 'group' only")
+        elif isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(f"group_size = {size!r}; a whole number of weights, at least 1, is needed")
+
+    @classmethod
+    def parse(cls, spec: "str | Quantizer | Mapping") -> "Quantizer":
+        """From a name with an optional suffix ("ternary/channel", "2bit/group128"), the plain form, or a Quantizer as it is."""
+        if isinstance(spec, Quantizer):
+            return spec
+        if isinstance(spec, Mapping):
+            unknown = set(spec) - {"levels", "scale", "granularity", "group_size"}
+            if unknown or "levels" not in spec:
+                raise ValueError(f"quantizer = {dict(spec)!r}; the plain form has levels, and may have scale, granularity, group_size")
+            rest = {key: value for key, value in spec.items() if key != "levels"}
+            return cls(Codebook(spec["levels"]), **rest)
+        if not isinstance(spec, str):
+            raise TypeError(f"quantizer = {spec!r}; a name such as 'ternary' or '2bit/group128', an askew_cuda.Quantizer, or None")
+        return _parse_name(spec)
+
+    def plain(self) -> str | dict[str, object]:
+        """What a param group and a checkpoint hold: the canonical name where there is one, else numbers, strings and lists."""
+        if self.scale == "auto" and self.codebook.name is not None:
+            suffix = {"tensor": "", "channel": "/channel", "group": f"/group{self.group_size}"}[self.granularity]
+            return self.codebook.name + suffix
+        scale = _nested(self.scale, list) if isinstance(self.scale, tuple) else self.scale
+        return {"levels": list(self.codebook.levels), "scale": scale, "granularity": self.granularity, "group_size": self.group_size}
+
+    def check(self, weight: Tensor, name: str) -> None:
+        """Raises ValueError where the group size does not divide a row of the weight, or a given scale has another shape."""
+        if self.granularity == "group" and weight.dim() >= 2 and weight.numel():
+            row = weight[0].numel()
+            if row % self.group_size:
+                raise ValueError(
+                    f"group_size = {self.group_size} does not divide a row of {name}, which has {row} weights "
+                    f"(shape {tuple(weight.shape)}); take a divisor, or granularity 'channel'"
+                )
+        if isinstance(self.scale, tuple):
+            given, wanted = tuple(torch.tensor(self.scale).shape), self.scale_shape(weight)
+            if given != wanted:
+                raise ValueError(f"scale has shape {given}, but {name} of shape {tuple(weight.shape)} needs {wanted}")
+
+    def scale_shape(self, weight: Tensor) -> tuple[int, ...]:
+        """() per tensor, (channels, 1, ..) per channel, (rows, groups) per group; below two dimensions always ()."""
+        if self.granularity == "tensor" or weight.dim() < 2:
+            return ()
+        if self.granularity == "channel":
+            return (weight.shape[0], *(1,) * (weight.dim() - 1))
+        return (weight.shape[0], math.prod(weight.shape[1:]) // self.group_size)
+
+
+@functools.cache
+def _parse_name(spec: str) -> Quantizer:
+    name, _, suffix = spec.partition("/")
+    group = re.fullmatch(r"group(\d+)", suffix)
+    if group:
+        return Quantizer(Codebook.named(name), granularity="group", group_size=int(group[1]))
+    if suffix not in ("", "tensor", "channel") or spec.endswith("/"):
+        raise ValueError(f"quantizer = {spec!r}; the suffix is /tensor, /channel or /group and a size, such as {name}/group128")
+    return Quantizer(Codebook.named(name), granularity=suffix or "tensor")
+
+
+def _nested(value: object, kind: type) -> object:
+    """Nested sequences of numbers as nested tuples, or lists."""
+    return kind(_nested(each, kind) for each in value) if isinstance(value, (list, tuple)) else value
+
+
+def _place(weight: Tensor, scale: Tensor, levels: Sequence[float]):
+    """The weight in the arithmetic type, its codebook, unit and the index of its level: (E6)."""
+    w = weight.detach().to(reference.arithmetic(weight.dtype))
+    book = reference.codebook(levels, w)
+    unit = reference.spread(scale, weight) * book.unit
+    return w, book, unit, book.nearest(w * unit.reciprocal())
+
+
+def codes(weight: Tensor, scale: Tensor, levels: Sequence[float]) -> Tensor:
+    """Index of each weight's nearest level, uint8, as the weight; a tie goes to the lower level, NaN to 0."""
+    return _place(weight, scale, levels)[3].to(torch.uint8)
+
+
+def snap(weight: Tensor, scale: Tensor, levels: Sequence[float]) -> Tensor:
+    """Each weight's nearest ``scale * level``, in the weight's dtype."""
+    _, book, unit, index = _place(weight, scale, levels)
+    return (unit * book.level(index)).to(weight.dtype)
+
+
+def distance(weight: Tensor, scale: Tensor, levels: Sequence[float]) -> Tensor:
+    """Each weight's distance from its level as stored, in units of half the distance between the levels around it: 0 on a level,
+    1 half-way. Arithmetic type; NaN for NaN."""
+    w, book, unit, index = _place(weight, scale, levels)
+    stored = (unit * book.level(index)).to(weight.dtype).to(w.dtype)
+    e = stored - w
+    return e.abs() / (unit * book.gap(index, e))

@@ -1,0 +1,350 @@
+"""One table of cases for all backends. A case is plain data; tensors are built afresh, from its own seed, at each run.
+
+The table is a covering selection: every pair of values of two factors occurs together in some case, and so does every triple of
+the factors in TRIPLES; what can't go together is listed in FORBIDDEN. A new backend is one more entry in BACKENDS.
+"""
+
+import functools
+import itertools
+import math
+import os
+import random
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from askew_cuda import reference
+from tests.tensors import Guarded, draw_gradient, draw_weight, guarded, same_layout
+
+# Tests of the compiled operators need them: no extension is an error, unless the build was told to make none.
+EXTENSION = None
+if os.environ.get("ASKEW_BUILD") != "none":
+    from askew_cuda import _C as EXTENSION
+
+
+def _float32(values: Sequence[float]) -> tuple[float, ...]:
+    return tuple(torch.tensor(values, dtype=torch.float32).tolist())
+
+
+def _nf4() -> tuple[float, ...]:
+    positive = (0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941)
+    negative = (0.09105003625154495, 0.18477343022823334, 0.28444138169288635, 0.39491748809814453, 0.5250730514526367, 0.6961928009986877)
+    return (-1.0, *(-x for x in reversed(negative)), 0.0, *positive, 0.7229568362236023, 1.0)
+
+
+CODEBOOKS: dict[str, tuple[float, ...]] = {
+    "none": (),
+    "binary": (-1.0, 1.0),
+    "ternary": (-1.0, 0.0, 1.0),
+    "2bit": (-1.5, -0.5, 0.5, 1.5),
+    "4bit": tuple(k - 7.5 for k in range(16)),
+    "int4": tuple(float(k) for k in range(-8, 8)),
+    "nf4": _nf4(),
+    "fp4": (-6.0, -4.0, -3.0, -2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0),
+    "pow2": (-1.0, -0.5, -0.25, -0.125, 0.0, 0.125, 0.25, 0.5, 1.0),
+    "8bit": tuple(k - 127.5 for k in range(256)),
+    "table17": _float32([math.sinh(k / 4) for k in range(-8, 9)]),  # one level more than a small table holds
+    "table256": _float32([math.sinh((k - 127.5) / 64) for k in range(256)]),
+    "unit_bit": (0.0, 1.0),
+    "thirds": _float32((0.0, 0.3, 0.6)),  # evenly spaced, but not by a power of two
+}
+
+_ADAM = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.0, "amsgrad": False, "maximize": False}
+_SGD = {"momentum": 0.0, "dampening": 0.0, "weight_decay": 0.0, "nesterov": False, "maximize": False}
+RULES: dict[str, dict[str, float | bool]] = {
+    "sgd": _SGD,
+    "momentum": _SGD | {"momentum": 0.9},
+    "nesterov": _SGD | {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01},
+    "dampening": _SGD | {"momentum": 0.9, "dampening": 0.3},
+    "maximize": _SGD | {"maximize": True, "weight_decay": 0.1},
+    "adamw": _ADAM | {"weight_decay": 0.01},
+    "amsgrad": _ADAM | {"amsgrad": True, "maximize": True, "eps": 1e-3},
+}
+
+_RECOVERY = {"skew_at": "velocity", "recovery": 0.5, "alpha": None, "max_step": 0.5}
+_ALPHA = {"skew_at": "velocity", "recovery": None, "alpha": 3.0, "max_step": 2.0}
+ANNEALINGS: dict[str, dict[str, object]] = {
+    "capture": {"anneal": "capture"} | _RECOVERY,
+    "capture_alpha": {"anneal": "capture"} | _ALPHA,
+    "interval": {"anneal": "interval"} | _RECOVERY,
+    "interval_alpha": {"anneal": "interval"} | _ALPHA,
+    "gradient": {"anneal": "interval"} | _ALPHA | {"skew_at": "gradient", "max_step": math.inf},
+}
+
+
+STATES = ("momentum_buffers", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs")
+
+
+class Case(NamedTuple):
+    """What one call of an operator is given."""
+
+    dtype: torch.dtype
+    layout: str
+    size: int  # weights that share a scale
+    rule: str
+    codebook: str
+    granularity: str
+    annealing: str
+    epsilon: float
+    outputs: tuple[object, ...]  # () | ("codes",) | ("codes", dtype of the snapped weights)
+    clip: bool
+    wide_state: bool  # float32 state for 16-bit weights
+    grad_scale: float | None
+    values: str  # "finite", or "hostile": with NaN and infinities
+    lr: float
+    seed: int = 0
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        return CODEBOOKS[self.codebook]
+
+    @property
+    def is_adamw(self) -> bool:
+        return "beta1" in RULES[self.rule]
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        if not self.is_adamw:
+            return STATES[:1]
+        return STATES[1:] if RULES[self.rule]["amsgrad"] else STATES[1:3]
+
+
+# Below, at and above the widths of the vectors and of two of them, and one weight short of a full vector after a whole chunk.
+SIZES = (0, 1, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, (1 << 15) + 7)
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+FACTORS: dict[str, tuple] = {
+    "dtype": DTYPES,
+    "layout": ("contiguous", "misaligned", "transposed", "channels_last", "strided", "mixed"),
+    "size": SIZES,
+    "rule": tuple(RULES),
+    "codebook": tuple(CODEBOOKS),
+    "granularity": ("tensor", "channel", "group"),
+    "annealing": tuple(ANNEALINGS),
+    "epsilon": (0.0, 1e-6, 0.3, 0.96, 1.0),
+    "outputs": ((), ("codes",), *(("codes", dtype) for dtype in DTYPES)),
+    "clip": (True, False),
+    "wide_state": (False, True),
+    "grad_scale": (None, 1024.0, 3.0),
+    "values": ("finite", "hostile"),
+    "lr": (0.25, 0.037),
+}
+TRIPLES = (("dtype", "codebook", "annealing"), ("dtype", "rule", "annealing"), ("codebook", "annealing", "epsilon"))
+# Pairs of values that can't go together.
+FORBIDDEN: tuple[tuple[str, Callable, str, Callable], ...] = (
+    ("dtype", lambda dtype: dtype.itemsize > 2, "wide_state", lambda wide: wide),
+    ("codebook", lambda name: name == "none", "granularity", lambda granularity: granularity != "tensor"),
+    ("codebook", lambda name: name == "none", "outputs", lambda outputs: outputs != ()),
+)
+
+
+def required() -> tuple[list[str], list[frozenset]]:
+    """(names of the factors, all that must be covered). One item of cover: the (factor, value) indices that have to occur together."""
+    names = list(FACTORS)
+    forbidden = set()
+    for one, is_one, other, is_other in FORBIDDEN:
+        for (i, a), (j, b) in itertools.product(enumerate(FACTORS[one]), enumerate(FACTORS[other])):
+            if is_one(a) and is_other(b):
+                forbidden.add(frozenset(((names.index(one), i), (names.index(other), j))))
+    groups = [*itertools.combinations(names, 2), *TRIPLES]
+    wanted = []
+    for group in groups:
+        axes = [[(names.index(name), k) for k in range(len(FACTORS[name]))] for name in group]
+        for choice in itertools.product(*axes):
+            pairs = {frozenset(pair) for pair in itertools.combinations(choice, 2)}
+            if not pairs & forbidden:
+                wanted.append(frozenset(choice))
+    return names, wanted
+
+
+def covering() -> list[Case]:
+    """A small set of cases with everything in required(), built greedily; the same at each call."""
+    names, wanted = required()
+    allowed = {pair for pair in wanted if len(pair) == 2}
+    left = dict.fromkeys(wanted)
+    holding = {}  # (factor, value) -> what it is part of
+    for item in wanted:
+        for cell in item:
+            holding.setdefault(cell, []).append(item)
+    source = random.Random(0)
+    cases = []
+    while left:
+        chosen = set(next(iter(left)))
+        fixed = {factor for factor, _ in chosen}
+        others = [factor for factor in range(len(names)) if factor not in fixed]
+        source.shuffle(others)
+        for factor in others:
+            best, best_gain = None, -1.0
+            for value in range(len(FACTORS[names[factor]])):
+                cell = (factor, value)
+                if not all(frozenset((cell, other)) in allowed for other in chosen):
+                    continue
+                now = chosen | {cell}
+                gain = sum(item in left and item <= now for item in holding[cell]) + source.random() / 2  # ties: by chance
+                if gain > best_gain:
+                    best, best_gain = cell, gain
+            chosen.add(best)
+        for size in (2, 3):
+            for item in itertools.combinations(sorted(chosen), size):
+                left.pop(frozenset(item), None)
+        cases.append(Case(*(FACTORS[names[factor]][value] for factor, value in sorted(chosen)), seed=len(cases)))
+    return cases
+
+
+def case_id(case: Case) -> str:
+    """A name that says it all."""
+    short = lambda dtype: str(dtype).removeprefix("torch.")  # noqa: E731
+    words = [short(case.dtype), case.layout, case.size, case.rule, case.codebook, case.granularity, case.annealing, f"eps{case.epsilon:g}"]
+    words += [name if isinstance(name, str) else short(name) for name in case.outputs]
+    words += [
+        word for word, there in (("noclip", not case.clip), ("wide", case.wide_state), ("hostile", case.values == "hostile")) if there
+    ]
+    words += [f"scaled{case.grad_scale:g}"] if case.grad_scale else []
+    return "-".join(map(str, [*words, f"lr{case.lr:g}", case.seed]))
+
+
+COVERING = covering()
+_PLAIN = COVERING[0]._replace(
+    dtype=torch.float32, layout="contiguous", size=33, codebook="ternary", granularity="tensor", values="finite", lr=0.0, clip=True
+)
+# lr = 0 moves nothing, the box included, but state and outputs are brought up to date.
+STANDING = [
+    _PLAIN._replace(rule=rule, annealing=annealing, outputs=("codes", torch.float32), wide_state=False, seed=1000 + k)
+    for k, (rule, annealing) in enumerate(itertools.product(RULES, ("capture", "interval", "gradient")))
+]
+CASES = COVERING + STANDING
+
+
+def shape_of(case: Case) -> tuple[int, ...]:
+    runs = {"tensor": 1, "channel": 3, "group": 6}[case.granularity]
+    size = case.size if case.size < 1000 else -(-case.size // runs)  # the last size is that of the whole tensor
+    if case.layout == "channels_last":
+        return (3, size, 1, 2)  # per channel and per group: two weights of each input channel
+    if case.granularity == "group":
+        return (2, 3 * size)
+    if case.granularity == "channel" or case.layout in ("transposed", "mixed"):
+        return (3, size)
+    return (size,)
+
+
+def draw_scale(case: Case, generator: torch.Generator) -> Tensor:
+    """float64 numbers that float32 holds: powers of two, where levels and midpoints are exact, and others; now and then a zero."""
+    shape = shape_of(case)
+    if case.granularity == "tensor":
+        scale_shape = ()
+    elif case.granularity == "channel":
+        scale_shape = (3, *(1 for _ in shape[1:]))
+    else:
+        scale_shape = (shape[0], 2 if len(shape) == 4 else 3)
+    choices = torch.tensor([0.25, 0.0371, 2.0, 0.5, 1.7, 0.0], dtype=torch.float32).double()
+    return choices[torch.randint(0, 5 if scale_shape == () else 6, scale_shape, generator=generator)]
+
+
+class Drawn(NamedTuple):
+    """The values of one tensor of a list of the operator's signature."""
+
+    name: str
+    values: Tensor
+    layout: str
+
+
+@functools.lru_cache(maxsize=2)  # all backends take their turn on a case before the next one comes
+def draw(case: Case) -> tuple[list[Drawn], list[Tensor]]:
+    """All that a case is given, as values: the case's own tensors, empty ones, and small ones; and the scales."""
+    generator = torch.Generator().manual_seed(case.seed)
+    hostile, drawn, scales = case.values == "hostile", [], []
+    for which, shape in enumerate([shape_of(case), (0,), (5,)]):
+        layout = case.layout if which == 0 else same_layout(case.layout, len(shape))
+        layouts = itertools.cycle(["transposed", "contiguous", "strided", "misaligned"]) if layout == "mixed" else itertools.repeat(layout)
+        scale = draw_scale(case if which == 0 else case._replace(granularity="tensor"), generator)
+        values = {
+            "weights": draw_weight(generator, shape, scale, case.levels, case.dtype, hostile).to(case.dtype),
+            "grads": (draw_gradient(generator, shape, hostile) * (case.grad_scale or 1.0)).to(case.dtype),
+        }
+        for name in case.states:
+            moment = torch.randn(shape, generator=generator, dtype=torch.float64) * 0.3
+            values[name] = (moment.square() if name.endswith("sqs") else moment).to(torch.float32 if case.wide_state else case.dtype)
+        if "codes" in case.outputs:
+            values["codes"] = torch.full(shape, 77, dtype=torch.uint8)
+        if len(case.outputs) > 1:
+            values["snapped"] = torch.full(shape, 77, dtype=case.outputs[1])
+        drawn += [Drawn(name, value, next(layouts)) for name, value in values.items()]
+        scales += [scale.to(reference.arithmetic(case.dtype))] if case.levels else []
+    return drawn, scales
+
+
+class Built(NamedTuple):
+    """The tensors of a case: lists by their names in the operator's signature, and the guarded buffers that most of them lie in."""
+
+    lists: dict[str, list[Tensor]]
+    buffers: list[tuple[str, Guarded]]
+
+
+def build(case: Case, device: str = "cpu") -> Built:
+    """Fresh tensors."""
+    drawn, scales = draw(case)
+    lists = {name: [] for name in ("weights", "grads", *STATES, "steps", "codes", "snapped")}
+    lists["scales"] = [scale.clone().to(device) for scale in scales]
+    buffers = []
+    for name, values, layout in drawn:
+        buffer = guarded(values, layout, device)
+        buffers.append((f"{name}[{len(lists[name])}]", buffer))
+        lists[name].append(buffer.view)
+    if case.is_adamw:
+        lists["steps"] = [torch.tensor(float(which)) for which in range(len(lists["weights"]))]
+    return Built(lists, buffers)
+
+
+class Backend(NamedTuple):
+    """Operators with the arguments of askew_cuda.reference, and the device that they work on."""
+
+    sgd_: Callable[..., None]
+    adamw_: Callable[..., None]
+    device: str = "cpu"
+
+
+def _compiled(name: str, capability: str) -> Callable[..., None]:
+    """A compiled operator on a given instruction set. Numbers that change from step to step go in as 0-d tensors."""
+
+    def call(*lists, lr, epsilon, grad_scale=None, found_inf=None, **settings) -> None:
+        scalars = {"lr": lr, "epsilon": epsilon, "grad_scale": grad_scale, "found_inf": found_inf}
+        tensors = {key: None if value is None else torch.as_tensor(value, dtype=torch.float64) for key, value in scalars.items()}
+        before = EXTENSION.set_cpu_capability(capability)
+        try:
+            getattr(torch.ops.askew_cuda, name)(*lists, **tensors, **settings)
+        finally:
+            EXTENSION.set_cpu_capability(before)
+
+    return call
+
+
+CAPABILITIES = EXTENSION.cpu_capabilities() if EXTENSION else ()
+REFERENCE = Backend(reference.sgd_, reference.adamw_)
+COMPILED = {f"cpu-{name}": Backend(_compiled("sgd_", name), _compiled("adamw_", name)) for name in CAPABILITIES}
+BACKENDS = {"reference": REFERENCE, **COMPILED}
+
+
+def call(case: Case, lists: dict[str, list[Tensor]], backend: Backend, **changes: object) -> None:
+    """One step of the case's tensors."""
+    settings = {"lr": case.lr, "epsilon": case.epsilon, "clip": case.clip, "grad_scale": case.grad_scale}
+    settings |= RULES[case.rule] | ANNEALINGS[case.annealing] | changes
+    operator, names = (backend.adamw_, [*STATES[1:], "steps"]) if case.is_adamw else (backend.sgd_, STATES[:1])
+    state = [lists[name] for name in names]
+    operator(lists["weights"], lists["grads"], *state, lists["scales"], case.levels, lists["codes"], lists["snapped"], **settings)
+
+
+def run(case: Case, backend: Backend, **changes: object) -> dict[str, Tensor]:
+    """One step of fresh tensors; everything mutable, by name, as it is afterwards. Fails where anything else was written to."""
+    built = build(case, backend.device)
+    before = [(name, buffer.outside().clone(), buffer.view.clone()) for name, buffer in built.buffers]
+    call(case, built.lists, backend, **changes)
+    after = {f"steps[{i}]": step for i, step in enumerate(built.lists["steps"])}
+    for (name, outside, inside), (_, buffer) in zip(before, built.buffers, strict=True):
+        if not torch.equal(buffer.outside(), outside):
+            raise AssertionError(f"{case_id(case)}: memory beside {name} was written to")
+        if not name.startswith("grads"):
+            after[name] = buffer.view.cpu()
+        elif not torch.equal(buffer.view.nan_to_num(nan=12345.0), inside.nan_to_num(nan=12345.0)):
+            raise AssertionError(f"{case_id(case)}: {name} was written to")
+    return after
