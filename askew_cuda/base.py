@@ -50,6 +50,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         self.outputs: dict[Tensor, dict[str, Tensor]] = {}
         self._stepped: set[Tensor] = set()
         self._quantized_depth = 0
+        self._lent: dict[Tensor, Tensor] = {}  # scales that are not set yet, while quantized() holds them
         self._parsed: dict[int, tuple[object, Quantizer]] = {}
 
     def __setstate__(self, state: dict) -> None:
@@ -228,8 +229,8 @@ class QuantizedOptimizer(torch.optim.Optimizer):
             if quantizer is not None:
                 for name, weight in self._named(group):
                     scale = self.state[weight].get("scale") if weight in self.state else None
-                    if scale is None:
-                        scale = self._new_scale(group, quantizer, name, weight)
+                    scale = self._lent.get(weight) if scale is None else scale
+                    scale = self._new_scale(group, quantizer, name, weight) if scale is None else scale
                     yield name, weight, scale, quantizer.codebook.levels, group
 
     def quantized_parameters(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
@@ -255,6 +256,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
                     for _, weight, scale, levels, _ in self._quantized_weights():
                         snapped = snap(weight, scale, levels)
                         trained.append((weight, weight.detach().clone()))
+                        self._lent[weight] = scale
                         weight.copy_(snapped)
             yield
         finally:
@@ -262,6 +264,8 @@ class QuantizedOptimizer(torch.optim.Optimizer):
                 for weight, value in trained:
                     weight.copy_(value)
             self._quantized_depth -= 1
+            if self._quantized_depth == 0:
+                self._lent.clear()
 
     @torch.no_grad()
     def finalize(self) -> FinalizeReport:
@@ -295,6 +299,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
             )
         for _, weight, scale, levels, _ in found:
             weight.copy_(snap(weight, scale, levels))
+            self.state[weight]["scale"] = scale
         never = tuple(name for name, weight, *_ in found if weight not in self._stepped)
         return FinalizeReport(largest, share, never, tuple(tensors))
 

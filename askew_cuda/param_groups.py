@@ -21,12 +21,13 @@ def _is_norm(module: nn.Module) -> bool:
 
 def _select(model: nn.Module, weights: dict[str, Tensor], spec: Spec, include: Iterable[str], exclude: Iterable[str]):
     """One specification for a whole network: each name's specification, and why a weight has none."""
-    owners = {
-        name: module
-        for path, module in model.named_modules()
-        for name in (f"{path}.{own}".lstrip(".") for own in dict(module.named_parameters(recurse=False)))
-    }
-    layers = [name for name, weight in weights.items() if weight.dim() >= 2 and not _is_norm(owners[name])]
+    owners: dict[Tensor, list[nn.Module]] = {}
+    layers: list[Tensor] = []  # in the order of registration, a tied one in each of its places
+    for module in model.modules():
+        for weight in module.parameters(recurse=False):
+            owners.setdefault(weight, []).append(module)
+            if weight.dim() >= 2 and not _is_norm(module):
+                layers.append(weight)
     chosen: dict[str, Spec] = {}
     why: dict[str, str] = {}
     for name, weight in weights.items():
@@ -36,12 +37,12 @@ def _select(model: nn.Module, weights: dict[str, Tensor], spec: Spec, include: I
             chosen[name] = spec
         elif weight.dim() < 2:
             why[name] = f"{weight.dim()}-d"
-        elif _is_norm(owners[name]):
+        elif any(_is_norm(module) for module in owners[weight]):
             why[name] = "norm"
-        elif isinstance(owners[name], (nn.Embedding, nn.EmbeddingBag)):
+        elif any(isinstance(module, (nn.Embedding, nn.EmbeddingBag)) for module in owners[weight]):
             why[name] = "embedding"
-        elif name in (layers[0], layers[-1]):
-            why[name] = "first layer" if name == layers[0] else "last layer"
+        elif weight is layers[0] or weight is layers[-1]:
+            why[name] = "first layer" if weight is layers[0] else "last layer"
         else:
             chosen[name] = spec
     return chosen, why
@@ -77,9 +78,19 @@ def _by_rules(weights: dict[str, Tensor], rules: Mapping[str, Spec]):
     return chosen, why
 
 
-def _table(rows: list[tuple[str, ...]]) -> str:
+def _table(named: dict[str, Tensor], chosen: dict[str, Spec], why: dict[str, str]) -> str:
+    """A line per parameter: name, shape, quantizer, number of levels or why there are none."""
+    rows = [("weight", "shape", "quantizer", "levels")]
+    for name, weight in named.items():
+        plain, last = "-", why.get(name, "")
+        if name in chosen:
+            quantizer = Quantizer.parse(chosen[name])
+            plain, last = quantizer.plain(), str(len(quantizer.codebook))
+        rows.append((name, "x".join(map(str, weight.shape)), plain if isinstance(plain, str) else "custom", last))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    quantized, total = sum(named[name].numel() for name in chosen), sum(weight.numel() for weight in named.values())
+    return "\n".join([*lines, f"{len(chosen)} of {len(named)} parameters quantized: {quantized:,} of {total:,} weights"])
 
 
 def param_groups(
@@ -132,20 +143,12 @@ def param_groups(
             f"Give a dictionary, such as {{'*': 'ternary'}}, or include=. Names: {', '.join(named)}"
         )
     groups: dict[Quantizer, dict[str, object]] = {}
-    rows = [("weight", "shape", "quantizer", "levels")]
-    for name, weight in named.items():
-        if name not in chosen:
-            rows.append((name, "x".join(map(str, weight.shape)), "-", why[name]))
-            continue
-        quantizer = Quantizer.parse(chosen[name])
-        quantizer.check(weight, name)
-        plain = quantizer.plain()
-        group = groups.setdefault(quantizer, {"params": [], "quantizer": plain, "pretrained": pretrained, **keywords})
-        group["params"].append((name, weight))
-        rows.append((name, "x".join(map(str, weight.shape)), plain if isinstance(plain, str) else "custom", str(len(quantizer.codebook))))
+    for name, spec in chosen.items():
+        quantizer = Quantizer.parse(spec)
+        quantizer.check(named[name], name)
+        group = groups.setdefault(quantizer, {"params": [], "quantizer": quantizer.plain(), "pretrained": pretrained, **keywords})
+        group["params"].append((name, named[name]))
     rest = [(name, weight) for name, weight in named.items() if name not in chosen]
     if verbose:
-        quantized = sum(named[name].numel() for name in chosen)
-        print(_table(rows))
-        print(f"{len(chosen)} of {len(named)} parameters quantized: {quantized:,} of {sum(w.numel() for w in named.values()):,} weights")
+        print(_table(named, chosen, why))
     return [*groups.values(), *([{"params": rest, "quantizer": None}] if rest else [])]

@@ -14,7 +14,8 @@ displacement, in weight units, that the base rule asks for. ``epsilon`` in [0, 1
 (E2)  pull, interval   P = a r_h/4 (delta - r) (2 - s (delta + r)) (1 + root / (delta (2 - s delta))) / |t|, towards q: the
                        displacement at which h heals at the rate a; s = 1 inside, -1 outside (there r_out stands for r)
 (E3)  skew, interval   feasible, or t = 0: d. Else d where it heals at least as fast as P, else P, at most max_step r_h
-(E2') pull, capture    P = min(min(a, 1) |e|, max_step r_h); |e| itself from |e| <= 2^-16 r_h on, so that it ends exactly on the level
+(E2') pull, capture    P = min(min(a, 1) |e|, max_step r_h); |e| itself from |e| <= snap r_h on, so that it ends exactly on the level:
+                       snap = 2^-16, or more where the storage would round a smaller move away
 (E3') skew, capture    D = 1 - r. Captured when delta < D, or D = 1: towards q by P, or as fast as d when d goes there, never
                        past it. Else d
 (E4)  base rule        SGD (momentum, dampening, nesterov, weight decay) or AdamW, by torch's formulas
@@ -33,6 +34,7 @@ nothing below uses ``addcmul``, ``lerp``, ``add(alpha=)`` or a division by a Pyt
 are written so that a NaN gets through. ``csrc/step.h`` states the same operations in the same order.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -153,7 +155,7 @@ def skew_capture(d: Tensor, w: Tensor, unit: Tensor, book: UniformCodebook | Tab
     cap = h.max_step * at.half
     pull = h.rate * distance
     pull = torch.where(pull < cap, pull, cap)
-    pull = torch.where(distance <= 2**-16 * at.half, distance, pull)
+    pull = torch.where(distance <= h.snap * at.half, distance, pull)
     toward = flip(d, at.e)
     wanted = torch.where(toward > distance, distance, toward)
     move = torch.where(pull > wanted, pull, wanted)
@@ -179,7 +181,7 @@ def skew_interval(d: Tensor, w: Tensor, unit: Tensor, book: UniformCodebook | Ta
     return torch.where(keep, d, flip(torch.where(pull < cap, pull, cap), at.e))
 
 
-def hyper(dtype: torch.dtype, device: torch.device, **given: object) -> SimpleNamespace:
+def hyper(dtype: torch.dtype, device: torch.device, levels: Sequence[float], **given: object) -> SimpleNamespace:
     """The scalars of a step as 0-d tensors of the arithmetic type, each rounded once; flags as they are."""
     h = SimpleNamespace(**given)
     is_number = lambda x: isinstance(x, (int, float, Tensor)) and not isinstance(x, bool)  # noqa: E731
@@ -195,10 +197,22 @@ def hyper(dtype: torch.dtype, device: torch.device, **given: object) -> SimpleNa
     elif h.alpha is not None:
         h.rate = h.lr * h.alpha
     if h.anneal == "capture":
+        rate = given["recovery"] if given["alpha"] is None else float(given["lr"]) * given["alpha"]
+        h.snap = number(snap_radius(dtype, levels, rate)) if rate else number(2.0**-16)  # rate 0: lr = 0 moves nothing
         h.rate = torch.where(h.rate < 1, h.rate, 1)
     grad_scale = torch.ones_like(h.lr) if h.grad_scale is None else h.grad_scale
     h.grad_factor = (-1 if h.maximize else 1) * grad_scale.reciprocal()
     return h
+
+
+def snap_radius(dtype: torch.dtype, levels: Sequence[float], rate: float) -> float:
+    """(E2'): the distance, in units of r_h, from which on a pull goes all the way: 2^-16, or where half a unit in the last place of the
+    largest level is more than the pull, which would leave the weight a last bit short of its level for ever."""
+    if not levels:
+        return 2.0**-16
+    gap = min(upper - lower for lower, upper in itertools.pairwise(levels))
+    largest = max(abs(levels[0]), abs(levels[-1]))
+    return max(2.0**-16, torch.finfo(dtype).eps * largest / gap / min(rate, 1))
 
 
 def sgd_displacement(g: Tensor, w: Tensor, buffer: Tensor | None, h: SimpleNamespace) -> tuple[Tensor, Tensor | None]:
@@ -285,7 +299,7 @@ def sgd_(weights, grads, momentum_buffers, scales, levels, codes, snapped, *, lr
     if found_inf is not None and found_inf != 0:
         return
     for i, weight in enumerate(weights):
-        h = hyper(weight.dtype, weight.device, lr=lr, momentum=momentum, one_minus_dampening=1 - dampening, weight_decay=weight_decay,
+        h = hyper(weight.dtype, weight.device, levels, lr=lr, momentum=momentum, one_minus_dampening=1 - dampening, weight_decay=weight_decay,
                   nesterov=nesterov, maximize=maximize, epsilon=epsilon, anneal=anneal, skew_at=skew_at, recovery=recovery, alpha=alpha,
                   max_step=max_step, clip=clip, grad_scale=grad_scale)  # fmt: skip
         wide = arithmetic(weight.dtype)
@@ -319,7 +333,7 @@ def adamw_(weights, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, scales
     if found_inf is not None and found_inf != 0:
         return
     for i, weight in enumerate(weights):
-        h = hyper(weight.dtype, weight.device, lr=lr, beta1=beta1, one_minus_beta1=1 - beta1, beta2=beta2, one_minus_beta2=1 - beta2,
+        h = hyper(weight.dtype, weight.device, levels, lr=lr, beta1=beta1, one_minus_beta1=1 - beta1, beta2=beta2, one_minus_beta2=1 - beta2,
                   adam_eps=eps, weight_decay=weight_decay, maximize=maximize, epsilon=epsilon, anneal=anneal, skew_at=skew_at,
                   recovery=recovery, alpha=alpha, max_step=max_step, clip=clip, grad_scale=grad_scale)  # fmt: skip
         h.double_beta1, h.double_beta2 = beta1, beta2

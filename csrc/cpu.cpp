@@ -178,7 +178,7 @@ void run_chunks(const Launch& launch, const Codebook& codebook, int64_t begin, i
   using Run = Loop<Storage, RuleType, Annealing, Codebook>;
   using P = typename Run::P;
   using T = typename Run::T;
-  const Hyper<P> h = hyper<P>(launch.settings);
+  const Hyper<P> h = hyper<P>(launch.settings, snap_radius(launch));
   int64_t which = span_of_chunk(launch.first_chunk, launch.span_count, begin);
   for (int64_t chunk = begin; chunk < end; ++which) {
     const int64_t first = launch.first_chunk[which], next = launch.first_chunk[which + 1];

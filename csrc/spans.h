@@ -26,7 +26,7 @@ struct Settings {
 };
 
 template <typename P>
-ASKEW_FN Hyper<P> hyper(const Settings& s) {
+ASKEW_FN Hyper<P> hyper(const Settings& s, double snap) {
   using T = Lane<P>;
   const auto all = [](T value) { return constant(value, P{}); };
   const T lr = static_cast<T>(s.lr), grad_factor = (s.maximize ? T(-1) : T(1)) / static_cast<T>(s.grad_scale);
@@ -63,6 +63,7 @@ ASKEW_FN Hyper<P> hyper(const Settings& s) {
   h.capture_radius = all(capture_radius < 1 ? capture_radius : T(INFINITY));
   h.rate = all(rate);
   h.max_step = all(max_step);
+  h.snap = all(static_cast<T>(snap));
   return h;
 }
 
@@ -137,6 +138,22 @@ struct Launch {
   const int64_t* first_chunk;  // [span_count + 1]: number of the first chunk of each span; the last is their count
   int64_t span_count;
 };
+
+// (E2') The distance, in units of half the level distance, from which on a pull goes all the way: 2^-16, or where the storage would
+// round a smaller move away, which would leave the weight a last bit short of its level for ever.
+ASKEW_FN double snap_radius(const Launch& launch) {
+  const Levels& levels = launch.levels;
+  const Settings& s = launch.settings;
+  const double roundoff = launch.dtype == Dtype::float64   ? 0x1p-53
+                          : launch.dtype == Dtype::float32 ? 0x1p-24
+                          : launch.dtype == Dtype::float16 ? 0x1p-11
+                                                           : 0x1p-8;
+  const double rate = s.rate_is_alpha ? s.lr * s.rate : s.rate;
+  double gap = INFINITY;
+  for (int k = 0; k + 1 < levels.count; ++k) gap = ::fmin(gap, levels.values[k + 1] - levels.values[k]);
+  const double largest = levels.count == 0 ? 0 : ::fmax(::fabs(levels.values[0]), ::fabs(levels.values[levels.count - 1]));
+  return ::fmax(0x1p-16, 2 * roundoff * largest / gap / ::fmin(rate, 1));
+}
 
 // Weights are dealt in chunks, so that one large tensor and many small ones spread over threads alike. A chunk never
 // crosses a span; an empty span has none.

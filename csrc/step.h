@@ -28,6 +28,7 @@ struct Hyper {
   P capture_radius;                        // D = 1 - r in units of half the level distance; infinity once D = 1
   P rate;                                  // a of (E2), (E2')
   P max_step;                              // cap on the pull, in units of half the level distance
+  P snap;                                  // from this distance on the pull goes all the way, in the same units
 };
 
 // (E1) Half-widths of the feasible interval around a level, inside the codebook and outside of it; root = sqrt(epsilon).
@@ -146,12 +147,11 @@ struct Capture {
 
   template <typename P, typename Codebook>
   static ASKEW_FN P skew(P d, P, const Place<P>& at, const Grid<P>&, const Codebook&, const Hyper<P>& h) {
-    using T = Lane<P>;
     const P distance = abs(at.e);
     const P cap = h.max_step * at.half;
     P pull = h.rate * distance;
     pull = pull < cap ? pull : cap;
-    pull = distance <= T(0x1p-16) * at.half ? distance : pull;  // the last bit of the way: exactly onto the level
+    pull = distance <= h.snap * at.half ? distance : pull;  // the last bit of the way: exactly onto the level
     const P toward = flip(d, at.e);
     const P wanted = toward > distance ? distance : toward;
     const P move = pull > wanted ? pull : wanted;

@@ -194,7 +194,10 @@ def covering() -> list[Case]:
 
 def case_id(case: Case) -> str:
     """A name that says it all."""
-    short = lambda dtype: str(dtype).removeprefix("torch.")  # noqa: E731
+
+    def short(dtype: torch.dtype) -> str:
+        return str(dtype).removeprefix("torch.")
+
     words = [short(case.dtype), case.layout, case.size, case.rule, case.codebook, case.granularity, case.annealing, f"eps{case.epsilon:g}"]
     words += [name if isinstance(name, str) else short(name) for name in case.outputs]
     words += [
@@ -328,10 +331,11 @@ BACKENDS = {"reference": REFERENCE, **COMPILED}
 def call(case: Case, lists: dict[str, list[Tensor]], backend: Backend, **changes: object) -> None:
     """One step of the case's tensors."""
     settings = {"lr": case.lr, "epsilon": case.epsilon, "clip": case.clip, "grad_scale": case.grad_scale}
-    settings |= RULES[case.rule] | ANNEALINGS[case.annealing] | changes
+    settings |= {"levels": case.levels} | RULES[case.rule] | ANNEALINGS[case.annealing] | changes
     operator, names = (backend.adamw_, [*STATES[1:], "steps"]) if case.is_adamw else (backend.sgd_, STATES[:1])
     state = [lists[name] for name in names]
-    operator(lists["weights"], lists["grads"], *state, lists["scales"], case.levels, lists["codes"], lists["snapped"], **settings)
+    outputs = (settings.pop("levels"), lists["codes"], lists["snapped"])
+    operator(lists["weights"], lists["grads"], *state, lists["scales"], *outputs, **settings)
 
 
 def run(case: Case, backend: Backend, **changes: object) -> dict[str, Tensor]:

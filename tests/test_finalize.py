@@ -165,9 +165,9 @@ def test_a_whole_training_ends_on_the_levels(quantizer, anneal):
     model = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16))
     groups = askew.param_groups(model, {"*": quantizer}, verbose=False, anneal=anneal)
     optimizer = askew.AskewSGD(groups, lr=0.05, momentum=0.9)
-    steps = askew.Anneal(optimizer, total_steps=200)
+    steps = askew.Anneal(optimizer, total_steps=400)
     x, y = torch.randn(64, 16), torch.randn(64, 16)
-    for _ in range(200):
+    for _ in range(400):
         optimizer.zero_grad()
         nn.functional.mse_loss(model(x), y).backward()
         optimizer.step()

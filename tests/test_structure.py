@@ -53,7 +53,9 @@ def test_no_file_is_longer_than_400_lines(path):
 def test_no_function_is_longer_than_60_lines(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            assert node.end_lineno - node.lineno < 60, f"{node.name} has {node.end_lineno - node.lineno + 1} lines"
+            body = node.body[1:] if ast.get_docstring(node) is not None else node.body
+            lines = node.end_lineno - body[0].lineno + 1 if body else 0
+            assert lines <= 60, f"{node.name} has {lines} lines"
 
 
 @pytest.mark.parametrize("name", INCLUDES)
@@ -84,9 +86,10 @@ def test_modules_import_only_what_they_may(module):
 
 
 def test_importing_the_package_takes_torch_and_nothing_heavy():
-    code = "import sys, askew_cuda; print(*{name.split('.')[0] for name in sys.modules})"
-    loaded = set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
-    assert not loaded & {"triton", "matplotlib", "sklearn", "tqdm", "hypothesis", "pytest", "tests", "benchmarks", "examples"}
+    code = "import sys, torch; before = set(sys.modules); import askew_cuda; print(*(set(sys.modules) - before))"
+    names = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    loaded = {name.split(".")[0] for name in names}
+    assert all(name in ("askew_cuda", "torch") or name in sys.stdlib_module_names for name in loaded), loaded
 
 
 @pytest.mark.skipif(shutil.which("nm") is None, reason="nm (binutils) is not installed")

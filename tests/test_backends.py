@@ -1,0 +1,339 @@
+"""The backends against each other, bit for bit, over the table of cases."""
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+import askew_cuda.ops  # noqa: F401  registers the fake kernels
+from askew_cuda import reference
+from tests.cases import BACKENDS, CASES, COMPILED, COVERING, FACTORS, REFERENCE, build, call, case_id, draw, required, run
+from tests.compare import assert_same_bits
+
+compiled = pytest.mark.skipif(not COMPILED, reason="ASKEW_BUILD=none: nothing is compiled")
+PLAIN = COVERING[0]._replace(
+    dtype=torch.float32, layout="contiguous", size=33, rule="momentum", codebook="ternary", granularity="channel", annealing="capture",
+    epsilon=0.3, outputs=("codes", torch.float32), clip=True, wide_state=False, grad_scale=None, values="finite", lr=0.25,
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def set_threads() -> Iterator[Callable[[int], None]]:
+    """One thread, where a test does not ask for more: two that share a core wait for each other most of the time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def test_the_table_covers_what_it_says():
+    names, wanted = required()
+    seen = set()
+    for case in COVERING:
+        cells = [(factor, FACTORS[name].index(getattr(case, name))) for factor, name in enumerate(names)]
+        seen.update(frozenset(some) for size in (2, 3) for some in itertools.combinations(cells, size))
+    assert not set(wanted) - seen
+    assert len({case_id(case) for case in CASES}) == len(CASES)
+
+
+def test_the_table_reaches_every_branch(monkeypatch):
+    """Counts, by what the reference's skew is given and returns, the branches that the cases take."""
+    count = Counter()
+
+    def spy(skew):
+        def spying(d, w, unit, book, h):
+            out = skew(d, w, unit, book, h)
+            at = reference.locate(w, unit, book)
+            distance, cap = at.e.abs(), h.max_step * at.half
+            outside = ((at.level == book.lowest) & (at.e > 0)) | ((at.level == book.highest) & (at.e < 0))
+            seen = {"nan": out.isnan(), "unscaled": (unit == 0).expand_as(w), "midpoint": (distance == at.half) & ~outside & (distance > 0)}
+            if skew is original["skew_capture"]:
+                captured = distance < h.capture_radius * at.half
+                lands = captured & (distance > 0) & (out == at.e)
+                seen |= {"free": ~captured & ~outside, "free outside": ~captured & outside, "on its level": captured & (distance == 0)}
+                seen |= {"the last bit": lands & (distance <= 2**-16 * at.half), "no further than the level": lands & (d.abs() > distance)}
+                seen |= {
+                    "captured, as fast as d": captured & (out == d) & (distance > 0),
+                    "captured, capped": captured & (out.abs() == cap),
+                }
+                seen |= {"captured, against d": captured & (out * d < 0)}
+            else:
+                feasible = distance <= torch.where(outside, h.half_width_outside, h.half_width) * at.half
+                kept, side = out == d, {"inside": ~outside, "outside": outside}
+                for name, here in side.items():
+                    seen |= {f"feasible {name}": here & feasible & kept, f"heals {name}": here & ~feasible & kept & (d != 0)}
+                    seen |= {f"pulled {name}": here & ~feasible & ~kept, f"pulled, capped {name}": here & ~kept & (out.abs() == cap)}
+            count.update({name: int(mask.sum()) for name, mask in seen.items()})
+            return out
+
+        return spying
+
+    original = {name: getattr(reference, name) for name in ("skew_capture", "skew_interval")}
+    for name, skew in original.items():
+        monkeypatch.setattr(reference, name, spy(skew))
+    for case in CASES:
+        run(case, REFERENCE)
+    rare = {name: seen for name, seen in count.items() if seen < 50}
+    assert len(count) == 19, sorted(count)
+    assert not rare
+
+
+@compiled
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_the_cpu_does_what_the_reference_does(case, set_threads):
+    expected = run(case, REFERENCE)
+    for threads, (name, backend) in itertools.product((1, 2), COMPILED.items()):
+        set_threads(threads)
+        actual = run(case, backend)
+        assert actual.keys() == expected.keys()
+        for key, values in expected.items():
+            assert_same_bits(actual[key], values, f"{name}, {threads} threads: {key}")
+
+
+@compiled
+@pytest.mark.parametrize("rule", ["momentum", "amsgrad"])
+@pytest.mark.parametrize("name", COMPILED)
+def test_three_hundred_small_tensors_in_one_call(rule, name, set_threads):
+    case = PLAIN._replace(rule=rule, layout="misaligned")
+    together = {REFERENCE: {}, COMPILED[name]: {}}
+    for backend, lists in together.items():
+        for k in range(100):  # of three tensors each, one of them empty
+            for key, tensors in build(case._replace(seed=k, size=k % 41)).lists.items():
+                lists.setdefault(key, []).extend(tensors)
+        set_threads(1 + (rule == "amsgrad"))
+        call(case, lists, backend)
+    expected, actual = together.values()
+    assert len(actual["weights"]) == 300
+    for key, tensors in expected.items():
+        for i, tensor in enumerate(tensors):
+            assert_same_bits(actual[key][i], tensor, f"{key}[{i}]")
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_memory_beside_a_tensor_and_gradients_are_watched(name):
+    """What run() checks, by backends that break the rule."""
+    backend = BACKENDS[name]
+
+    def careless(target: str, shift: int) -> Callable[..., None]:
+        def sgd_(weights, grads, *rest, **settings) -> None:
+            backend.sgd_(weights, grads, *rest, **settings)
+            tensor = (weights if target == "weights" else grads)[0]
+            tensor.as_strided((1,), (1,), tensor.storage_offset() + shift).fill_(3)
+
+        return sgd_
+
+    for target, shift in (("weights", -1), ("weights", 33), ("grads", -1), ("grads", 0)):
+        with pytest.raises(AssertionError, match=rf"{target}\[0\]"):
+            run(PLAIN._replace(granularity="tensor"), backend._replace(sgd_=careless(target, shift)))
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_nan_gradient_spoils_its_own_weight_and_its_code_is_zero(name):
+    backend = BACKENDS[name]
+    for rule, annealing, epsilon in itertools.product(("sgd", "amsgrad"), ("capture", "interval", "gradient"), (0.0, 0.3, 1.0)):
+        case = PLAIN._replace(rule=rule, annealing=annealing, epsilon=epsilon)
+        clean, spoilt = build(case).lists, build(case).lists
+        at = (torch.arange(3), torch.tensor([0, 17, 32]))
+        spoilt["grads"][0][at] = float("nan")
+        call(case, clean, backend)
+        call(case, spoilt, backend)
+        assert spoilt["weights"][0][at].isnan().all()
+        assert not spoilt["codes"][0][at].any()
+        clean["weights"][0][at] = float("nan")
+        clean["codes"][0][at] = 0
+        for key in ("weights", "codes"):
+            for i in range(3):
+                assert_same_bits(spoilt[key][i], clean[key][i], f"{rule} {annealing}: {key}[{i}]")
+
+
+@pytest.mark.parametrize("rule", ["nesterov", "amsgrad"])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_found_inf_leaves_everything_as_it_is(name, rule):
+    backend, case = BACKENDS[name], PLAIN._replace(rule=rule)
+    untouched = build(case).lists
+    lists = build(case).lists
+    call(case, lists, backend, found_inf=1.0)
+    for key, tensors in untouched.items():
+        for i, tensor in enumerate(tensors):
+            assert_same_bits(lists[key][i], tensor, f"{key}[{i}]")
+    moved = run(case, backend, found_inf=0.0)
+    for key, expected in run(case, backend).items():
+        assert_same_bits(moved[key], expected, key)
+    assert not torch.equal(moved["weights[0]"], untouched["weights"][0])
+
+
+@pytest.mark.parametrize("rule", ["nesterov", "maximize", "amsgrad"])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_grad_scale_is_divided_out(name, rule):
+    backend, case = BACKENDS[name], PLAIN._replace(rule=rule)
+    plain, scaled = build(case).lists, build(case).lists
+    for grad in scaled["grads"]:
+        grad.mul_(4096)  # a power of two: exactly
+    call(case, plain, backend)
+    call(case, scaled, backend, grad_scale=4096.0)
+    for key in plain.keys() - {"grads"}:
+        for i, tensor in enumerate(plain[key]):
+            assert_same_bits(scaled[key][i], tensor, f"{key}[{i}]")
+
+
+@compiled
+@pytest.mark.parametrize("rule", ["momentum", "adamw"])
+def test_autograd_sees_that_weights_and_outputs_changed(rule):
+    case = PLAIN._replace(rule=rule)
+    lists = build(case).lists
+    before = {key: [tensor._version for tensor in lists[key]] for key in ("weights", "codes", "snapped", "grads")}
+    call(case, lists, next(iter(COMPILED.values())))
+    for key, versions in before.items():
+        for i, version in enumerate(versions):
+            changed = lists[key][i]._version > version
+            assert changed == (key != "grads"), f"{key}[{i}]"
+
+
+@compiled
+@pytest.mark.parametrize("utility", ["test_schema", "test_faketensor"])
+@pytest.mark.parametrize("rule", ["momentum", "amsgrad"])
+def test_opcheck(rule, utility):
+    case = PLAIN._replace(rule=rule)
+
+    def check(*lists, lr, epsilon, grad_scale, **settings) -> None:
+        scalars = {key: torch.tensor(value, dtype=torch.float64) for key, value in (("lr", lr), ("epsilon", epsilon))}
+        operator = getattr(torch.ops.askew_cuda, "adamw_" if case.is_adamw else "sgd_").default
+        torch.library.opcheck(operator, lists, settings | scalars, test_utils=utility)
+
+    call(case, build(case).lists, REFERENCE._replace(sgd_=check, adamw_=check))
+
+
+def _first(change: Callable) -> Callable:
+    """Changes the first tensor of a list."""
+    return lambda tensors: [change(tensors[0]), *tensors[1:]]
+
+
+def _last(change: Callable) -> Callable:
+    return lambda tensors: [*tensors[:-1], change(tensors[-1])]
+
+
+SGD_LISTS = ("grads", "momentum_buffers", "codes", "snapped")
+ADAMW_LISTS = ("exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs")
+LISTS = [*(("momentum", name) for name in SGD_LISTS), *(("amsgrad", name) for name in ADAMW_LISTS)]
+HALVES = {name: lambda tensors: [tensor.bfloat16() for tensor in tensors] for name in ("weights", "grads", "momentum_buffers")}
+# rule, what becomes of the lists of PLAIN (of three tensors), what else is passed, error, what its message says
+WRONG = {
+    **{f"{name} short": (rule, {name: lambda x: x[:2]}, {}, ValueError, f"{name} has 2 tensors for 3 weights") for rule, name in LISTS},
+    **{
+        f"{name} shape": (rule, {name: _last(lambda x: x.new_zeros(6))}, {}, ValueError, rf"{name}\[2\] has shape \[6\] but .* has \[5\]")
+        for rule, name in LISTS
+    },
+    **{
+        f"{name} dtype": (rule, {name: _first(lambda x: x.short())}, {}, TypeError, rf"{name}\[0\] (is|has dtype) Short")
+        for rule, name in LISTS
+    },
+    "weights integer": ("momentum", {"weights": lambda x: [w.int() for w in x]}, {}, TypeError, "weight has dtype Int; float32, "),
+    "weights complex": ("momentum", {"weights": lambda x: [w.cfloat() for w in x]}, {}, TypeError, "weight has dtype ComplexFloat"),
+    "weights mixed": (
+        "momentum",
+        {"weights": _last(lambda x: x.double())},
+        {},
+        TypeError,
+        r"weights\[2\] is Double but weights\[0\] is Float",
+    ),
+    "snapped mixed": (
+        "momentum",
+        {"snapped": _last(lambda x: x.double())},
+        {},
+        TypeError,
+        r"snapped\[2\] is Double but snapped\[0\] is Float",
+    ),
+    "state too wide": (
+        "momentum",
+        {"momentum_buffers": lambda x: [b.double() for b in x]},
+        {},
+        TypeError,
+        r"momentum_buffers\[0\] is Double",
+    ),
+    "state mixed": (
+        "momentum",
+        HALVES | {"momentum_buffers": _first(lambda x: x.bfloat16())},
+        {},
+        TypeError,
+        r"momentum_buffers\[1\] is Float but momentum_buffers\[0\] is BFloat16",
+    ),
+    "no buffers": ("momentum", {"momentum_buffers": lambda _: []}, {}, ValueError, "momentum = 0.9 needs momentum_buffers"),
+    "no moments": ("amsgrad", {"exp_avgs": lambda _: []}, {}, ValueError, "needs exp_avgs and exp_avg_sqs"),
+    "no maxima": ("amsgrad", {"max_exp_avg_sqs": lambda _: []}, {}, ValueError, "amsgrad = (1|true) but max_exp_avg_sqs has 0"),
+    "maxima without amsgrad": ("amsgrad", {}, {"amsgrad": False}, ValueError, "amsgrad = (0|false) but max_exp_avg_sqs has 3"),
+    "steps short": ("amsgrad", {"steps": lambda x: x[:1]}, {}, ValueError, "steps has 1 tensors for 3 weights"),
+    "steps dtype": ("amsgrad", {"steps": _last(lambda x: x.long())}, {}, TypeError, r"steps\[2\] is .*Long"),
+    "steps shape": ("amsgrad", {"steps": _last(lambda x: x.expand(2))}, {}, TypeError, r"steps\[2\] is .* of shape \[2\]"),
+    "scales short": ("momentum", {"scales": lambda x: x[:1]}, {}, ValueError, "scales has 1 tensors; 3 are needed"),
+    "scales shape": ("momentum", {"scales": _first(lambda x: x[:2])}, {}, ValueError, r"scales\[0\] has shape \[2, 1\] .* \[3, 33\]"),
+    "scales groups": ("momentum", {"scales": _first(lambda x: x.expand(3, 2))}, {}, ValueError, r"scales\[0\] has shape \[3, 2\]"),
+    "scales in a list": ("momentum", {"scales": _last(lambda x: x.expand(2))}, {}, ValueError, r"scales\[2\] has shape \[2\]"),
+    "scales dtype": ("momentum", {"scales": _last(lambda x: x.double())}, {}, TypeError, r"scales\[2\] has dtype Double; Float"),
+    "scales half": (
+        "momentum",
+        HALVES | {"scales": _first(lambda x: x.bfloat16())},
+        {},
+        TypeError,
+        r"scales\[0\] has dtype BFloat16; Float",
+    ),
+    "scales without levels": (
+        "momentum",
+        {"codes": lambda _: [], "snapped": lambda _: []},
+        {"levels": []},
+        ValueError,
+        "scales has 3 tensors; 0",
+    ),
+    "outputs without levels": ("momentum", {"scales": lambda _: []}, {"levels": []}, ValueError, "codes and snapped need levels"),
+    "one level": ("momentum", {}, {"levels": [1.0]}, ValueError, "levels has 1 entries; 2 to 256"),
+    "257 levels": ("momentum", {}, {"levels": [float(k) for k in range(257)]}, ValueError, "levels has 257 entries; 2 to 256"),
+    "levels repeated": ("momentum", {}, {"levels": [0.0, 1.0, 1.0]}, ValueError, r"levels\[2\] = 1 is not above levels\[1\] = 1"),
+    "levels falling": ("amsgrad", {}, {"levels": [1.0, -1.0]}, ValueError, r"levels\[1\] = -1 is not above levels\[0\] = 1"),
+    "levels in double": ("momentum", {}, {"levels": [0.0, 0.3]}, ValueError, r"levels\[1\] = 0.3 is not a float32 number"),
+    "level nan": ("momentum", {}, {"levels": [0.0, float("nan")]}, ValueError, r"levels\[1\] = nan"),
+    "both rates": ("momentum", {}, {"alpha": 1.0}, ValueError, "recovery or alpha, not both"),
+    "no rate": ("amsgrad", {}, {"recovery": None}, ValueError, "recovery or alpha, not both and not neither"),
+    "gradient, capture": (
+        "momentum",
+        {},
+        {"skew_at": "gradient", "alpha": 1.0, "recovery": None},
+        ValueError,
+        "skew_at = 'gradient' needs",
+    ),
+    "gradient, recovery": ("momentum", {}, {"skew_at": "gradient", "anneal": "interval"}, ValueError, "skew_at = 'gradient' needs alpha"),
+    "anneal": ("momentum", {}, {"anneal": "captured"}, ValueError, "anneal = 'captured'; 'interval' or 'capture'"),
+    "skew_at": ("amsgrad", {}, {"skew_at": "weight"}, ValueError, "skew_at = 'weight'; 'gradient' or 'velocity'"),
+}
+for rule, name in [*LISTS, ("momentum", "scales")]:
+    message = rf"{name}\[0\] is on meta but weights\[0\] is on cpu"
+    WRONG[f"{name} on meta"] = (rule, {name: _first(lambda x: x.to("meta"))}, {}, ValueError, message)
+# Rows of WRONG that fail today.
+_SILENT = pytest.mark.xfail(strict=True, reason="the fake kernels take a call with a meta tensor among CPU weights, and do nothing")
+_CRASHES = pytest.mark.xfail(run=False, reason="check() reads the first tensor of exp_avgs before it knows that there is one")
+KNOWN = {name: _SILENT for name in WRONG if name.endswith("on meta")} | {"no moments": _CRASHES}
+
+
+@compiled
+@pytest.mark.parametrize("wrong", [pytest.param(WRONG[name], id=name, marks=KNOWN.get(name, ())) for name in WRONG])
+def test_a_wrong_call_names_the_argument_and_changes_nothing(wrong):
+    rule, changes, settings, error, message = wrong
+    case = PLAIN._replace(rule=rule)
+    lists = build(case).lists
+    for name, change in changes.items():
+        lists[name] = change(lists[name])
+    before = {name: [tensor.clone() for tensor in tensors] for name, tensors in lists.items()}
+    with pytest.raises(error, match=message):
+        call(case, lists, next(iter(COMPILED.values())), **settings)
+    for name, tensors in before.items():
+        for i, tensor in enumerate(tensors):
+            if not tensor.is_meta:
+                assert_same_bits(lists[name][i], tensor, f"{name}[{i}]")
+
+
+def test_cases_are_drawn_alike_every_time():
+    case = CASES[0]
+    first = [drawn.values.clone() for drawn in draw(case)[0]]
+    draw.cache_clear()
+    for again, values in zip(draw(case)[0], first, strict=True):
+        assert_same_bits(again.values, values, again.name)
