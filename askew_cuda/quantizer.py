@@ -1,8 +1,8 @@
 """Codebooks, their names, and what a scale is good for: codes, snapped weights, distances."""
 
 import functools
-import itertools
 import math
+import numbers
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,8 +26,9 @@ _NAMED = {
     "nf4": _NF4,
     "fp4": (-6, -4, -3, -2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2, 3, 4, 6),
     "pow2": (-1, -0.5, -0.25, -0.125, 0, 0.125, 0.25, 0.5, 1),
-}  # fmt: skip
+}
 _ALIASES = {"1bit": "binary"}
+_LARGEST_LEVEL = torch.finfo(torch.float32).max / 2  # so that sums and differences of two levels fit, too
 SCALE_RULES = ("auto", "absmean", "absmax", "sawb", "mse")
 GRANULARITIES = ("tensor", "channel", "group")
 
@@ -41,37 +42,40 @@ class Codebook:
 
     Raises:
         TypeError: not a sequence of numbers. ValueError: too few or too many, unsorted, equal (once rounded) or not finite.
+
+    >>> Codebook([-2, 0, 1]).levels
+    (-2.0, 0.0, 1.0)
+    >>> Codebook.uniform(2) == Codebook.named("2bit") == Codebook([-1.5, -0.5, 0.5, 1.5])
+    True
     """
 
     levels: tuple[float, ...]
 
     def __init__(self, levels: Sequence[float]):
-        if isinstance(levels, (str, bytes)) or not isinstance(levels, (Sequence, Tensor)):
+        given = levels.tolist() if isinstance(levels, Tensor) else levels
+        if isinstance(given, (str, bytes)) or not isinstance(given, Sequence):
             raise TypeError(f"Codebook: levels = {levels!r}; a list of numbers is needed (a name goes to Codebook.named)")
-        given = levels.tolist() if isinstance(levels, Tensor) else list(levels)
-        for index, level in enumerate(given):
-            if isinstance(level, bool) or not isinstance(level, (int, float)):
-                raise TypeError(f"Codebook: levels[{index}] = {level!r}; a number is needed")
-            if not math.isfinite(level):
-                raise ValueError(f"Codebook: levels[{index}] = {level}; levels are finite")
         if not 2 <= len(given) <= 256:
             raise ValueError(f"Codebook: {len(given)} levels; 2 to 256 are needed")
-        rounded = torch.tensor(given, dtype=torch.float64).to(torch.float32).tolist()
-        for index, (lower, upper) in enumerate(itertools.pairwise(rounded)):
+        for index, level in enumerate(given):
+            if isinstance(level, bool) or not isinstance(level, numbers.Real):
+                raise TypeError(f"Codebook: levels[{index}] = {level!r}; a number is needed")
+            if not abs(level) <= _LARGEST_LEVEL:
+                raise ValueError(f"Codebook: levels[{index}] = {level}; levels are finite and at most {_LARGEST_LEVEL:.3g} in size")
+        rounded = torch.tensor([float(level) for level in given], dtype=torch.float64).float().tolist()
+        for index, (lower, upper) in enumerate(zip(rounded[:-1], rounded[1:], strict=True)):
             if not lower < upper:
                 raise ValueError(
                     f"Codebook: levels[{index}] = {given[index]} is not below levels[{index + 1}] = {given[index + 1]} in float32; "
                     "sort them, and leave each in once"
                 )
-        if not math.isfinite(rounded[0] - rounded[-1]):
-            raise ValueError(f"Codebook: levels from {given[0]} to {given[-1]}; their range must fit float32")
         object.__setattr__(self, "levels", tuple(rounded))
 
     @classmethod
     def uniform(cls, bits: int) -> "Codebook":
         """2^bits half-integers, symmetric, without zero; 1 <= bits <= 8, and 1 bit is (-1, 1)."""
         if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 8:
-            raise ValueError(f"Codebook.uniform: bits = {bits!r}; 1 to 8")
+            raise ValueError(f"Codebook.uniform: bits = {bits!r}; a whole number from 1 to 8 is needed")
         return cls.named(f"{bits}bit")
 
     @classmethod
@@ -79,7 +83,7 @@ class Codebook:
         """A codebook by its name: binary (1bit), ternary, 2bit .. 8bit, int2 .. int8, authors_4bit, nf4, fp4, pow2."""
         levels = _NAMED.get(_ALIASES.get(name, name))
         if levels is None:
-            raise ValueError(f"codebook = {name!r} is not known; {', '.join([*_NAMED, *_ALIASES])}, or askew_cuda.Codebook(levels)")
+            raise ValueError(f"codebook = {name!r} is not known; take one of {', '.join([*_NAMED, *_ALIASES])}, or Codebook(levels)")
         return cls(levels)
 
     @property
@@ -91,6 +95,21 @@ class Codebook:
     def bits(self) -> int:
         """Bits that a code takes."""
         return (len(self.levels) - 1).bit_length()
+
+    @property
+    def rms(self) -> float:
+        """Root of the mean square of the levels."""
+        return math.sqrt(math.fsum(level * level for level in self.levels) / len(self.levels))
+
+    @property
+    def mean_abs(self) -> float:
+        """Mean size of the levels."""
+        return math.fsum(map(abs, self.levels)) / len(self.levels)
+
+    @property
+    def max_abs(self) -> float:
+        """Size of the largest level."""
+        return max(-self.levels[0], self.levels[-1])
 
     def __len__(self) -> int:
         return len(self.levels)
@@ -107,12 +126,18 @@ class Quantizer:
 
     Args:
         codebook: a Codebook, a name, or a list of levels.
-        scale: "auto", "absmean", "absmax", "sawb", "mse", a positive number, or a tensor of the shape that the granularity asks for.
-        granularity: one scale per "tensor", "channel" (first dimension) or "group".
+        scale: "auto", "absmean", "absmax", "sawb", "mse", a positive number, or a tensor of the shape that the granularity asks
+            for; weight units per level unit. A tensor is kept as nested tuples, so that quantizers can be compared.
+        granularity: one scale per "tensor", "channel" (first dimension) or "group". Below two dimensions always per tensor.
         group_size: consecutive weights of a row that share a scale, with "group" only; it must divide the row.
 
     Raises:
         ValueError, TypeError: an argument is not one of these.
+
+    >>> Quantizer.parse("2bit/group128") == Quantizer("2bit", granularity="group", group_size=128)
+    True
+    >>> Quantizer("1bit", granularity="channel").plain()
+    'binary/channel'
     """
 
     codebook: Codebook
@@ -121,29 +146,18 @@ class Quantizer:
     group_size: int | None = None
 
     def __post_init__(self):
-        codebook, scale = self.codebook, self.scale
-        if isinstance(codebook, str):
-            object.__setattr__(self, "codebook", Codebook.named(codebook))
-        elif not isinstance(codebook, Codebook):
-            object.__setattr__(self, "codebook", Codebook(codebook))
-        if isinstance(scale, str):
-            if scale not in SCALE_RULES:
-                raise ValueError(f"scale = {scale!r}; {', '.join(SCALE_RULES)}, a positive number or a tensor")
-        elif isinstance(scale, bool) or not isinstance(scale, (int, float, list, tuple, Tensor)):
-            raise TypeError(f"scale = {scale!r}; {', '.join(SCALE_RULES)}, a positive number or a tensor")
-        else:
-            numbers = scale.detach().to("cpu", torch.float64) if isinstance(scale, Tensor) else torch.tensor(scale, dtype=torch.float64)
-            if not bool(((numbers > 0) & numbers.isfinite()).all()):
-                raise ValueError(f"scale = {scale!r}; every number must be positive and finite")
-            object.__setattr__(self, "scale", _nested(numbers.tolist(), tuple))
+        codebook, size = self.codebook, self.group_size
+        if not isinstance(codebook, Codebook):
+            codebook = Codebook.named(codebook) if isinstance(codebook, str) else Codebook(codebook)
+            object.__setattr__(self, "codebook", codebook)
+        object.__setattr__(self, "scale", _checked_scale(self.scale))
         if self.granularity not in GRANULARITIES:
-            raise ValueError(f"granularity = {self.granularity!r}; {', '.join(GRANULARITIES)}")
-        size = self.group_size
+            raise ValueError(f"Quantizer: granularity = {self.granularity!r}; take one of {', '.join(GRANULARITIES)}")
         if self.granularity != "group":
             if size is not None:
-                raise ValueError(f"group_size = {size!r} with granularity = {self.granularity!r}; it goes with 'group' only")
+                raise ValueError(f"Quantizer: group_size = {size!r} with granularity = {self.granularity!r}; it goes with 'group' only")
         elif isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ValueError(f"group_size = {size!r}; a whole number of weights, at least 1, is needed")
+            raise ValueError(f"Quantizer: group_size = {size!r}; granularity 'group' needs a whole number of weights, at least 1")
 
     @classmethod
     def parse(cls, spec: "str | Quantizer | Mapping") -> "Quantizer":
@@ -157,7 +171,7 @@ class Quantizer:
             rest = {key: value for key, value in spec.items() if key != "levels"}
             return cls(Codebook(spec["levels"]), **rest)
         if not isinstance(spec, str):
-            raise TypeError(f"quantizer = {spec!r}; a name such as 'ternary' or '2bit/group128', an askew_cuda.Quantizer, or None")
+            raise TypeError(f"quantizer = {spec!r}; a name such as 'ternary' or '2bit/group128', or an askew_cuda.Quantizer, is needed")
         return _parse_name(spec)
 
     def plain(self) -> str | dict[str, object]:
@@ -165,7 +179,7 @@ class Quantizer:
         if self.scale == "auto" and self.codebook.name is not None:
             suffix = {"tensor": "", "channel": "/channel", "group": f"/group{self.group_size}"}[self.granularity]
             return self.codebook.name + suffix
-        scale = _nested(self.scale, list) if isinstance(self.scale, tuple) else self.scale
+        scale = _nested(self.scale, list)
         return {"levels": list(self.codebook.levels), "scale": scale, "granularity": self.granularity, "group_size": self.group_size}
 
     def check(self, weight: Tensor, name: str) -> None:
@@ -174,13 +188,13 @@ class Quantizer:
             row = weight[0].numel()
             if row % self.group_size:
                 raise ValueError(
-                    f"group_size = {self.group_size} does not divide a row of {name}, which has {row} weights "
-                    f"(shape {tuple(weight.shape)}); take a divisor, or granularity 'channel'"
+                    f"group_size = {self.group_size} does not divide a row of {name}, which has {row} weights (shape "
+                    f"{tuple(weight.shape)}); take a divisor of {row}, or granularity 'channel'"
                 )
         if isinstance(self.scale, tuple):
             given, wanted = tuple(torch.tensor(self.scale).shape), self.scale_shape(weight)
             if given != wanted:
-                raise ValueError(f"scale has shape {given}, but {name} of shape {tuple(weight.shape)} needs {wanted}")
+                raise ValueError(f"scale has shape {given}, but {name} of shape {tuple(weight.shape)} needs {wanted}, or one number")
 
     def scale_shape(self, weight: Tensor) -> tuple[int, ...]:
         """() per tensor, (channels, 1, ..) per channel, (rows, groups) per group; below two dimensions always ()."""
@@ -191,45 +205,72 @@ class Quantizer:
         return (weight.shape[0], math.prod(weight.shape[1:]) // self.group_size)
 
 
-@functools.cache
-def _parse_name(spec: str) -> Quantizer:
-    name, _, suffix = spec.partition("/")
-    group = re.fullmatch(r"group(\d+)", suffix)
-    if group:
-        return Quantizer(Codebook.named(name), granularity="group", group_size=int(group[1]))
-    if suffix not in ("", "tensor", "channel") or spec.endswith("/"):
-        raise ValueError(f"quantizer = {spec!r}; the suffix is /tensor, /channel or /group and a size, such as {name}/group128")
-    return Quantizer(Codebook.named(name), granularity=suffix or "tensor")
+def _checked_scale(scale: object) -> str | float | tuple:
+    """The name of a rule, a float, or nested tuples of floats."""
+    wanted = f"take one of {', '.join(SCALE_RULES)}, a positive number, or a tensor of positive numbers"
+    if isinstance(scale, str):
+        if scale not in SCALE_RULES:
+            raise ValueError(f"Quantizer: scale = {scale!r}; {wanted}")
+        return scale
+    try:
+        if scale is None or isinstance(scale, bool):
+            raise TypeError
+        values = torch.as_tensor(scale, dtype=torch.float64, device="cpu")
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:  # all that torch raises for what is not numbers
+        raise TypeError(f"Quantizer: scale = {scale!r}; {wanted}") from error
+    if not ((values > 0) & values.isfinite()).all():
+        raise ValueError(f"Quantizer: scale = {scale!r} is not positive and finite; {wanted}")
+    return _nested(values.tolist(), tuple)
 
 
 def _nested(value: object, kind: type) -> object:
-    """Nested sequences of numbers as nested tuples, or lists."""
+    """Nested sequences of numbers as nested tuples, or lists; anything else as it is."""
     return kind(_nested(each, kind) for each in value) if isinstance(value, (list, tuple)) else value
+
+
+@functools.cache
+def _parse_name(spec: str) -> Quantizer:
+    name, slash, suffix = spec.partition("/")
+    codebook, group = Codebook.named(name), re.fullmatch("group([0-9]+)", suffix)
+    if group:
+        return Quantizer(codebook, granularity="group", group_size=int(group[1]))
+    if slash and suffix not in ("tensor", "channel"):
+        raise ValueError(f"quantizer = {spec!r}; the suffix is /tensor, /channel or /group and a size, such as {name}/group128")
+    return Quantizer(codebook, granularity=suffix or "tensor")
 
 
 def _place(weight: Tensor, scale: Tensor, levels: Sequence[float]):
     """The weight in the arithmetic type, its codebook, unit and the index of its level: (E6)."""
     w = weight.detach().to(reference.arithmetic(weight.dtype))
     book = reference.codebook(levels, w)
-    unit = reference.spread(scale, weight) * book.unit
+    scale = reference.spread(scale, weight) if weight.numel() else scale.new_ones(())  # scales of nothing may not broadcast
+    unit = scale * book.unit
     return w, book, unit, book.nearest(w * unit.reciprocal())
 
 
 def codes(weight: Tensor, scale: Tensor, levels: Sequence[float]) -> Tensor:
-    """Index of each weight's nearest level, uint8, as the weight; a tie goes to the lower level, NaN to 0."""
+    """Index of each weight's nearest level, uint8, as the weight; a tie goes to the lower level, NaN to 0.
+
+    Args:
+        weight: (...), float32, float64, bfloat16 or float16.
+        scale: () | (channels, 1, ..) | (rows, groups), of the arithmetic type, > 0; weight units per level unit.
+        levels: K strictly increasing float32 numbers, 2 <= K <= 256; level units.
+    """
     return _place(weight, scale, levels)[3].to(torch.uint8)
 
 
 def snap(weight: Tensor, scale: Tensor, levels: Sequence[float]) -> Tensor:
-    """Each weight's nearest ``scale * level``, in the weight's dtype."""
+    """Each weight's nearest ``scale * level``, in the weight's dtype. Arguments, ties and NaN as for :func:`codes`."""
     _, book, unit, index = _place(weight, scale, levels)
     return (unit * book.level(index)).to(weight.dtype)
 
 
 def distance(weight: Tensor, scale: Tensor, levels: Sequence[float]) -> Tensor:
-    """Each weight's distance from its level as stored, in units of half the distance between the levels around it: 0 on a level,
-    1 half-way. Arithmetic type; NaN for NaN."""
+    """Each weight's distance from its level, in units of half the distance between the levels around it: 0 on a level, 1 half-way.
+
+    The level as the weight's dtype stores it: a snapped weight is on its level in 16 bits, too. Of the arithmetic type; NaN for
+    NaN. Arguments as for :func:`codes`.
+    """
     w, book, unit, index = _place(weight, scale, levels)
-    stored = (unit * book.level(index)).to(weight.dtype).to(w.dtype)
-    e = stored - w
+    e = (unit * book.level(index)).to(weight.dtype).to(w.dtype) - w
     return e.abs() / (unit * book.gap(index, e))

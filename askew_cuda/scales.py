@@ -1,8 +1,7 @@
 """Scale rules: one number per tensor, channel or group, estimated once from the weights. PyTorch operations, float64 sums."""
 
-import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,8 +15,9 @@ _SAWB = {
     2: (0.0, -1.0), 3: (2.6, 1.71), 4: (3.12, 2.064), 8: (7.509, 6.892), 15: (12.035, 12.03), 16: (12.68, 12.80), 17: (12.1, 12.2),
     32: (17.74, 18.64), 127: (28.24, 30.81), 255: (31.76, 35.04), 256: (31.76, 35.04),
 }  # fmt: skip
-_GRID = 96  # candidates of the min-MSE search
-_REFITS = 4  # least-squares refits of the best one
+_CANDIDATES = 128  # of the min-MSE search: about 4 % apart for weights like a Gaussian's
+_REFITS = 3  # least-squares refits of the best one
+_CHUNK = 2**22  # numbers that min-MSE works on at a time, at least one row: 32 MiB per float64 temporary
 
 
 def estimate(weight: Tensor, quantizer: Quantizer, *, pretrained: bool | str, name: str) -> Tensor:
@@ -35,46 +35,86 @@ def estimate(weight: Tensor, quantizer: Quantizer, *, pretrained: bool | str, na
 
     Raises:
         ValueError: the weights hold NaN, infinity or nothing but zeros, or the shape does not fit the quantizer.
+
+    >>> estimate(torch.tensor([-3.0, 1.0]), Quantizer("binary"), pretrained=True, name="w")
+    tensor(2.)
     """
     quantizer.check(weight, name)
     shape, dtype = quantizer.scale_shape(weight), reference.arithmetic(weight.dtype)
-    if isinstance(quantizer.scale, (int, float, tuple)):
-        return torch.tensor(quantizer.scale, dtype=torch.float64).to(weight.device, dtype).expand(shape).clone()
+    if not isinstance(quantizer.scale, str):
+        given = torch.tensor(quantizer.scale, dtype=torch.float64)
+        if not (_is_usable(given, dtype)).all():
+            raise ValueError(f"scale = {quantizer.scale!r} of {name} is 0 or infinite in {dtype}; give one that {dtype} can hold")
+        return given.to(weight.device, dtype).expand(shape).clone()
     if weight.numel() == 0:
         return torch.ones(shape, dtype=dtype, device=weight.device)
-    if not bool(weight.isfinite().all()):
-        raise ValueError(f"{name} holds {int((~weight.isfinite()).sum())} NaN or infinite weights; no scale can be estimated from them")
-    if not bool(weight.any()):
-        raise ValueError(f"{name} holds nothing but zeros; give it a scale: Quantizer(..., scale=0.05)")
-    rows = weight.detach().reshape(math.prod(shape), -1).to(dtype)
+    if not weight.isfinite().all():
+        bad = int((~weight.isfinite()).sum())
+        raise ValueError(f"{name} holds {bad} NaN or infinite weights: no scale can be estimated; repair them, or give Quantizer(scale=..)")
+    rows = weight.detach().reshape(math.prod(shape), -1).to(dtype)  # in logical order, whatever the layout
     scale = _by_rule(rows, weight, quantizer, pretrained, name)
-    empty = ~(scale > 0)
-    if bool(empty.any()):
-        scale = torch.where(empty, scale[~empty].mean(), scale)
-    return scale.to(dtype).reshape(shape)
+    usable = _is_usable(scale, dtype)
+    if not usable.any():
+        raise ValueError(f"{name} holds nothing but zeros: no scale can be estimated; give it one, such as Quantizer(.., scale=0.05)")
+    return torch.where(usable, scale, scale[usable].mean()).to(dtype).reshape(shape)
+
+
+def is_torch_default(weight: Tensor) -> bool:
+    """Whether a weight looks like torch's default Linear or Conv initialisation, uniform in +-1 / sqrt(fan_in)."""
+    if weight.dim() < 2 or weight.numel() == 0:
+        return False
+    fan_in, _ = _fans(weight)
+    values = weight.detach().to(reference.arithmetic(weight.dtype)).reshape(1, -1)
+    largest, rms, wanted = _largest(values).item(), _rms(values).item(), 1 / math.sqrt(3 * fan_in)
+    inside = largest <= (1 + 2 * torch.finfo(weight.dtype).eps) / math.sqrt(fan_in)
+    return inside and abs(rms - wanted) <= (0.05 + 2 / math.sqrt(weight.numel())) * wanted
+
+
+def share_outside(weight: Tensor, scale: Tensor, levels: Sequence[float]) -> float:
+    """Share of weights that lie outside of the outermost levels: what a clip would move. 0 for an empty tensor."""
+    if weight.numel() == 0:
+        return 0.0
+    w, wide = weight.detach().to(scale.dtype), reference.spread(scale, weight)
+    return float(((w < wide * levels[0]) | (w > wide * levels[-1])).double().mean())
+
+
+def _is_usable(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Whether float64 scales are neither 0 nor infinite in their dtype, and have a reciprocal there."""
+    info = torch.finfo(dtype)
+    return (scale >= info.tiny) & (scale <= info.max)
 
 
 def _by_rule(rows: Tensor, weight: Tensor, quantizer: Quantizer, pretrained: bool | str, name: str) -> Tensor:
     """(rows,) float64; 0 for a row of zeros."""
-    levels, rule = quantizer.codebook.levels, quantizer.scale
-    size = torch.tensor(levels, dtype=torch.float64).abs()
+    codebook, rule = quantizer.codebook, quantizer.scale
     if rule == "auto":
         if not pretrained and is_torch_default(weight):
-            return torch.full((len(rows),), _by_shape(weight, quantizer.codebook), dtype=torch.float64, device=rows.device)
-        if not pretrained and len(levels) <= 3:
+            return torch.full((len(rows),), _by_shape(weight, codebook), dtype=torch.float64, device=rows.device)
+        if not pretrained and len(codebook) <= 3:
             return 1.1 * _mean_abs(rows)
         rule = "mse"
     if rule == "absmean":
-        return _mean_abs(rows) / size.mean().item()
+        return _mean_abs(rows) / codebook.mean_abs
     if rule == "absmax":
-        return rows.abs().amax(1).double() / size.max().item()
+        return _largest(rows) / codebook.max_abs
     if rule == "sawb":
-        return _sawb(rows, len(levels), name) / size.max().item()
-    return min_mse(rows, levels)
+        return _sawb_clip(rows, len(codebook), name) / codebook.max_abs
+    return min_mse(rows, codebook)
+
+
+# Over each row, without a copy of the weights: (rows,) float64.
 
 
 def _mean_abs(rows: Tensor) -> Tensor:
-    return rows.abs().mean(1, dtype=torch.float64)
+    return torch.linalg.vector_norm(rows, 1, dim=1, dtype=torch.float64) / rows.shape[1]
+
+
+def _rms(rows: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(rows, 2, dim=1, dtype=torch.float64) / math.sqrt(rows.shape[1])
+
+
+def _largest(rows: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(rows, math.inf, dim=1, dtype=torch.float64)
 
 
 def _fans(weight: Tensor) -> tuple[int, int]:
@@ -83,109 +123,122 @@ def _fans(weight: Tensor) -> tuple[int, int]:
     return weight.shape[1] * field, weight.shape[0] * field
 
 
-def is_torch_default(weight: Tensor) -> bool:
-    """Whether a weight looks like torch's default Linear or Conv initialisation, uniform in +-1 / sqrt(fan_in)."""
-    if weight.dim() < 2 or weight.numel() == 0:
-        return False
-    fan_in, _ = _fans(weight)
-    values = weight.detach()
-    rms = values.to(reference.arithmetic(weight.dtype)).square().mean(dtype=torch.float64).sqrt().item()
-    bound = (1 + 2 * torch.finfo(weight.dtype).eps) / math.sqrt(fan_in)
-    wanted = 1 / math.sqrt(3 * fan_in)
-    return bool(values.abs().max() <= bound) and abs(rms - wanted) <= (0.05 + 2 / math.sqrt(weight.numel())) * wanted
-
-
 def _by_shape(weight: Tensor, codebook: Codebook) -> float:
     """sqrt(2 / fan_in) (16 / sqrt(fan_in fan_out))^(1/4) / rms(levels): that init says nothing about the scale that a layer should have."""
     fan_in, fan_out = _fans(weight)
-    rms = math.sqrt(sum(level * level for level in codebook.levels) / len(codebook))
-    return math.sqrt(2 / fan_in) * (16 / math.sqrt(fan_in * fan_out)) ** 0.25 / rms
+    return math.sqrt(2 / fan_in) * (16 / math.sqrt(fan_in * fan_out)) ** 0.25 / codebook.rms
 
 
-def _sawb(rows: Tensor, levels: int, name: str) -> Tensor:
+def _sawb_clip(rows: Tensor, levels: int, name: str) -> Tensor:
     """The statistics-aware clipping point; max|w| where the formula leaves nothing (weights all of one size)."""
     if levels not in _SAWB:
         raise ValueError(
             f"scale = 'sawb' of {name}: there are no coefficients for {levels} levels, only for {', '.join(map(str, _SAWB))}; take 'mse'"
         )
     a, b = _SAWB[levels]
-    clip = a * rows.square().mean(1, dtype=torch.float64).sqrt() - b * _mean_abs(rows)
-    return torch.where(clip > 0, clip, rows.abs().amax(1).double())
+    clip = a * _rms(rows) - b * _mean_abs(rows)
+    return torch.where(clip > 0, clip, _largest(rows))
 
 
-def min_mse(rows: Tensor, levels: Sequence[float]) -> Tensor:
-    """(rows,) float64: the scales s > 0 that minimise sum (w - s q(w / s))^2 row by row; exact for up to 3 levels.
+def min_mse(rows: Tensor, codebook: Codebook) -> Tensor:
+    """(rows,) float64: the scales s > 0 that minimise sum (w - s q(w / s))^2 row by row, q being the nearest level.
 
-    For an assignment of levels q the best scale is A / B with A = sum w q, B = sum q^2, and removes A^2 / B of the error. A row that
-    no positive scale serves (levels of one sign, weights of the other) gets max|w| / max|level|.
+    For an assignment of levels the best scale is A / B, A = sum w q, B = sum q^2, and takes A^2 / B off the error. So it is the
+    assignments that are tried: all of them for up to 3 levels, and for up to 17 in rows of a few thousand weights, where the
+    error is a jagged function of the scale; else those of a logarithmic grid of scales.
     """
-    best = _sweep(rows, levels) if len(levels) <= 3 else _search(rows, levels)
-    largest = rows.abs().amax(1).double() / max(abs(level) for level in levels)
-    return torch.where(best > 0, best, largest)
+    if rows.is_cuda and torch.are_deterministic_algorithms_enabled():
+        return min_mse(rows.cpu(), codebook).to(rows.device)  # torch's cumsum on CUDA is not deterministic, and refuses
+    levels = torch.tensor(codebook.levels, dtype=torch.float64, device=rows.device)
+    breaks = rows.shape[1] * (len(codebook) - 1)
+    exact = len(codebook) <= 3 or (len(codebook) <= 17 and breaks <= 2**16)
+    chunks = rows.split(max(1, _CHUNK // (breaks if exact else rows.shape[1])))
+    best = torch.cat([(_sweep if exact else _search)(chunk, levels) for chunk in chunks])
+    # No positive scale serves a row whose weights are of one sign and whose levels are not: nothing beats all of them at 0. Then
+    # the scale is the one that brings its weights into the range of the levels.
+    return torch.where(best > 0, best, _largest(rows) / codebook.max_abs)
 
 
-def _sweep(rows: Tensor, levels: Sequence[float]) -> Tensor:
-    """Every assignment that some scale asks for: from 0 up, it changes only where w / scale crosses the middle between two levels."""
+def _gain(a: Tensor, b: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+    """A^2 / B and A / B; -1 and 0 for assignments that no positive scale fits."""
+    smallest = levels[levels != 0].abs().min()
+    good = (a > 0) & (b > 0.5 * smallest**2)  # B is a sum of squared levels: less than one of them is rounding
+    return torch.where(good, a * a / b, -1), torch.where(good, a / b, 0)
+
+
+def _sweep(rows: Tensor, levels: Tensor) -> Tensor:
+    """The best of all scales; 0 where none is positive.
+
+    From 0 up, the assignment changes only where some w / scale, falling towards 0, crosses the middle between two levels: the
+    crossings are sorted, and A and B followed through all of them.
+    """
+    pairs = list(zip(levels[:-1].tolist(), levels[1:].tolist(), strict=True))
+    falls = ([(a, b) for a, b in pairs if a + b < 0], [(b, a) for a, b in pairs if a + b > 0])  # of w < 0 and w > 0: from, to
+    width = max(map(len, falls))
+    padded = [[*fall, *[(sign, sign)] * (width - len(fall))] for fall, sign in zip(falls, (-1.0, 1.0), strict=True)]  # changes nothing
+    table = torch.tensor(padded, dtype=torch.float64, device=rows.device).reshape(2, width, 2)
+    before, after = table.unbind(2)
+
     w = rows.double()
-    q = torch.tensor(levels, dtype=torch.float64, device=w.device)
-    start = torch.where(w > 0, q[-1], torch.where(w < 0, q[0], q[q.abs().argmin()]))
-    breaks, change_a, change_b = [], [], []
-    for lower, upper in itertools.pairwise(q):
-        middle = (lower + upper) / 2
-        if middle == 0:
-            continue  # w / scale keeps its sign: never crossed
-        crossing = w / middle
-        old, new = (upper, lower) if middle > 0 else (lower, upper)  # |w / scale| falls
-        crossed = crossing > 0
-        breaks.append(torch.where(crossed, crossing, math.inf))
-        change_a.append(torch.where(crossed, w * (new - old), 0))
-        change_b.append(torch.where(crossed, new * new - old * old, 0))
-    a, b = (w * start).sum(1, keepdim=True), (start * start).sum(1, keepdim=True)
-    if breaks:
-        order = torch.cat(breaks, 1).argsort(1)
-        a, b = (
-            torch.cat((first, first + torch.cat(change, 1).gather(1, order).cumsum(1)), 1)
-            for first, change in ((a, change_a), (b, change_b))
-        )
-    good = (a > 0) & (b > 0.5 * q.abs()[q != 0].min() ** 2)  # B is a sum of squared levels: below that, it is rounding
-    removed = torch.where(good, a * a / b, -1)
-    which = removed.argmax(1, keepdim=True)
-    return torch.where(good, a / b, 0).gather(1, which).squeeze(1)
+    side = (w > 0).long()
+    start = torch.where(w > 0, levels[-1], torch.where(w < 0, levels[0], levels[levels.abs().argmin()]))
+    order = (w.unsqueeze(2) / ((before + after) / 2)[side]).flatten(1).argsort(1)
+
+    def follow(first: Tensor, change: Tensor) -> Tensor:
+        first = first.sum(1, keepdim=True)
+        return torch.cat((first, first + change.flatten(1).gather(1, order).cumsum(1)), 1)
+
+    a = follow(w * start, w.unsqueeze(2) * (after - before)[side])
+    b = follow(start * start, torch.where(w.unsqueeze(2) != 0, (after * after - before * before)[side], 0))  # 0 crosses nothing
+    removed, scale = _gain(a, b, levels)
+    return scale.gather(1, removed.argmax(1, keepdim=True)).squeeze(1)
 
 
-def _search(rows: Tensor, levels: Sequence[float]) -> Tensor:
-    """The best of a logarithmic grid, refined by least squares.
+def _search(rows: Tensor, levels: Tensor) -> Tensor:
+    """The best of a logarithmic grid, refined by least squares; 0 where none is positive.
 
-    It reaches from 1.25 max|w| (all inside) down to 0.3 rms(w), per largest level: below that, most of the weights' energy is clipped.
+    On either side of 0 it reaches from 2 max|w| per outermost level, where weights fall on smaller levels alone, down to a
+    tenth of their rms, where nearly all are clipped.
     """
-    book = reference.codebook(levels, rows)
-    reach = max(abs(level) for level in levels)
-    high = 1.25 * rows.abs().amax(1).double() / reach
-    low = 0.3 * rows.square().mean(1, dtype=torch.float64).sqrt() / reach
+    low, high = torch.full_like(rows[:, 0], math.inf, dtype=torch.float64), torch.zeros_like(rows[:, 0], dtype=torch.float64)
+    for side, reach in ((rows.clamp_min(0), levels[-1]), ((-rows).clamp_min(0), -levels[0])):
+        if reach > 0:
+            rms = _rms(side) * (rows.shape[1] / side.count_nonzero(1).clamp_min(1)).sqrt()
+            low = torch.where(rms > 0, torch.minimum(low, 0.1 * rms / reach), low)
+            high = torch.maximum(high, 2 * _largest(side) / reach)
+    low, high = torch.where(high > 0, low, 1), torch.where(high > 0, high, 1)
+    fit = (_sorted_fit if rows.shape[1] >= 4 * len(levels) else _direct_fit)(rows, levels)
+    removed, best = _gain(*fit(high), levels)
+    for step in range(1, _CANDIDATES + _REFITS):
+        fraction = step / (_CANDIDATES - 1)
+        tried = high * (low / high) ** fraction if fraction <= 1 else torch.where(best > 0, best, high)
+        gain, scale = _gain(*fit(tried), levels)
+        best = torch.where(gain > removed, scale, best)
+        removed = torch.maximum(gain, removed)
+    return best
+
+
+def _sorted_fit(rows: Tensor, levels: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """A and B of the assignment at a scale, (rows,): once the weights are sorted, a few binary searches per row."""
+    ascending = rows.sort(1).values
+    sums = torch.nn.functional.pad(ascending.cumsum(1, dtype=torch.float64), (1, 0))
+    middles, jump, square_jump = (levels[:-1] + levels[1:]) / 2, levels.diff(), (levels * levels).diff()
 
     def fit(scale: Tensor) -> tuple[Tensor, Tensor]:
-        """What the assignment at a scale removes of the error at its own best scale, and that scale."""
+        below = torch.searchsorted(ascending, (scale.unsqueeze(1) * middles).to(rows.dtype), right=True)
+        a = levels[-1] * sums[:, -1] - (jump * sums.gather(1, below)).sum(1)
+        return a, levels[-1] ** 2 * rows.shape[1] - (square_jump * below).sum(1)
+
+    return fit
+
+
+def _direct_fit(rows: Tensor, levels: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """The same for rows too short for the searches to pay."""
+    book = reference.codebook(levels.tolist(), rows)
+
+    def fit(scale: Tensor) -> tuple[Tensor, Tensor]:
         unit = scale.to(rows.dtype).unsqueeze(1) * book.unit
-        level = book.level(book.nearest(rows * unit.reciprocal())) * book.unit
-        a, b = (rows * level).sum(1, dtype=torch.float64), (level * level).sum(1, dtype=torch.float64)
-        good = (a > 0) & (b > 0)
-        return torch.where(good, a * a / b, -1), torch.where(good, a / b, scale)
+        level = book.unit * book.level(book.nearest(rows * unit.reciprocal()))
+        return (rows * level).sum(1, dtype=torch.float64), (level * level).sum(1, dtype=torch.float64)
 
-    removed, best = fit(high)
-    for step in range(1, _GRID):
-        gain, scale = fit(high * (low / high) ** (step / (_GRID - 1)))
-        better = gain > removed
-        removed, best = torch.where(better, gain, removed), torch.where(better, scale, best)
-    for _ in range(_REFITS):
-        gain, scale = fit(best)
-        best = torch.where(gain >= removed, scale, best)
-        removed = torch.maximum(gain, removed)
-    return torch.where(removed > 0, best, 0)
-
-
-def share_outside(weight: Tensor, scale: Tensor, levels: Sequence[float]) -> float:
-    """Share of weights that lie outside of the outermost levels: what a clip would move."""
-    if weight.numel() == 0:
-        return 0.0
-    wide = reference.spread(scale, weight)
-    return float(((weight < wide * levels[0]) | (weight > wide * levels[-1])).double().mean())
+    return fit

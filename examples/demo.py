@@ -108,7 +108,7 @@ def draw(found: dict[str, dict[str, list[float]]], travel: Travel, path: Path) -
     right.set_xlabel("step")
     right.set_ylabel("weight / scale")
     right.set_title("ternary: every weight travels to its level", fontsize=10)
-    right.legend(loc="center left")
+    right.legend(loc="upper left", bbox_to_anchor=(0.0, 0.97), framealpha=1)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 

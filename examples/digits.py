@@ -48,8 +48,8 @@ def mlp(hidden: int) -> nn.Sequential:
 class StraightThrough(nn.Module):
     """The rival: the forward pass sees the rounded weight, the gradient goes to the latent one as if it had not been rounded.
 
-    The scale is estimated anew in every forward pass: one least-squares refit of the min-MSE scale to the current rounding (for
-    two levels -1, 1 that is mean|w|, exactly).
+    The scale is estimated anew in every forward pass of the training: mean|w| for 1 bit and ternary; for more levels one least-squares
+    refit of the min-MSE scale to the current rounding.
     """
 
     def __init__(self, quantizer: askew.Quantizer, weight: Tensor):
@@ -59,10 +59,12 @@ class StraightThrough(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         with torch.no_grad():
+            if self.training and len(self.levels) <= 3:
+                self.scale = weight.abs().mean()
             book = reference.codebook(self.levels, weight)
             level = book.unit * book.level(book.nearest(weight / (self.scale * book.unit)))
-            if self.training:
-                self.scale = ((weight * level).sum() / (level * level).sum()).clamp_min(1e-8)
+            if self.training and len(self.levels) > 3:
+                self.scale = (weight * level).sum() / (level * level).sum()
             rounded = self.scale * level
         return weight + (rounded - weight).detach()
 
