@@ -2,8 +2,9 @@
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +32,18 @@ class FinalizeReport:
     share_on_level: float
     never_stepped: tuple[str, ...]
     tensors: tuple[TensorReport, ...]
+
+
+class Batch(NamedTuple):
+    """Weights that step in one call, their gradients and their states."""
+
+    weights: list[Tensor]
+    grads: list[Tensor]
+    states: list[dict]
+
+    def pick(self, wanted: list[bool]) -> "Batch":
+        """Those that are wanted."""
+        return Batch(*([item for item, keep in zip(items, wanted, strict=True) if keep] for items in self))
 
 
 class QuantizedOptimizer(torch.optim.Optimizer):
@@ -142,25 +155,28 @@ class QuantizedOptimizer(torch.optim.Optimizer):
                     if "scale" not in self.state[weight]:
                         self._set_scale(group, quantizer, name, weight)
 
-    def _prepare_group(self, group: dict, stepped: list[Tensor]) -> tuple[list[Tensor], list[list[Tensor]]]:
-        """Scales and output buffers of the weights that are about to step."""
+    def _scales(self, group: dict, batch: Batch) -> list[Tensor]:
+        """The scale of each weight; set now where it is missing."""
         quantizer = self._quantizer(group)
         if quantizer is None:
-            return [], [[], []]
-        if any("scale" not in self.state[weight] for weight in stepped):
-            wanted = set(stepped)
+            return []
+        if any(["scale" not in state for state in batch.states]):
+            wanted = set(batch.weights)
             for name, weight in self._named(group):
                 if weight in wanted and "scale" not in self.state[weight]:
                     self._set_scale(group, quantizer, name, weight)
-        outputs: list[list[Tensor]] = [[], []]
-        for i, (key, dtype) in enumerate((("codes", torch.uint8), ("snapped", None))):
-            if key in group["outputs"]:
-                for weight in stepped:
-                    kept = self.outputs.setdefault(weight, {})
-                    if key not in kept:
-                        kept[key] = torch.empty_like(weight, dtype=dtype, requires_grad=False)
-                    outputs[i].append(kept[key])
-        return [self.state[weight]["scale"] for weight in stepped], outputs
+        return [state["scale"] for state in batch.states]
+
+    def _outputs(self, group: dict, batch: Batch) -> tuple[list[Tensor], list[Tensor]]:
+        """Buffers for codes and snapped weights; empty lists where they are not wanted."""
+        lists: dict[str, list[Tensor]] = {"codes": [], "snapped": []}
+        for key in group["outputs"]:
+            for weight in batch.weights:
+                kept = self.outputs.setdefault(weight, {})
+                if key not in kept:
+                    kept[key] = torch.empty_like(weight, dtype=torch.uint8 if key == "codes" else None, requires_grad=False)
+                lists[key].append(kept[key])
+        return lists["codes"], lists["snapped"]
 
     # The step
 
@@ -186,33 +202,34 @@ class QuantizedOptimizer(torch.optim.Optimizer):
             call()
         return loss
 
-    def _group_calls(self, group: dict) -> Iterator:
-        """One call per device and dtype, as functions to call once all of the step is known to be good."""
-        stepped = [weight for weight in group["params"] if weight.grad is not None]
-        kinds = {(weight.device, weight.dtype) for weight in stepped}
-        if len(self._stepped) < sum(len(each["params"]) for each in self.param_groups):
-            self._stepped.update(stepped)
+    def _group_calls(self, group: dict) -> Iterator[Callable[[], None]]:
+        """One call per device and dtype, to be made once all of the step is known to be good."""
+        weights, grads = [], []
+        for weight in group["params"]:
+            grad = weight.grad
+            if grad is not None:
+                weights.append(weight)
+                grads.append(grad)
+        if any([grad.is_sparse for grad in grads]):
+            name = next(name for name, weight in self._named(group) if weight.grad is not None and weight.grad.is_sparse)
+            raise ValueError(f"the gradient of {name} is sparse; dense gradients are needed (sparse=False in an embedding)")
+        batch = Batch(weights, grads, [self.state[weight] for weight in weights])
+        kinds = {(device, dtype) for device in {w.device for w in weights} for dtype in {w.dtype for w in weights}}
         for device, dtype in kinds:
-            chosen = stepped if len(kinds) == 1 else [w for w in stepped if w.dtype == dtype and w.device == device]
-            grads = [weight.grad for weight in chosen]
-            for weight, grad in zip(chosen, grads, strict=True):
-                if grad.is_sparse:
-                    name = next(name for name, each in self._named(group) if each is weight)
-                    raise ValueError(f"the gradient of {name} is sparse; dense gradients are needed (sparse=False in an embedding)")
-            backend = ops.operators(ops.choose(group["backend"], device, dtype))
-            yield from self._calls(group, backend, chosen, grads)
+            same = batch if len(kinds) == 1 else batch.pick([w.dtype == dtype and w.device == device for w in weights])
+            if same.weights:
+                yield from self._calls(group, ops.operators(ops.choose(group["backend"], device, dtype)), same)
+        if len(self._stepped) < sum(len(each["params"]) for each in self.param_groups):
+            self._stepped.update(weights)
 
-    def _state_tensors(self, group: dict, weights: list[Tensor], key: str) -> list[Tensor]:
+    @staticmethod
+    def _state_tensors(group: dict, batch: Batch, key: str) -> list[Tensor]:
         """A state tensor of each weight; zeros where it is missing."""
-        tensors = []
-        for weight in weights:
-            state = self.state[weight]
-            tensor = state.get(key)
-            if tensor is None:
+        for weight, state in zip(batch.weights, batch.states, strict=True):
+            if state.get(key) is None:
                 dtype = None if group["state_dtype"] is None else torch.float32
-                tensor = state[key] = torch.zeros_like(weight, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
-            tensors.append(tensor)
-        return tensors
+                state[key] = torch.zeros_like(weight, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
+        return [state[key] for state in batch.states]
 
     def _constraint(self, group: dict) -> tuple[list[float], dict]:
         """Levels and keyword arguments of a call that both rules share."""

@@ -65,25 +65,24 @@ class AskewSGD(QuantizedOptimizer):
                 f"nesterov = True with momentum = {group['momentum']}, dampening = {group['dampening']}; it needs momentum and no dampening"
             )
 
-    def _calls(self, group, backend, weights, grads):
-        momentum, dampening = group["momentum"], group["dampening"]
-        settings = {"momentum": momentum, "nesterov": group["nesterov"]}
-        if momentum == 0 or dampening == 0:
-            yield self._call(group, backend, weights, grads, dampening=0.0, **settings)
+    def _calls(self, group, backend, batch):
+        if group["momentum"] == 0 or group["dampening"] == 0:
+            yield self._call(group, backend, batch, 0.0)
             return
         # The first gradient fills the buffer undamped: with the buffer at zero, that is a step without dampening.
-        fresh = [self.state[weight].get("momentum_buffer") is None for weight in weights]
+        fresh = [state.get("momentum_buffer") is None for state in batch.states]
         for first in (True, False):
-            chosen = [i for i, each in enumerate(fresh) if each is first]
-            if chosen:
-                some = ([weights[i] for i in chosen], [grads[i] for i in chosen])
-                yield self._call(group, backend, *some, dampening=0.0 if first else dampening, **settings)
+            chosen = batch.pick([each is first for each in fresh])
+            if chosen.weights:
+                yield self._call(group, backend, chosen, 0.0 if first else group["dampening"])
 
-    def _call(self, group, backend, weights, grads, **settings):
-        scales, (codes, snapped) = self._prepare_group(group, weights)
-        levels, constraint = self._constraint(group)
-        buffers = self._state_tensors(group, weights, "momentum_buffer") if settings["momentum"] != 0 else []
-        return lambda: backend.sgd_(weights, grads, buffers, scales, levels, codes, snapped, **settings, **constraint)
+    def _call(self, group, backend, batch, dampening):
+        scales = self._scales(group, batch)
+        codes, snapped = self._outputs(group, batch)
+        levels, settings = self._constraint(group)
+        settings |= {"momentum": group["momentum"], "dampening": dampening, "nesterov": group["nesterov"]}
+        buffers = self._state_tensors(group, batch, "momentum_buffer") if group["momentum"] != 0 else []
+        return lambda: backend.sgd_(batch.weights, batch.grads, buffers, scales, levels, codes, snapped, **settings)
 
 
 class AskewAdamW(QuantizedOptimizer):
@@ -126,15 +125,16 @@ class AskewAdamW(QuantizedOptimizer):
         if group["capturable"]:
             raise ValueError("capturable = True is not offered yet; leave it False")
 
-    def _calls(self, group, backend, weights, grads):
-        scales, (codes, snapped) = self._prepare_group(group, weights)
-        levels, constraint = self._constraint(group)
-        moments = [self._state_tensors(group, weights, key) for key in ("exp_avg", "exp_avg_sq")]
-        moments.append(self._state_tensors(group, weights, "max_exp_avg_sq") if group["amsgrad"] else [])
-        for weight in weights:
-            if "step" not in self.state[weight]:
-                self.state[weight]["step"] = torch.zeros((), dtype=torch.get_default_dtype())
-        steps = [self.state[weight]["step"] for weight in weights]
+    def _calls(self, group, backend, batch):
+        scales = self._scales(group, batch)
+        codes, snapped = self._outputs(group, batch)
+        levels, settings = self._constraint(group)
         beta1, beta2 = (float(beta) for beta in group["betas"])
-        settings = {"beta1": beta1, "beta2": beta2, "eps": group["eps"], "amsgrad": group["amsgrad"]}
-        yield lambda: backend.adamw_(weights, grads, *moments, steps, scales, levels, codes, snapped, **settings, **constraint)
+        settings |= {"beta1": beta1, "beta2": beta2, "eps": group["eps"], "amsgrad": group["amsgrad"]}
+        keys = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if group["amsgrad"] else ("exp_avg", "exp_avg_sq")
+        moments = [self._state_tensors(group, batch, key) for key in keys] + [[]] * (3 - len(keys))
+        for state in batch.states:
+            if "step" not in state:
+                state["step"] = torch.zeros((), dtype=torch.get_default_dtype())
+        steps = [state["step"] for state in batch.states]
+        yield lambda: backend.adamw_(batch.weights, batch.grads, *moments, steps, scales, levels, codes, snapped, **settings)

@@ -1,6 +1,7 @@
 """Codebooks, their names, and what a scale is good for: codes, snapped weights, distances."""
 
 import functools
+import itertools
 import math
 import numbers
 import re
@@ -63,7 +64,7 @@ class Codebook:
             if not abs(level) <= _LARGEST_LEVEL:
                 raise ValueError(f"Codebook: levels[{index}] = {level}; levels are finite and at most {_LARGEST_LEVEL:.3g} in size")
         rounded = torch.tensor([float(level) for level in given], dtype=torch.float64).float().tolist()
-        for index, (lower, upper) in enumerate(zip(rounded[:-1], rounded[1:], strict=True)):
+        for index, (lower, upper) in enumerate(itertools.pairwise(rounded)):
             if not lower < upper:
                 raise ValueError(
                     f"Codebook: levels[{index}] = {given[index]} is not below levels[{index + 1}] = {given[index + 1]} in float32; "

@@ -299,9 +299,9 @@ def sgd_(weights, grads, momentum_buffers, scales, levels, codes, snapped, *, lr
     if found_inf is not None and found_inf != 0:
         return
     for i, weight in enumerate(weights):
-        h = hyper(weight.dtype, weight.device, levels, lr=lr, momentum=momentum, one_minus_dampening=1 - dampening, weight_decay=weight_decay,
-                  nesterov=nesterov, maximize=maximize, epsilon=epsilon, anneal=anneal, skew_at=skew_at, recovery=recovery, alpha=alpha,
-                  max_step=max_step, clip=clip, grad_scale=grad_scale)  # fmt: skip
+        h = hyper(weight.dtype, weight.device, levels, lr=lr, weight_decay=weight_decay, maximize=maximize, grad_scale=grad_scale,
+                  momentum=momentum, one_minus_dampening=1 - dampening, nesterov=nesterov, epsilon=epsilon, anneal=anneal,
+                  skew_at=skew_at, recovery=recovery, alpha=alpha, max_step=max_step, clip=clip)  # fmt: skip
         wide = arithmetic(weight.dtype)
         w, g = weight.to(wide), grads[i].to(wide)
         buffer = momentum_buffers[i].to(wide) if momentum_buffers else None
@@ -333,9 +333,9 @@ def adamw_(weights, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, scales
     if found_inf is not None and found_inf != 0:
         return
     for i, weight in enumerate(weights):
-        h = hyper(weight.dtype, weight.device, levels, lr=lr, beta1=beta1, one_minus_beta1=1 - beta1, beta2=beta2, one_minus_beta2=1 - beta2,
-                  adam_eps=eps, weight_decay=weight_decay, maximize=maximize, epsilon=epsilon, anneal=anneal, skew_at=skew_at,
-                  recovery=recovery, alpha=alpha, max_step=max_step, clip=clip, grad_scale=grad_scale)  # fmt: skip
+        h = hyper(weight.dtype, weight.device, levels, lr=lr, weight_decay=weight_decay, maximize=maximize, grad_scale=grad_scale,
+                  beta1=beta1, one_minus_beta1=1 - beta1, beta2=beta2, one_minus_beta2=1 - beta2, adam_eps=eps, epsilon=epsilon,
+                  anneal=anneal, skew_at=skew_at, recovery=recovery, alpha=alpha, max_step=max_step, clip=clip)  # fmt: skip
         h.double_beta1, h.double_beta2 = beta1, beta2
         wide = arithmetic(weight.dtype)
         w, g = weight.to(wide), grads[i].to(wide)

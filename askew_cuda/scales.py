@@ -1,5 +1,6 @@
 """Scale rules: one number per tensor, channel or group, estimated once from the weights. PyTorch operations, float64 sums."""
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -15,9 +16,9 @@ _SAWB = {
     2: (0.0, -1.0), 3: (2.6, 1.71), 4: (3.12, 2.064), 8: (7.509, 6.892), 15: (12.035, 12.03), 16: (12.68, 12.80), 17: (12.1, 12.2),
     32: (17.74, 18.64), 127: (28.24, 30.81), 255: (31.76, 35.04), 256: (31.76, 35.04),
 }  # fmt: skip
-_CANDIDATES = 128  # of the min-MSE search: about 4 % apart for weights like a Gaussian's
+_CANDIDATES = 128  # of the min-MSE search, at least: about 4 % apart for weights like a Gaussian's
 _REFITS = 3  # least-squares refits of the best one
-_CHUNK = 2**22  # numbers that min-MSE works on at a time, at least one row: 32 MiB per float64 temporary
+_CHUNK = 2**20  # numbers that min-MSE works on at a time, at least one row: 8 MiB per float64 temporary
 
 
 def estimate(weight: Tensor, quantizer: Quantizer, *, pretrained: bool | str, name: str) -> Tensor:
@@ -167,31 +168,35 @@ def _gain(a: Tensor, b: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _sweep(rows: Tensor, levels: Tensor) -> Tensor:
-    """The best of all scales; 0 where none is positive.
+    """The best of all scales; 0 where none is positive."""
+    removed, scale = _gain(*_every_fit(rows, levels), levels)
+    return scale.gather(1, removed.argmax(1, keepdim=True)).squeeze(1)
 
-    From 0 up, the assignment changes only where some w / scale, falling towards 0, crosses the middle between two levels: the
-    crossings are sorted, and A and B followed through all of them.
+
+def _every_fit(rows: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+    """A and B of every assignment that some scale asks for, (rows, 1 + changes).
+
+    From scale 0 up, the assignment changes only where some w / scale, falling towards 0, crosses the middle between two levels. So
+    the crossings are sorted, and A and B followed through all of them.
     """
-    pairs = list(zip(levels[:-1].tolist(), levels[1:].tolist(), strict=True))
+    pairs = list(itertools.pairwise(levels.tolist()))
     falls = ([(a, b) for a, b in pairs if a + b < 0], [(b, a) for a, b in pairs if a + b > 0])  # of w < 0 and w > 0: from, to
     width = max(map(len, falls))
-    padded = [[*fall, *[(sign, sign)] * (width - len(fall))] for fall, sign in zip(falls, (-1.0, 1.0), strict=True)]  # changes nothing
-    table = torch.tensor(padded, dtype=torch.float64, device=rows.device).reshape(2, width, 2)
-    before, after = table.unbind(2)
+    padded = [[*fall, *[(sign, sign)] * (width - len(fall))] for fall, sign in zip(falls, (-1.0, 1.0), strict=True)]  # no change
+    before, after = levels.new_tensor(padded).reshape(2, width, 2).unbind(2)
 
-    w = rows.double()
-    side = (w > 0).long()
+    w, side = rows.double(), (rows > 0).long()
+    middles = ((before + after) / 2).to(rows.dtype)
+    order = (rows.unsqueeze(2) / middles[side]).flatten(1).argsort(1)
     start = torch.where(w > 0, levels[-1], torch.where(w < 0, levels[0], levels[levels.abs().argmin()]))
-    order = (w.unsqueeze(2) / ((before + after) / 2)[side]).flatten(1).argsort(1)
 
     def follow(first: Tensor, change: Tensor) -> Tensor:
         first = first.sum(1, keepdim=True)
-        return torch.cat((first, first + change.flatten(1).gather(1, order).cumsum(1)), 1)
+        return torch.cat((first, change.flatten(1).gather(1, order).cumsum_(1).add_(first)), 1)
 
     a = follow(w * start, w.unsqueeze(2) * (after - before)[side])
     b = follow(start * start, torch.where(w.unsqueeze(2) != 0, (after * after - before * before)[side], 0))  # 0 crosses nothing
-    removed, scale = _gain(a, b, levels)
-    return scale.gather(1, removed.argmax(1, keepdim=True)).squeeze(1)
+    return a, b
 
 
 def _search(rows: Tensor, levels: Tensor) -> Tensor:
@@ -209,8 +214,9 @@ def _search(rows: Tensor, levels: Tensor) -> Tensor:
     low, high = torch.where(high > 0, low, 1), torch.where(high > 0, high, 1)
     fit = (_sorted_fit if rows.shape[1] >= 4 * len(levels) else _direct_fit)(rows, levels)
     removed, best = _gain(*fit(high), levels)
-    for step in range(1, _CANDIDATES + _REFITS):
-        fraction = step / (_CANDIDATES - 1)
+    candidates = max(_CANDIDATES, min(4 * len(levels), 8 * rows.shape[1] // len(levels)))
+    for step in range(1, candidates + _REFITS):
+        fraction = step / (candidates - 1)
         tried = high * (low / high) ** fraction if fraction <= 1 else torch.where(best > 0, best, high)
         gain, scale = _gain(*fit(tried), levels)
         best = torch.where(gain > removed, scale, best)

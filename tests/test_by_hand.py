@@ -9,7 +9,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from tests.cases import BACKENDS, COMPILED, DTYPES, Backend
+from tests.cases import BACKENDS, COMPILED, DTYPES, EXTENSION, Backend
 from tests.compare import TOLERANCES, assert_close
 
 BINARY, TERNARY, HALVES, UNIT = (-1.0, 1.0), (-1.0, 0.0, 1.0), (-1.5, -0.5, 0.5, 1.5), (0.0, 1.0)
@@ -78,7 +78,8 @@ STEPS = {
     # epsilon 1: r_out = 1 / (1 + sqrt 2) < 1/2, (delta - r_out) (2 + delta + r_out) = 5/4 - 1: 1/4 * 1/4 * (1 + 1 / (5/4)) / (3/2)
     "interval: outside, epsilon 1 frees less": interval(1.5, 0.0, 1.0, 1.5 - 3 / 40),
     "interval: outside, feasible": interval(1.375, 0.125, 1.0, 1.5),
-    "gradient: alpha in place of lr alpha": interval(0.5, -0.125, 0.0, 0.5625, recovery=None, alpha=0.5, lr=0.25 / 0.75, skew_at="gradient"),
+    # a = alpha, not lr alpha: 3/8 * 1/2 per unit of lr
+    "gradient: alpha in place of lr alpha": interval(0.5, -0.125, 0.0, 0.59375, recovery=None, alpha=0.5, lr=0.5, skew_at="gradient"),
     "gradient: feasible": interval(0.75, -0.125, QUARTER, 0.625, recovery=None, alpha=0.5, lr=0.5, skew_at="gradient"),
     # the cap is max_step r_h / lr = 2 per unit of lr, the pull 63/32 alpha
     "gradient: the cap is one of the move": interval(0.125, 0.0, 0.0, 0.625, recovery=None, alpha=8.0, lr=0.25, skew_at="gradient"),
@@ -153,7 +154,6 @@ def check(actual: torch.Tensor, expected: list[float], what: str) -> None:
 @on_all
 @pytest.mark.parametrize("row", STEPS.values(), ids=STEPS)
 def test_one_step(row, name, dtype):
-    """Each weight beside one that must not notice: 3/8 with a displacement of zero and everything free."""
     settings = SGD | CONSTRAINT | row.settings
     g = -row.d / settings["lr"] if settings["lr"] else NAN
     weight, grad = torch.tensor([row.w] * 20, dtype=dtype), torch.tensor([g] * 20, dtype=dtype)
@@ -184,11 +184,73 @@ def test_codes_and_snapped_weights(levels, scale, weights, codes, name, dtype):
     assert snapped.tolist() == [scale * levels[k] for k in codes]
 
 
-def test_the_code_is_that_of_the_stored_weight():
-    """1/2 - 2^-12 is nearer to 0, but bfloat16 stores 1/2 - and that of 1/2 + 2^-12, nearer to 1, too: the tie goes down."""
-    for backend in BACKENDS.values():
-        weight, code = torch.tensor([0.375, 0.625], dtype=torch.bfloat16), torch.zeros(2, dtype=torch.uint8)
-        grad, scales = torch.tensor([-0.125, 0.125], dtype=torch.bfloat16) * (1 - 2**-6), [torch.tensor(1.0)]
-        backend.sgd_([weight], [grad], [], scales, TERNARY, [code], [], **SGD | CONSTRAINT | {"epsilon": 1.0})
-        assert weight.tolist() == [0.5, 0.5]
-        assert code.tolist() == [1, 1]
+@on_all
+def test_the_code_is_that_of_the_stored_weight(name):
+    """1/2 + 2^-11 is nearest to 1, and -1/2 + 2^-11 to 0; but bfloat16 stores 1/2 and -1/2: ties, which go to the lower level."""
+    weight, codes = torch.tensor([0.625, -0.375], dtype=torch.bfloat16), torch.zeros(2, dtype=torch.uint8)
+    grad = torch.full_like(weight, 0.125 - 2**-11)
+    BACKENDS[name].sgd_([weight], [grad], [], [torch.tensor(1.0)], TERNARY, [codes], [], epsilon=1.0, **SGD | CONSTRAINT)
+    assert weight.tolist() == [0.5, -0.5]
+    assert codes.tolist() == [1, 0]
+
+
+# Base rules, unconstrained: settings, gradients, the weight (1 before) after each step. SGD with lr 1/2; momentum_buffer in comments.
+SGD_STEPS = {
+    "plain": ({}, (1.0, 2.0), (0.5, -0.5)),
+    "momentum": ({"momentum": 0.5}, (1.0, 2.0), (0.5, -0.75)),  # 1; 1/2 + 2
+    "dampening": ({"momentum": 0.5, "dampening": 0.25}, (1.0, 2.0), (0.625, -0.3125)),  # 3/4; 3/8 + 3/2
+    "nesterov": ({"momentum": 0.5, "nesterov": True}, (1.0, 2.0), (0.25, -1.375)),  # 1, g 3/2; 5/2, g 2 + 5/4
+    "weight decay": ({"weight_decay": 0.5}, (1.0, 2.0), (0.25, -0.8125)),  # g 1 + 1/2; 2 + 1/8
+    "momentum, weight decay": ({"momentum": 0.5, "weight_decay": 0.5}, (1.0, 2.0), (0.25, -1.1875)),  # 3/2; 3/4 + 2 + 1/8
+    "maximize": ({"momentum": 0.5, "maximize": True}, (1.0, 2.0), (1.5, 2.75)),
+    "maximize, weight decay": ({"weight_decay": 0.5, "maximize": True}, (1.0, 2.0), (1.25, 1.9375)),  # g -1 + 1/2; -2 + 5/8
+    "a zero gradient goes on": ({"momentum": 0.5}, (1.0, 0.0), (0.5, 0.25)),
+}
+# AdamW with lr 1/2, beta1 1/2, beta2 3/4, eps 0. The first step is lr, whatever the gradient.
+ADAMW_STEPS = {
+    "the first step is lr": ({}, (3.0,), (0.5,)),
+    "and against the gradient": ({}, (-8.0,), (1.5,)),
+    "eps": ({"eps": 1.0}, (3.0,), (0.625,)),  # 3 / (3 + 1)
+    # mean 1/2, -1/4, over 3/4; square 1/4, 7/16, over 7/16: directions 1 and -1/3
+    "two steps": ({}, (1.0, -1.0), (0.5, 0.5 + 1 / 6)),
+    "decoupled decay": ({"weight_decay": 0.25}, (3.0,), (0.375,)),  # 1/2 (1 + 1/4)
+    "decay does not enter the moments": ({"weight_decay": 0.25}, (1.0, -1.0), (0.375, 0.375 + 1 / 6 - 3 / 64)),
+    "maximize": ({"maximize": True, "weight_decay": 0.25}, (3.0,), (1.375,)),
+    # mean 1, 1/2, over 3/4; square 1, 3/4, over 7/16
+    "no amsgrad": ({}, (2.0, 0.0), (0.5, 0.5 - 0.5 * (2 / 3) / math.sqrt(12 / 7))),
+    "amsgrad keeps the largest": ({"amsgrad": True}, (2.0, 0.0), (0.5, 0.5 - 0.5 * (2 / 3) / math.sqrt(16 / 7))),
+}
+
+
+@in_all
+@on_all
+@pytest.mark.parametrize("levels", [(), TERNARY], ids=["none", "unconstrained"])
+@pytest.mark.parametrize(("settings", "gradients", "expected"), SGD_STEPS.values(), ids=SGD_STEPS)
+def test_sgd(settings, gradients, expected, levels, name, dtype):
+    walk(BACKENDS[name], "sgd_", dtype, levels, 1, SGD | settings, gradients, expected)
+
+
+@in_all
+@on_all
+@pytest.mark.parametrize("levels", [(), TERNARY], ids=["none", "unconstrained"])
+@pytest.mark.parametrize(("settings", "gradients", "expected"), ADAMW_STEPS.values(), ids=ADAMW_STEPS)
+def test_adamw(settings, gradients, expected, levels, name, dtype):
+    walk(BACKENDS[name], "adamw_", dtype, levels, 2, ADAMW | settings, gradients, expected)
+
+
+def walk(backend: Backend, rule: str, dtype: torch.dtype, levels, states: int, settings: dict, gradients, expected) -> None:
+    """Steps of seven weights of 1; with epsilon 1 and capture no weight is constrained."""
+    weight, steps = torch.ones(7, dtype=dtype), [torch.tensor(0.0)]
+    state = [[torch.zeros_like(weight)] for _ in range(states)]
+    if rule == "adamw_":
+        state += [[torch.zeros_like(weight)] if settings["amsgrad"] else [], steps]
+    scales = [torch.tensor(1.0, dtype=torch.float64 if dtype == torch.float64 else torch.float32)] if levels else []
+    settings = CONSTRAINT | {"anneal": "capture", "lr": 0.5, "epsilon": 1.0} | settings
+    for count, (g, wanted) in enumerate(zip(gradients, expected, strict=True)):
+        getattr(backend, rule)([weight], [torch.full_like(weight, g)], *state, scales, levels, [], [], **settings)
+        check(weight, [wanted] * 7, f"weight after step {count + 1}")
+    assert steps[0] == (len(gradients) if rule == "adamw_" else 0)
+
+
+def test_every_capability_is_among_the_backends():
+    assert [f"cpu-{name}" for name in EXTENSION.cpu_capabilities()] == list(COMPILED) if EXTENSION else not COMPILED
