@@ -33,13 +33,20 @@ extension, _extension_absent = _load()
 
 if extension is not None:
 
-    @torch.library.register_fake("askew_cuda::sgd_")
-    def _(*args, **kwargs) -> None:
-        """Nothing is returned; all results are mutated arguments."""
+    def _fake(*names: str) -> Callable[..., None]:
+        """Nothing is returned; all results are mutated arguments. A real tensor among fake ones would be left out silently."""
 
-    @torch.library.register_fake("askew_cuda::adamw_")
-    def _(*args, **kwargs) -> None:
-        """Nothing is returned; all results are mutated arguments."""
+        def check(weights, *lists, **settings) -> None:
+            *tensors_of, _levels, codes, snapped = lists
+            for name, tensors in zip((*names, "codes", "snapped"), (*tensors_of, codes, snapped), strict=True):
+                for index, (weight, tensor) in enumerate(zip(weights, tensors, strict=False)) if name != "steps" else ():
+                    if tensor.device != weight.device:
+                        raise ValueError(f"askew_cuda: {name}[{index}] is on {tensor.device} but weights[{index}] is on {weight.device}")
+
+        return check
+
+    torch.library.register_fake("askew_cuda::sgd_", _fake("grads", "momentum_buffers", "scales"))
+    torch.library.register_fake("askew_cuda::adamw_", _fake("grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "steps", "scales"))
 
 
 def build_info() -> dict[str, object] | None:

@@ -44,8 +44,7 @@ def estimate(weight: Tensor, quantizer: Quantizer, *, pretrained: bool | str, na
     shape, dtype = quantizer.scale_shape(weight), reference.arithmetic(weight.dtype)
     if not isinstance(quantizer.scale, str):
         given = torch.tensor(quantizer.scale, dtype=torch.float64)
-        if not (_is_usable(given, dtype)).all():
-            raise ValueError(f"scale = {quantizer.scale!r} of {name} is 0 or infinite in {dtype}; give one that {dtype} can hold")
+        _check_range(given, dtype, f"scale of {name}", "give another")
         return given.to(weight.device, dtype).expand(shape).clone()
     if weight.numel() == 0:
         return torch.ones(shape, dtype=dtype, device=weight.device)
@@ -54,10 +53,20 @@ def estimate(weight: Tensor, quantizer: Quantizer, *, pretrained: bool | str, na
         raise ValueError(f"{name} holds {bad} NaN or infinite weights: no scale can be estimated; repair them, or give Quantizer(scale=..)")
     rows = weight.detach().reshape(math.prod(shape), -1).to(dtype)  # in logical order, whatever the layout
     scale = _by_rule(rows, weight, quantizer, pretrained, name)
-    usable = _is_usable(scale, dtype)
-    if not usable.any():
+    alive = scale >= torch.finfo(dtype).tiny  # a dead row, of zeros or of what weight decay left of it, says nothing
+    if not alive.any():
         raise ValueError(f"{name} holds nothing but zeros: no scale can be estimated; give it one, such as Quantizer(.., scale=0.05)")
-    return torch.where(usable, scale, scale[usable].mean()).to(dtype).reshape(shape)
+    scale = torch.where(alive, scale, scale[alive].mean())
+    _check_range(scale, dtype, f"scale = {quantizer.scale!r} of {name}", "take levels of about the size of the weights, or give a scale")
+    return scale.to(dtype).reshape(shape)
+
+
+def _check_range(scale: Tensor, dtype: torch.dtype, what: str, remedy: str) -> None:
+    """A scale that is 0, infinite or without a reciprocal in its dtype would make NaN of everything."""
+    least, most = torch.finfo(dtype).tiny, torch.finfo(dtype).max
+    outside = ~((scale >= least) & (scale <= most))
+    if outside.any():
+        raise ValueError(f"{what}: {scale[outside][0].item()} is outside of {least:.3g} .. {most:.3g}, the range of {dtype}; {remedy}")
 
 
 def is_torch_default(weight: Tensor) -> bool:
@@ -79,12 +88,6 @@ def share_outside(weight: Tensor, scale: Tensor, levels: Sequence[float]) -> flo
     return float(((w < wide * levels[0]) | (w > wide * levels[-1])).double().mean())
 
 
-def _is_usable(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Whether float64 scales are neither 0 nor infinite in their dtype, and have a reciprocal there."""
-    info = torch.finfo(dtype)
-    return (scale >= info.tiny) & (scale <= info.max)
-
-
 def _by_rule(rows: Tensor, weight: Tensor, quantizer: Quantizer, pretrained: bool | str, name: str) -> Tensor:
     """(rows,) float64; 0 for a row of zeros."""
     codebook, rule = quantizer.codebook, quantizer.scale
@@ -103,10 +106,8 @@ def _by_rule(rows: Tensor, weight: Tensor, quantizer: Quantizer, pretrained: boo
     return min_mse(rows, codebook)
 
 
-# Over each row, without a copy of the weights: (rows,) float64.
-
-
 def _mean_abs(rows: Tensor) -> Tensor:
+    """(rows,) float64, as the next two; without a copy of the weights."""
     return torch.linalg.vector_norm(rows, 1, dim=1, dtype=torch.float64) / rows.shape[1]
 
 
@@ -155,14 +156,14 @@ def min_mse(rows: Tensor, codebook: Codebook) -> Tensor:
     exact = len(codebook) <= 3 or (len(codebook) <= 17 and breaks <= 2**16)
     chunks = rows.split(max(1, _CHUNK // (breaks if exact else rows.shape[1])))
     best = torch.cat([(_sweep if exact else _search)(chunk, levels) for chunk in chunks])
-    # No positive scale serves a row whose weights are of one sign and whose levels are not: nothing beats all of them at 0. Then
-    # the scale is the one that brings its weights into the range of the levels.
+    # Where all weights are of the sign that the levels don't have, the smaller the scale the better, and none is the best. What
+    # such a row needs is room to train, so it gets a scale of the size of its weights.
     return torch.where(best > 0, best, _largest(rows) / codebook.max_abs)
 
 
 def _gain(a: Tensor, b: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
     """A^2 / B and A / B; -1 and 0 for assignments that no positive scale fits."""
-    smallest = levels[levels != 0].abs().min()
+    smallest = levels.abs().masked_fill(levels == 0, math.inf).min()
     good = (a > 0) & (b > 0.5 * smallest**2)  # B is a sum of squared levels: less than one of them is rounding
     return torch.where(good, a * a / b, -1), torch.where(good, a / b, 0)
 
@@ -205,7 +206,7 @@ def _search(rows: Tensor, levels: Tensor) -> Tensor:
     On either side of 0 it reaches from 2 max|w| per outermost level, where weights fall on smaller levels alone, down to a
     tenth of their rms, where nearly all are clipped.
     """
-    low, high = torch.full_like(rows[:, 0], math.inf, dtype=torch.float64), torch.zeros_like(rows[:, 0], dtype=torch.float64)
+    low, high = levels.new_full((len(rows),), math.inf), levels.new_zeros(len(rows))
     for side, reach in ((rows.clamp_min(0), levels[-1]), ((-rows).clamp_min(0), -levels[0])):
         if reach > 0:
             rms = _rms(side) * (rows.shape[1] / side.count_nonzero(1).clamp_min(1)).sqrt()
@@ -233,7 +234,8 @@ def _sorted_fit(rows: Tensor, levels: Tensor) -> Callable[[Tensor], tuple[Tensor
     def fit(scale: Tensor) -> tuple[Tensor, Tensor]:
         below = torch.searchsorted(ascending, (scale.unsqueeze(1) * middles).to(rows.dtype), right=True)
         a = levels[-1] * sums[:, -1] - (jump * sums.gather(1, below)).sum(1)
-        return a, levels[-1] ** 2 * rows.shape[1] - (square_jump * below).sum(1)
+        b = levels[-1] ** 2 * rows.shape[1] - (square_jump * below).sum(1)
+        return a, b
 
     return fit
 

@@ -262,8 +262,8 @@ void adamw_(TensorList weights, TensorList grads, TensorList exp_avgs, TensorLis
   const Lists lists{weights, grads, {{"exp_avgs", exp_avgs}, {"exp_avg_sqs", exp_avg_sqs}, {"max_exp_avg_sqs", max_exp_avg_sqs}},
                     scales,  codes, snapped,
                     levels};
-  check(lists);
   TORCH_CHECK_VALUE(!exp_avgs.empty() && !exp_avg_sqs.empty(), "askew_cuda: adamw_ needs exp_avgs and exp_avg_sqs");
+  check(lists);
   TORCH_CHECK_VALUE(amsgrad == !max_exp_avg_sqs.empty(), "askew_cuda: amsgrad = ", amsgrad, " but max_exp_avg_sqs has ",
                     max_exp_avg_sqs.size(), " tensors");
   TORCH_CHECK_VALUE(steps.size() == weights.size(), "askew_cuda: steps has ", steps.size(), " tensors for ", weights.size(), " weights");

@@ -312,7 +312,7 @@ def _compiled(name: str, capability: str) -> Callable[..., None]:
 
     def call(*lists, lr, epsilon, grad_scale=None, found_inf=None, **settings) -> None:
         scalars = {"lr": lr, "epsilon": epsilon, "grad_scale": grad_scale, "found_inf": found_inf}
-        tensors = {key: None if value is None else torch.as_tensor(value, dtype=torch.float64) for key, value in scalars.items()}
+        tensors = {key: torch.tensor(value, dtype=torch.float64) if isinstance(value, float) else value for key, value in scalars.items()}
         before = EXTENSION.set_cpu_capability(capability)
         try:
             getattr(torch.ops.askew_cuda, name)(*lists, **tensors, **settings)
