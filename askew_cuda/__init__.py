@@ -10,6 +10,7 @@ report = optimizer.finalize()
 
 from .anneal import Anneal
 from .base import FinalizeReport, TensorReport
+from .monitor import Monitor, Sample, monitor
 from .ops import build_info
 from .optimizers import AskewAdamW, AskewSGD
 from .paper import paper
@@ -22,9 +23,12 @@ __all__ = [
     "AskewSGD",
     "Codebook",
     "FinalizeReport",
+    "Monitor",
     "Quantizer",
+    "Sample",
     "TensorReport",
     "build_info",
+    "monitor",
     "paper",
     "param_groups",
 ]

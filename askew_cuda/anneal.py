@@ -131,21 +131,19 @@ class Anneal:
         due = max(2, min(round(self._phase(group)[0] * self.total_steps) for group in self._groups()))
         this = weakref.ref(self)
 
-        def count(optimizer, args, kwargs) -> None:
+        def count(optimizer, args, kwargs) -> None:  # stays registered: torch forbids a hook to remove itself while hooks run
             anneal = this()
-            if anneal is None or anneal.steps_done > 0:
-                handle.remove()
+            if anneal is None or anneal.steps_done > 0 or anneal._unannealed > due:
                 return
             anneal._unannealed += 1
             if anneal._unannealed > due:
-                handle.remove()
                 warnings.warn(
                     f"the optimizer has made {anneal._unannealed} steps and Anneal.step() was never called: the weights will not reach "
                     "their levels; call it after every optimizer.step()",
                     stacklevel=2,
                 )
 
-        handle = self.optimizer.register_step_post_hook(count)
+        self.optimizer.register_step_post_hook(count)
 
     def state_dict(self) -> dict[str, object]:
         """Plain values; a callable ``shape`` is not among them."""

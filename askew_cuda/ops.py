@@ -33,20 +33,21 @@ extension, _extension_absent = _load()
 
 if extension is not None:
 
-    def _fake(*names: str) -> Callable[..., None]:
-        """Nothing is returned; all results are mutated arguments. A real tensor among fake ones would be left out silently."""
+    def _fake(*names: str | None) -> Callable[..., None]:
+        """Nothing is returned; all results are mutated arguments. A real tensor among fake ones would be left out silently, so the
+        lists that are named must be where the weights are."""
 
         def check(weights, *lists, **settings) -> None:
             *tensors_of, _levels, codes, snapped = lists
             for name, tensors in zip((*names, "codes", "snapped"), (*tensors_of, codes, snapped), strict=True):
-                for index, (weight, tensor) in enumerate(zip(weights, tensors, strict=False)) if name != "steps" else ():
-                    if tensor.device != weight.device:
+                for index, (weight, tensor) in enumerate(zip(weights, tensors, strict=False)):
+                    if name is not None and tensor.device != weight.device:
                         raise ValueError(f"askew_cuda: {name}[{index}] is on {tensor.device} but weights[{index}] is on {weight.device}")
 
         return check
 
     torch.library.register_fake("askew_cuda::sgd_", _fake("grads", "momentum_buffers", "scales"))
-    torch.library.register_fake("askew_cuda::adamw_", _fake("grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "steps", "scales"))
+    torch.library.register_fake("askew_cuda::adamw_", _fake("grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", None, "scales"))
 
 
 def build_info() -> dict[str, object] | None:

@@ -57,15 +57,18 @@ def _spoilt(generator: torch.Generator, x: Tensor) -> Tensor:
 def draw_weight(
     generator: torch.Generator, shape: Sequence[int], scale: Tensor, levels: Sequence[float], dtype: torch.dtype, hostile: bool
 ) -> Tensor:
-    """Weights, float64: on levels, on midpoints and close to both, anywhere inside, outside, far outside, zeros of both signs, subnormal."""
-    uniform = lambda: torch.rand(shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    """Weights, float64: on levels, on midpoints, close to both, anywhere inside, outside, far outside, zeros of both signs, subnormal."""
+
+    def uniform() -> Tensor:
+        return torch.rand(shape, generator=generator, dtype=torch.float64)
+
     normal = torch.randn(shape, generator=generator, dtype=torch.float64)
     special = [torch.zeros(shape).double(), -torch.zeros(shape).double(), normal * torch.finfo(dtype).tiny * 0.25]
     if not levels:
         w = _at_random(generator, shape, torch.stack([normal, normal * 1e-3, normal * 30, *special]))
         return _spoilt(generator, w) if hostile else w
     level = torch.tensor(levels, dtype=torch.float64)
-    # groups are runs of weights in logical order; broadcasting does the rest
+    # Groups are runs of weights in logical order; broadcasting does the rest.
     if scale.dim() == 2 and len(shape) and scale.shape[1] > 1:
         scale = scale.reshape(-1, 1).expand(-1, normal.numel() // scale.numel()).reshape(shape)
     below = torch.randint(0, len(levels) - 1, shape, generator=generator)

@@ -156,6 +156,15 @@ def test_an_annealing_that_is_never_stepped_warns_once():
     assert anneal.steps_done == 0
 
 
+def test_it_gets_along_with_other_step_hooks():
+    annealed, seen = optimizer("binary"), []
+    anneal = askew.Anneal(annealed, total_steps=10)
+    annealed.register_step_post_hook(lambda *_: seen.append(anneal.step()))
+    for _ in range(3):
+        annealed.step()
+    assert (len(seen), anneal.steps_done) == (3, 3)
+
+
 @pytest.mark.parametrize(
     ("setting", "hold_epochs", "decay", "floor"),
     [("logistic", 50, 0.96, 0.0), ("two_moons", 20, 0.99, 0.0), ("imagenet", 100, 0.95, 16e-6)],

@@ -184,6 +184,17 @@ def test_codes_and_snapped_weights(levels, scale, weights, codes, name, dtype):
     assert snapped.tolist() == [scale * levels[k] for k in codes]
 
 
+@in_all
+@on_all
+def test_the_last_bit_of_the_way_is_taken_at_once(name, dtype):
+    """A quarter of the spacing below 1 would be rounded away; further off a quarter of the distance is what a step makes."""
+    weight = torch.tensor([1 - torch.finfo(dtype).eps / 2, 1 - 2**-4], dtype=dtype)
+    scales = [torch.tensor(1.0, dtype=torch.float64 if dtype == torch.float64 else torch.float32)]
+    settings = SGD | CONSTRAINT | {"anneal": "capture", "recovery": 0.25, "epsilon": 0.0}
+    BACKENDS[name].sgd_([weight], [torch.zeros_like(weight)], [], scales, BINARY, [], [], **settings)
+    assert weight.tolist() == [1.0, 1 - 2**-4 + 2**-6]
+
+
 @on_all
 def test_the_code_is_that_of_the_stored_weight(name):
     """1/2 + 2^-11 is nearest to 1, and -1/2 + 2^-11 to 0; but bfloat16 stores 1/2 and -1/2: ties, which go to the lower level."""

@@ -40,7 +40,8 @@ IMPORTS = {
     "param_groups": {"quantizer"},
     "base": {"ops", "reference", "scales", "keywords", "quantizer"},
     "optimizers": {"base"},
-    "__init__": {"anneal", "base", "ops", "optimizers", "paper", "param_groups", "quantizer"},
+    "monitor": {"base", "quantizer"},
+    "__init__": {"anneal", "base", "monitor", "ops", "optimizers", "paper", "param_groups", "quantizer"},
 }
 
 

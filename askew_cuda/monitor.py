@@ -1,0 +1,169 @@
+"""What the weights do while they train, sampled now and then: on their levels or not, flipping, how the levels are occupied."""
+
+import weakref
+from dataclasses import asdict, dataclass
+from os import PathLike
+
+import torch
+from torch import Tensor
+
+from .base import QuantizedOptimizer
+from .quantizer import codes, distance, snap
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One tensor, or all of them, at one step.
+
+    share_on_level: of the weights. max_distance: largest distance from a level, in units of half the distance between levels.
+    flips: share of codes that changed since the sample before; None in the first. occupancy: share of weights per level, lowest
+    level first; None for all tensors together. error: rms(w - snapped w) / rms(w). non_finite_grads, nan_weights: how many.
+    """
+
+    share_on_level: float
+    max_distance: float
+    flips: float | None
+    occupancy: tuple[float, ...] | None
+    error: float
+    non_finite_grads: int
+    nan_weights: int
+
+
+class Monitor:
+    """Samples an optimizer's quantized weights after every ``every``-th step; made by :func:`monitor`.
+
+    It reads weights, gradients and scales and changes nothing: the training is the same, bit for bit. It keeps the last codes, one
+    byte per weight. ``history`` is a list of (step, {name: Sample}); the name "all" is all of them together.
+    """
+
+    def __init__(self, optimizer: QuantizedOptimizer, every: int = 100):
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ValueError(f"monitor: every = {every!r}; a whole number of steps, at least 1")
+        if not isinstance(optimizer, QuantizedOptimizer):
+            raise TypeError(f"monitor: optimizer is a {type(optimizer).__name__}; an AskewSGD or AskewAdamW is needed")
+        self.every, self.steps = every, 0
+        self.history: list[tuple[int, dict[str, Sample]]] = []
+        self._optimizer = weakref.ref(optimizer)
+        self._codes: dict[str, Tensor] = {}
+        self._hook = optimizer.register_step_post_hook(self._after_step)
+
+    def _after_step(self, optimizer, args, kwargs) -> None:
+        self.steps += 1
+        if self.steps % self.every == 0:
+            self.sample()
+
+    def close(self) -> None:
+        """Stops sampling."""
+        self._hook.remove()
+
+    @torch.no_grad()
+    def sample(self) -> dict[str, Sample]:
+        """Takes a sample now. Waits for the device, where the weights are on one."""
+        found: dict[str, Sample] = {}
+        total = dict.fromkeys(("numel", "on_level", "flipped", "compared", "squares", "errors", "grads", "nan"), 0.0)
+        for name, weight, scale, levels, _ in self._optimizer()._quantized_weights():
+            count = self._count(name, weight, scale, levels)
+            found[name] = _sample(count)
+            for key in total:
+                total[key] += count[key]
+        total |= {"away": max((each.max_distance for each in found.values()), default=0.0), "occupancy": None}
+        found["all"] = _sample(total)
+        self.history.append((self.steps, found))
+        return found
+
+    def _count(self, name: str, weight: Tensor, scale: Tensor, levels: tuple[float, ...]) -> dict[str, object]:
+        away, now = distance(weight, scale, levels), codes(weight, scale, levels)
+        before, self._codes[name] = self._codes.get(name), now
+        fine = ~away.isnan()
+        wide = weight.detach().double()[fine]
+        return {
+            "numel": weight.numel(),
+            "on_level": int((away == 0).sum()),
+            "away": float(away[fine].max()) if bool(fine.any()) else 0.0,
+            "flipped": 0 if before is None else int((now != before).sum()),
+            "compared": 0 if before is None else weight.numel(),
+            "occupancy": torch.bincount(now.flatten().int(), minlength=len(levels)).tolist(),
+            "squares": float(wide.square().sum()),
+            "errors": float((wide - snap(weight, scale, levels).double()[fine]).square().sum()),
+            "grads": 0 if weight.grad is None else int((~weight.grad.isfinite()).sum()),
+            "nan": int(weight.isnan().sum()),
+        }
+
+    def log(self, prefix: str = "askew") -> dict[str, float]:
+        """The last sample as one flat dictionary for any logger: "askew/all/flips", "askew/0.weight/error", .. Empty before it."""
+        flat: dict[str, float] = {}
+        for name, sample in self.history[-1][1].items() if self.history else ():
+            for key, value in asdict(sample).items():
+                if isinstance(value, tuple):
+                    flat |= {f"{prefix}/{name}/occupancy/{level}": share for level, share in enumerate(value)}
+                elif value is not None:
+                    flat[f"{prefix}/{name}/{key}"] = value
+        return flat
+
+    def postfix(self) -> dict[str, str]:
+        """The last sample in a few words, for ``tqdm.set_postfix``."""
+        if not self.history:
+            return {}
+        sample = self.history[-1][1]["all"]
+        words = {"on level": f"{sample.share_on_level:.1%}", "flips": "-" if sample.flips is None else f"{sample.flips:.2%}"}
+        bad = {"nan": sample.nan_weights, "bad grads": sample.non_finite_grads}
+        return words | {name: str(count) for name, count in bad.items() if count}
+
+    def picture(self, path: str | PathLike) -> None:
+        """Draws the history to a file: share on a level and flips over the steps; how each tensor's levels are occupied at the end.
+
+        Raises:
+            ValueError: no sample was taken. ImportError: matplotlib is missing.
+        """
+        if not self.history:
+            raise ValueError("Monitor.picture: there is no sample yet; call sample(), or step the optimizer")
+        from matplotlib.figure import Figure
+
+        steps = [step for step, _ in self.history]
+        together = [found["all"] for _, found in self.history]
+        figure = Figure(figsize=(12, 4.5), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        left.plot(steps, [100 * each.share_on_level for each in together], "o-", markersize=3, label="weights on a level")
+        flips = [float("nan") if each.flips is None else 100 * each.flips for each in together]
+        left.plot(steps, flips, "s-", markersize=3, label="codes that flipped since the last sample")
+        left.set(xlabel="step", ylabel="%", ylim=(-2, 102), title="All quantized weights")
+        left.legend()
+        last = {name: sample for name, sample in self.history[-1][1].items() if name != "all"}
+        most = max((len(sample.occupancy) for sample in last.values()), default=0)
+        for level in range(most):
+            widths = [100 * sample.occupancy[level] if level < len(sample.occupancy) else 0 for sample in last.values()]
+            starts = [100 * sum(sample.occupancy[:level]) for sample in last.values()]
+            right.barh(list(last), widths, left=starts, color=f"C{level % 10}", label=f"level {level}" if most <= 8 else None)
+        right.invert_yaxis()
+        right.set(xlabel="% of the weights, lowest level left", title=f"Occupancy of the levels at step {steps[-1]}")
+        if 0 < most <= 8:
+            right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=most, fontsize=8)
+        figure.savefig(path, dpi=120)
+
+
+def _sample(count: dict[str, object]) -> Sample:
+    numel = max(count["numel"], 1)
+    return Sample(
+        share_on_level=count["on_level"] / numel if count["numel"] else 1.0,
+        max_distance=count["away"],
+        flips=count["flipped"] / count["compared"] if count["compared"] else None,
+        occupancy=None if count["occupancy"] is None else tuple(each / numel for each in count["occupancy"]),
+        error=(count["errors"] / count["squares"]) ** 0.5 if count["squares"] else 0.0,
+        non_finite_grads=int(count["grads"]),
+        nan_weights=int(count["nan"]),
+    )
+
+
+def monitor(optimizer: QuantizedOptimizer, every: int = 100) -> Monitor:
+    """Watches an optimizer's quantized weights: a sample after every ``every``-th step, by PyTorch operations; see :class:`Monitor`.
+
+    >>> import askew_cuda as askew
+    >>> weight = torch.nn.Parameter(torch.tensor([0.9, -1.2, 0.1, 1.0]))
+    >>> weight.grad = torch.zeros(4)
+    >>> optimizer = askew.AskewSGD([("w", weight)], lr=0.1, quantizer=askew.Quantizer("binary", scale=1.0))
+    >>> watch = monitor(optimizer, every=1)
+    >>> optimizer.step()
+    >>> watch.log()["askew/w/share_on_level"]
+    0.5
+    """
+    return Monitor(optimizer, every)
