@@ -16,8 +16,7 @@ _SAWB = {
     2: (0.0, -1.0), 3: (2.6, 1.71), 4: (3.12, 2.064), 8: (7.509, 6.892), 15: (12.035, 12.03), 16: (12.68, 12.80), 17: (12.1, 12.2),
     32: (17.74, 18.64), 127: (28.24, 30.81), 255: (31.76, 35.04), 256: (31.76, 35.04),
 }  # fmt: skip
-_CANDIDATES = 128  # of the min-MSE search, at least: about 4 % apart for weights like a Gaussian's
-_REFITS = 3  # least-squares refits of the best one
+_COARSE, _FINE, _REFITS = 64, 128, 3  # of the min-MSE search: candidates over all scales, around the best of them, and least-squares refits
 _CHUNK = 2**20  # numbers that min-MSE works on at a time, at least one row: 8 MiB per float64 temporary
 
 
@@ -53,7 +52,8 @@ def estimate(weight: Tensor, quantizer: Quantizer, *, pretrained: bool | str, na
         raise ValueError(f"{name} holds {bad} NaN or infinite weights: no scale can be estimated; repair them, or give Quantizer(scale=..)")
     rows = weight.detach().reshape(math.prod(shape), -1).to(dtype)  # in logical order, whatever the layout
     scale = _by_rule(rows, weight, quantizer, pretrained, name)
-    alive = scale >= torch.finfo(dtype).tiny  # a dead row, of zeros or of what weight decay left of it, says nothing
+    # A dead row, of zeros or of what weight decay left of it, says nothing.
+    alive = (scale >= torch.finfo(dtype).tiny) & weight.any()
     if not alive.any():
         raise ValueError(f"{name} holds nothing but zeros: no scale can be estimated; give it one, such as Quantizer(.., scale=0.05)")
     scale = torch.where(alive, scale, scale[alive].mean())
@@ -201,10 +201,10 @@ def _every_fit(rows: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _search(rows: Tensor, levels: Tensor) -> Tensor:
-    """The best of a logarithmic grid, refined by least squares; 0 where none is positive.
+    """The best of a logarithmic grid, of a finer one around it, and of absmax, refined by least squares; 0 where none is positive.
 
-    On either side of 0 it reaches from 2 max|w| per outermost level, where weights fall on smaller levels alone, down to a
-    tenth of their rms, where nearly all are clipped.
+    On either side of 0 the grid reaches from 2 max|w| per outermost level, where weights fall on smaller levels alone, down to a
+    tenth of their rms, where nearly all are clipped. The finer one is for the many levels of short rows: their error is jagged.
     """
     low, high = levels.new_full((len(rows),), math.inf), levels.new_zeros(len(rows))
     for side, reach in ((rows.clamp_min(0), levels[-1]), ((-rows).clamp_min(0), -levels[0])):
@@ -214,14 +214,22 @@ def _search(rows: Tensor, levels: Tensor) -> Tensor:
             high = torch.maximum(high, 2 * _largest(side) / reach)
     low, high = torch.where(high > 0, low, 1), torch.where(high > 0, high, 1)
     fit = (_sorted_fit if rows.shape[1] >= 4 * len(levels) else _direct_fit)(rows, levels)
-    removed, best = _gain(*fit(high), levels)
-    candidates = max(_CANDIDATES, min(4 * len(levels), 8 * rows.shape[1] // len(levels)))
-    for step in range(1, candidates + _REFITS):
-        fraction = step / (candidates - 1)
-        tried = high * (low / high) ** fraction if fraction <= 1 else torch.where(best > 0, best, high)
+    removed, best = levels.new_full((len(rows),), -1), levels.new_zeros(len(rows))
+
+    def attempt(tried: Tensor) -> None:
+        nonlocal removed, best
         gain, scale = _gain(*fit(tried), levels)
         best = torch.where(gain > removed, scale, best)
         removed = torch.maximum(gain, removed)
+
+    attempt(_largest(rows) / levels.abs().max())  # so that the search never does worse than that
+    for step in range(_COARSE):
+        attempt(high * (low / high) ** (step / (_COARSE - 1)))
+    middle = torch.where(best > 0, best, high)
+    for step in range(_FINE):
+        attempt(middle * 1.2 ** (2 * step / (_FINE - 1) - 1))
+    for _ in range(_REFITS):
+        attempt(torch.where(best > 0, best, high))
     return best
 
 

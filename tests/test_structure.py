@@ -41,6 +41,8 @@ IMPORTS = {
     "base": {"ops", "reference", "scales", "keywords", "quantizer"},
     "optimizers": {"base"},
     "monitor": {"base", "quantizer"},
+    "doctor": {"ops", "quantizer"},
+    "cli": {"doctor"},
     "__init__": {"anneal", "base", "monitor", "ops", "optimizers", "paper", "param_groups", "quantizer"},
 }
 
