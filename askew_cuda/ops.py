@@ -4,6 +4,7 @@ Each backend offers ``sgd_`` and ``adamw_`` with the arguments of :mod:`askew_cu
 """
 
 import functools
+import importlib
 import warnings
 from collections.abc import Callable
 from typing import NamedTuple
@@ -15,18 +16,17 @@ from . import reference
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-_REINSTALL = "reinstall with `pip install --no-build-isolation --force-reinstall --no-deps askew_cuda`"
+_REINSTALL = "reinstall it: `pip install --no-build-isolation --force-reinstall --no-deps .` in its checkout"
 
 
 def _load() -> tuple[object | None, str]:
     """The compiled extension, or None and the reason with its remedy."""
     try:
-        from . import _C
+        return importlib.import_module(f"{__package__}._C"), ""
     except ModuleNotFoundError:
         return None, f"the package was installed without its compiled extension; with a C++17 compiler and torch in place, {_REINSTALL}"
     except ImportError as error:  # built for another torch, most of the time
         return None, f"the compiled extension does not load under torch {torch.__version__} ({error}); {_REINSTALL}"
-    return _C, ""
 
 
 extension, _extension_absent = _load()

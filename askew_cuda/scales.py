@@ -213,7 +213,8 @@ def _search(rows: Tensor, levels: Tensor) -> Tensor:
             low = torch.where(rms > 0, torch.minimum(low, 0.1 * rms / reach), low)
             high = torch.maximum(high, 2 * _largest(side) / reach)
     low, high = torch.where(high > 0, low, 1), torch.where(high > 0, high, 1)
-    fit = (_sorted_fit if rows.shape[1] >= 4 * len(levels) else _direct_fit)(rows, levels)
+    direct = rows.shape[1] < 16 * len(levels) and reference.UniformCodebook.fits(levels.tolist())
+    fit = (_direct_fit if direct else _sorted_fit)(rows, levels)
     removed, best = levels.new_full((len(rows),), -1), levels.new_zeros(len(rows))
 
     def attempt(tried: Tensor) -> None:
@@ -249,7 +250,7 @@ def _sorted_fit(rows: Tensor, levels: Tensor) -> Callable[[Tensor], tuple[Tensor
 
 
 def _direct_fit(rows: Tensor, levels: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """The same for rows too short for the searches to pay."""
+    """The same by rounding every weight: cheaper for uniform levels, where the row is too short for the searches to pay."""
     book = reference.codebook(levels.tolist(), rows)
 
     def fit(scale: Tensor) -> tuple[Tensor, Tensor]:

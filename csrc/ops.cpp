@@ -1,4 +1,5 @@
 // The only file that includes torch: schemas, checks, tensors to spans, chunks to torch's threads; and the Python module.
+#include <ATen/MemoryOverlap.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_like.h>
@@ -117,6 +118,8 @@ void check(const Lists& lists) {
   const auto& weights = lists.weights;
   for (size_t i = 0; i < weights.size(); ++i) {
     dtype_of(weights[i], "a weight");
+    TORCH_CHECK_VALUE(at::has_internal_overlap(weights[i]) != at::MemOverlap::Yes, "askew_cuda: weights[", i, "] of strides ",
+                      weights[i].strides(), " overlaps itself; clone() it");
     TORCH_CHECK_TYPE(weights[i].scalar_type() == weights[0].scalar_type(), "askew_cuda: weights[", i, "] is ", weights[i].scalar_type(),
                      " but weights[0] is ", weights[0].scalar_type(), "; one call takes one dtype");
   }

@@ -321,16 +321,10 @@ for rule, name in [*LISTS, ("momentum", "scales")]:
     WRONG[f"{name} on meta"] = (rule, {name: _first(lambda x: x.to("meta"))}, {}, ValueError, message)
 # The last of three: when it is refused, the first two must not have moved.
 WRONG["weights overlapping"] = ("momentum", {"weights": _last(lambda x: x[:1].expand(5))}, {}, ValueError, r"weights\[2\]")
-# Rows of WRONG that fail today.
-_CRASHES = pytest.mark.xfail(run=False, reason="check() reads the first tensor of exp_avgs before it knows that there is one")
-_HALF = pytest.mark.xfail(
-    strict=True, reason="a weight that overlaps itself raises RuntimeError after the step, when the others have moved"
-)
-KNOWN = {"no moments": _CRASHES, "weights overlapping": _HALF}
 
 
 @compiled
-@pytest.mark.parametrize("wrong", [pytest.param(WRONG[name], id=name, marks=KNOWN.get(name, ())) for name in WRONG])
+@pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG.keys())
 def test_a_wrong_call_names_the_argument_and_changes_nothing(wrong):
     rule, changes, settings, error, message = wrong
     case = PLAIN._replace(rule=rule)
