@@ -160,12 +160,14 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         quantizer = self._quantizer(group)
         if quantizer is None:
             return []
-        if any(["scale" not in state for state in batch.states]):
+        try:
+            return [state["scale"] for state in batch.states]
+        except KeyError:
             wanted = set(batch.weights)
             for name, weight in self._named(group):
                 if weight in wanted and "scale" not in self.state[weight]:
                     self._set_scale(group, quantizer, name, weight)
-        return [state["scale"] for state in batch.states]
+            return [state["scale"] for state in batch.states]
 
     def _outputs(self, group: dict, batch: Batch) -> tuple[list[Tensor], list[Tensor]]:
         """Buffers for codes and snapped weights; empty lists where they are not wanted."""
@@ -225,11 +227,14 @@ class QuantizedOptimizer(torch.optim.Optimizer):
     @staticmethod
     def _state_tensors(group: dict, batch: Batch, key: str) -> list[Tensor]:
         """A state tensor of each weight; zeros where it is missing."""
-        for weight, state in zip(batch.weights, batch.states, strict=True):
-            if state.get(key) is None:
-                dtype = None if group["state_dtype"] is None else torch.float32
-                state[key] = torch.zeros_like(weight, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
-        return [state[key] for state in batch.states]
+        try:
+            return [state[key] for state in batch.states]
+        except KeyError:
+            dtype = None if group["state_dtype"] is None else torch.float32
+            for weight, state in zip(batch.weights, batch.states, strict=True):
+                if key not in state:
+                    state[key] = torch.zeros_like(weight, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
+            return [state[key] for state in batch.states]
 
     def _constraint(self, group: dict) -> tuple[list[float], dict]:
         """Levels and keyword arguments of a call that both rules share."""
@@ -348,7 +353,9 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         """torch casts loaded state to the weight's dtype; scales keep theirs, and so does float32 state of 16-bit weights."""
         group = next(group for group in self.param_groups if any(each is weight for each in group["params"]))
         for key, value in raw.items():
-            if key == "scale":
+            if value is None:
+                del self.state[weight][key]  # old versions of torch write a momentum_buffer that is None
+            elif key == "scale":
                 self.state[weight][key] = value.to(weight.device, reference.arithmetic(weight.dtype), copy=True)
             elif key != "step" and group["state_dtype"] is not None and isinstance(value, Tensor):
                 self.state[weight][key] = value.to(weight.device, torch.float32, copy=True)

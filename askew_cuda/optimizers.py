@@ -70,7 +70,7 @@ class AskewSGD(QuantizedOptimizer):
             yield self._call(group, backend, batch, 0.0)
             return
         # The first gradient fills the buffer undamped: with the buffer at zero, that is a step without dampening.
-        fresh = [state.get("momentum_buffer") is None for state in batch.states]
+        fresh = ["momentum_buffer" not in state for state in batch.states]
         for first in (True, False):
             chosen = batch.pick([each is first for each in fresh])
             if chosen.weights:

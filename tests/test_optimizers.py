@@ -252,6 +252,16 @@ def test_checkpoints_go_to_torch_and_back(rule):
     back.step()
 
 
+def test_a_checkpoint_of_an_old_torch_may_hold_a_momentum_buffer_that_is_none():
+    weights = parameters()
+    optimizer = askew.AskewSGD(weights, lr=0.1, momentum=0.9)
+    saved = optimizer.state_dict()
+    saved["state"] = {index: {"momentum_buffer": None} for index in range(len(weights))}
+    optimizer.load_state_dict(saved)
+    optimizer.step()
+    assert torch.equal(optimizer.state[weights[0]]["momentum_buffer"], weights[0].grad)
+
+
 def test_repr_names_the_backend_that_runs():
     text = repr(askew.AskewSGD(parameters(torch.float16), lr=0.1))
     assert "cpu for torch.float16 on cpu (backend = 'auto')" in text
