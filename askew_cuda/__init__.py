@@ -13,6 +13,8 @@ from .base import FinalizeReport, TensorReport
 from .monitor import Monitor, Sample, monitor
 from .ops import build_info
 from .optimizers import AskewAdamW, AskewSGD
+from .packed import load_packed, save_packed
+from .packed_modules import PackedConv2d, PackedEmbedding, PackedLinear, pack_modules
 from .paper import paper
 from .param_groups import param_groups
 from .quantizer import Codebook, Quantizer
@@ -24,12 +26,18 @@ __all__ = [
     "Codebook",
     "FinalizeReport",
     "Monitor",
+    "PackedConv2d",
+    "PackedEmbedding",
+    "PackedLinear",
     "Quantizer",
     "Sample",
     "TensorReport",
     "build_info",
+    "load_packed",
     "monitor",
+    "pack_modules",
     "paper",
     "param_groups",
+    "save_packed",
 ]
 __version__ = "0.1.0"

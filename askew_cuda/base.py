@@ -361,9 +361,13 @@ class QuantizedOptimizer(torch.optim.Optimizer):
                 self.state[weight][key] = value.to(weight.device, torch.float32, copy=True)
 
     def __repr__(self) -> str:
-        lines = [super().__repr__()]
+        lines = [f"{type(self).__name__} ("]
         for i, group in enumerate(self.param_groups):
+            quantizer = self._quantizer(group)
             kinds = dict.fromkeys((weight.device, weight.dtype) for weight in group["params"])
             chosen = [f"{ops.choose(group['backend'], device, dtype)} for {dtype} on {device}" for device, dtype in kinds]
-            lines.append(f"Parameter Group {i} runs on: {', '.join(chosen) or 'nothing'} (backend = {group['backend']!r})")
-        return "\n".join(lines)
+            shown = {key: value for key, value in sorted(group.items()) if key not in ("params", "param_names")}
+            shown["quantizer"] = None if quantizer is None else quantizer.summary()
+            lines += [f"Parameter Group {i}", *(f"    {key}: {value}" for key, value in shown.items())]
+            lines.append(f"    runs on: {', '.join(chosen) or 'nothing'}")
+        return "\n".join([*lines, ")"])

@@ -82,11 +82,11 @@ def _table(named: dict[str, Tensor], chosen: dict[str, Spec], why: dict[str, str
     """A line per parameter: name, shape, quantizer, number of levels or why there are none."""
     rows = [("weight", "shape", "quantizer", "levels")]
     for name, weight in named.items():
-        plain, last = "-", why.get(name, "")
+        summary, last = "-", why.get(name, "")
         if name in chosen:
             quantizer = Quantizer.parse(chosen[name])
-            plain, last = quantizer.plain(), str(len(quantizer.codebook))
-        rows.append((name, "x".join(map(str, weight.shape)), plain if isinstance(plain, str) else "custom", last))
+            summary, last = quantizer.summary(), str(len(quantizer.codebook))
+        rows.append((name, "x".join(map(str, weight.shape)), summary, last))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     quantized, total = sum(named[name].numel() for name in chosen), sum(weight.numel() for weight in named.values())

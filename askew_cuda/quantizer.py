@@ -183,6 +183,15 @@ class Quantizer:
         scale = _nested(self.scale, list)
         return {"levels": list(self.codebook.levels), "scale": scale, "granularity": self.granularity, "group_size": self.group_size}
 
+    def summary(self) -> str:
+        """In one line: its name where it has one, else how many levels, and how the scale is found."""
+        plain = self.plain()
+        if isinstance(plain, str):
+            return plain
+        scale = "given, one by one" if isinstance(self.scale, tuple) else self.scale
+        per = f"group of {self.group_size}" if self.granularity == "group" else self.granularity
+        return f"{self.codebook.name or f'{len(self.codebook)} levels'}, a scale per {per}: {scale}"
+
     def check(self, weight: Tensor, name: str) -> None:
         """Raises ValueError where the group size does not divide a row of the weight, or a given scale has another shape."""
         if self.granularity == "group" and weight.dim() >= 2 and weight.numel():

@@ -16,7 +16,7 @@ _SAWB = {
     2: (0.0, -1.0), 3: (2.6, 1.71), 4: (3.12, 2.064), 8: (7.509, 6.892), 15: (12.035, 12.03), 16: (12.68, 12.80), 17: (12.1, 12.2),
     32: (17.74, 18.64), 127: (28.24, 30.81), 255: (31.76, 35.04), 256: (31.76, 35.04),
 }  # fmt: skip
-_COARSE, _FINE, _REFITS = 64, 128, 3  # of the min-MSE search: candidates over all scales, around the best of them, and least-squares refits
+_COARSE, _FINE, _REFITS = 64, 128, 3  # of the min-MSE search: scales 16 % apart, within 20 % of the best of them, and least squares
 _CHUNK = 2**20  # numbers that min-MSE works on at a time, at least one row: 8 MiB per float64 temporary
 
 
@@ -146,8 +146,8 @@ def min_mse(rows: Tensor, codebook: Codebook) -> Tensor:
     """(rows,) float64: the scales s > 0 that minimise sum (w - s q(w / s))^2 row by row, q being the nearest level.
 
     For an assignment of levels the best scale is A / B, A = sum w q, B = sum q^2, and takes A^2 / B off the error. So it is the
-    assignments that are tried: all of them for up to 3 levels, and for up to 17 in rows of a few thousand weights, where the
-    error is a jagged function of the scale; else those of a logarithmic grid of scales.
+    assignments that are tried: all of them for up to 3 levels, and for up to 17 in rows of a few thousand weights, else those of
+    some 200 scales. That is within 1 % of the least error, but for more than 17 levels in rows of a few hundred weights.
     """
     if rows.is_cuda and torch.are_deterministic_algorithms_enabled():
         return min_mse(rows.cpu(), codebook).to(rows.device)  # torch's cumsum on CUDA is not deterministic, and refuses
@@ -203,16 +203,12 @@ def _every_fit(rows: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
 def _search(rows: Tensor, levels: Tensor) -> Tensor:
     """The best of a logarithmic grid, of a finer one around it, and of absmax, refined by least squares; 0 where none is positive.
 
-    On either side of 0 the grid reaches from 2 max|w| per outermost level, where weights fall on smaller levels alone, down to a
-    tenth of their rms, where nearly all are clipped. The finer one is for the many levels of short rows: their error is jagged.
+    The grid begins where the largest weight, by the outermost level of its sign, is at half of it, so that weights fall on smaller
+    levels alone, and ends where it is 5,000 times the level. The finer one is for the many levels of short rows, whose error is jagged.
     """
-    low, high = levels.new_full((len(rows),), math.inf), levels.new_zeros(len(rows))
-    for side, reach in ((rows.clamp_min(0), levels[-1]), ((-rows).clamp_min(0), -levels[0])):
-        if reach > 0:
-            rms = _rms(side) * (rows.shape[1] / side.count_nonzero(1).clamp_min(1)).sqrt()
-            low = torch.where(rms > 0, torch.minimum(low, 0.1 * rms / reach), low)
-            high = torch.maximum(high, 2 * _largest(side) / reach)
-    low, high = torch.where(high > 0, low, 1), torch.where(high > 0, high, 1)
+    sides = ((rows.amax(1).double(), levels[-1]), (-rows.amin(1).double(), -levels[0]))
+    high = 2 * torch.stack([largest / reach for largest, reach in sides if reach > 0]).amax(0)
+    high = torch.where(high > 0, high, 1)
     direct = rows.shape[1] < 16 * len(levels) and reference.UniformCodebook.fits(levels.tolist())
     fit = (_direct_fit if direct else _sorted_fit)(rows, levels)
     removed, best = levels.new_full((len(rows),), -1), levels.new_zeros(len(rows))
@@ -225,7 +221,7 @@ def _search(rows: Tensor, levels: Tensor) -> Tensor:
 
     attempt(_largest(rows) / levels.abs().max())  # so that the search never does worse than that
     for step in range(_COARSE):
-        attempt(high * (low / high) ** (step / (_COARSE - 1)))
+        attempt(high * 1e-4 ** (step / (_COARSE - 1)))
     middle = torch.where(best > 0, best, high)
     for step in range(_FINE):
         attempt(middle * 1.2 ** (2 * step / (_FINE - 1) - 1))

@@ -294,8 +294,9 @@ def build(case: Case, device: str = "cpu") -> Built:
         buffer = guarded(values, layout, device)
         buffers.append((f"{name}[{len(lists[name])}]", buffer))
         lists[name].append(buffer.view)
-    if case.is_adamw:
-        lists["steps"] = [torch.tensor(float(which)) for which in range(len(lists["weights"]))]
+    if case.is_adamw:  # torch keeps them in float32, or in float64 where that is the default
+        dtype = torch.float64 if case.seed % 2 else torch.float32
+        lists["steps"] = [torch.tensor(case.seed % 5 * 37 + which, dtype=dtype) for which in range(len(lists["weights"]))]
     return Built(lists, buffers)
 
 

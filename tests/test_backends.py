@@ -9,7 +9,23 @@ import torch
 
 import askew_cuda.ops  # noqa: F401  registers the fake kernels
 from askew_cuda import reference
-from tests.cases import BACKENDS, CASES, COMPILED, COVERING, FACTORS, REFERENCE, build, call, case_id, draw, required, run
+from tests.cases import (
+    ANNEALINGS,
+    BACKENDS,
+    CASES,
+    CODEBOOKS,
+    COMPILED,
+    COVERING,
+    FACTORS,
+    REFERENCE,
+    RULES,
+    build,
+    call,
+    case_id,
+    draw,
+    required,
+    run,
+)
 from tests.compare import assert_same_bits
 
 compiled = pytest.mark.skipif(not COMPILED, reason="ASKEW_BUILD=none: nothing is compiled")
@@ -109,6 +125,30 @@ def test_three_hundred_small_tensors_in_one_call(rule, name, set_threads):
     for key, tensors in expected.items():
         for i, tensor in enumerate(tensors):
             assert_same_bits(actual[key][i], tensor, f"{key}[{i}]")
+
+
+SCALE_SHAPES = [((), ()), ((1,), ()), ((1,), (1,)), ((4,), (4,)), ((4, 1), (4, 1)), ((4, 6), (1, 1)), ((4, 6), (4, 1)), ((4, 6), (4, 3)),
+                ((4, 6), (4, 6)), ((1, 6), (1, 3)), ((2, 3, 4), (2, 1)), ((2, 3, 4), (2, 1, 1)), ((2, 3, 4), (2, 4)), ((2, 3, 4, 5), (2, 15)),
+                ((2, 3, 1, 1), (2, 1, 1, 1)), ((5, 1, 7, 1), (5, 7)), ((3, 0), (3, 1)), ((0, 4), (0, 1)), ((2, 0), (2, 3))]  # fmt: skip
+
+
+@compiled
+@pytest.mark.parametrize(("shape", "scale_shape"), SCALE_SHAPES, ids=str)
+def test_scales_belong_to_rows_and_groups_in_every_memory_order(shape, scale_shape):
+    generator = torch.Generator().manual_seed(0)
+    start, grad = (torch.randn(shape, generator=generator) for _ in range(2))
+    scale = torch.rand(scale_shape, generator=generator) + 0.1
+    settings = RULES["sgd"] | ANNEALINGS["capture"] | {"lr": 0.1, "epsilon": 0.3, "clip": True}
+    for order in itertools.permutations(range(len(shape))):
+        results = []
+        for backend in BACKENDS.values():
+            weight = start.permute(order).contiguous().permute([order.index(dim) for dim in range(len(order))])
+            codes = torch.empty_like(weight, dtype=torch.uint8)
+            backend.sgd_([weight], [grad], [], [scale], CODEBOOKS["2bit"], [codes], [], **settings)
+            results.append((weight, codes))
+        for weight, codes in results[1:]:
+            assert_same_bits(weight, results[0][0], f"weights in memory order {order}")
+            assert_same_bits(codes, results[0][1], f"codes in memory order {order}")
 
 
 @pytest.mark.parametrize("name", BACKENDS)

@@ -5,7 +5,9 @@ import sys
 
 import pytest
 import torch
+from torch import nn
 
+import askew_cuda as askew
 from askew_cuda import doctor, ops
 from askew_cuda.cli import main
 
@@ -38,3 +40,34 @@ def test_the_command_runs_and_explains_itself():
     assert "doctor" in run.stdout
     with pytest.raises(SystemExit):
         main(["operate"])
+
+
+def packed(tmp_path) -> str:
+    model = nn.ModuleDict({"a": nn.Linear(4, 2), "b": nn.Linear(2, 4, bias=False)})
+    with torch.no_grad():
+        model["a"].weight.copy_(torch.tensor([[1.0, -1, 1, 1], [1, 1, 1, -1]]))
+        model["b"].weight.copy_(torch.tensor([[0.5, 0.0], [-0.5, 0.0], [0.0, 0.0], [0.5, 0.5]]))
+    rules = {"a.weight": askew.Quantizer("binary", scale=1.0), "b.weight": "ternary/channel"}
+    optimizer = askew.AskewSGD(askew.param_groups(model, rules, pretrained=True, verbose=False), epsilon=0.0)
+    optimizer.finalize()
+    askew.save_packed(model, optimizer, tmp_path / "model.safetensors")
+    return str(tmp_path / "model.safetensors")
+
+
+def test_inspect_shows_what_is_in_a_file(tmp_path, capsys):
+    assert main(["inspect", packed(tmp_path)]) == 0
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert lines["a.weight"].split() == ["a.weight", "2x4", "binary", "1", "1", "25%", "75%", "5"]
+    assert "ternary/channel" in lines["b.weight"]
+    assert "12% 50% 38%" in lines["b.weight"]
+    assert lines["a.bias"].split() == ["a.bias", "2", "-", "float32", "8"]
+    assert "2 quantized tensors, 16 weights" in lines["2"]
+
+
+def test_inspect_of_another_file_says_why(tmp_path, capsys):
+    path = tmp_path / "other.safetensors"
+    path.write_bytes(b"not a packed file")
+    assert main(["inspect", str(path)]) == 1
+    assert "other.safetensors" in capsys.readouterr().err
+    assert main(["inspect", str(tmp_path / "absent")]) == 1
+    assert "absent" in capsys.readouterr().err

@@ -153,7 +153,7 @@ WITHOUT_EXTENSION = """
         askew.AskewSGD([weight], lr=0.1)
     print(len(caught), caught[0].message)
     optimizer.step()
-    print(repr(optimizer).splitlines()[-1])
+    print(repr(optimizer).splitlines()[-2])
     print(askew.build_info(), weight.flatten().tolist())
 """
 

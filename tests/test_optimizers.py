@@ -264,7 +264,15 @@ def test_a_checkpoint_of_an_old_torch_may_hold_a_momentum_buffer_that_is_none():
 
 def test_repr_names_the_backend_that_runs():
     text = repr(askew.AskewSGD(parameters(torch.float16), lr=0.1))
-    assert "cpu for torch.float16 on cpu (backend = 'auto')" in text
+    assert "backend: auto" in text
+    assert "runs on: cpu for torch.float16 on cpu" in text
+
+
+def test_repr_does_not_spell_out_scales():
+    weight = nn.Parameter(torch.ones(64, 64))
+    text = repr(askew.AskewSGD([weight], quantizer=askew.Quantizer("nf4", scale=torch.ones(64, 1), granularity="channel")))
+    assert "quantizer: nf4, a scale per channel: given, one by one" in text
+    assert len(text) < 1500
 
 
 def test_mixed_dtypes_in_one_group():

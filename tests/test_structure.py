@@ -29,7 +29,7 @@ INCLUDES = {
     "cpu_avx512.cpp": {"cpu.cpp"},
 }
 # What a function that needs it may import, not the module: the package imports without.
-OPTIONAL = {"matplotlib", "safetensors"}
+OPTIONAL = {"matplotlib"}
 # What a module of the library may import from it. Nothing outside the library may be imported but torch and the standard library.
 IMPORTS = {
     "reference": set(),
@@ -44,8 +44,13 @@ IMPORTS = {
     "optimizers": {"base"},
     "monitor": {"base", "quantizer"},
     "doctor": {"ops", "quantizer"},
-    "cli": {"doctor"},
-    "__init__": {"anneal", "base", "monitor", "ops", "optimizers", "paper", "param_groups", "quantizer"},
+    "bits": {"reference"},
+    "tensorfile": set(),
+    "packed": {"bits", "quantizer", "reference", "tensorfile"},
+    "packed_modules": {"bits", "packed", "quantizer"},
+    "inspection": {"bits", "packed", "tensorfile"},
+    "cli": {"doctor", "inspection"},
+    "__init__": {"anneal", "base", "monitor", "ops", "optimizers", "packed", "packed_modules", "paper", "param_groups", "quantizer"},
 }
 
 
