@@ -190,7 +190,7 @@ class Quantizer:
             return plain
         scale = "given, one by one" if isinstance(self.scale, tuple) else self.scale
         per = f"group of {self.group_size}" if self.granularity == "group" else self.granularity
-        return f"{self.codebook.name or f'{len(self.codebook)} levels'}, a scale per {per}: {scale}"
+        return f"{self.codebook.name or f'{len(self.codebook)} levels'}, scale per {per}: {scale}"
 
     def check(self, weight: Tensor, name: str) -> None:
         """Raises ValueError where the group size does not divide a row of the weight, or a given scale has another shape."""

@@ -271,7 +271,7 @@ def test_repr_names_the_backend_that_runs():
 def test_repr_does_not_spell_out_scales():
     weight = nn.Parameter(torch.ones(64, 64))
     text = repr(askew.AskewSGD([weight], quantizer=askew.Quantizer("nf4", scale=torch.ones(64, 1), granularity="channel")))
-    assert "quantizer: nf4, a scale per channel: given, one by one" in text
+    assert "quantizer: nf4, scale per channel: given, one by one" in text
     assert len(text) < 1500
 
 
