@@ -253,8 +253,7 @@ def _place(weight: Tensor, scale: Tensor, levels: Sequence[float]):
     """The weight in the arithmetic type, its codebook, unit and the index of its level: (E6)."""
     w = weight.detach().to(reference.arithmetic(weight.dtype))
     book = reference.codebook(levels, w)
-    scale = reference.spread(scale, weight) if weight.numel() else scale.new_ones(())  # scales of nothing may not broadcast
-    unit = scale * book.unit
+    unit = reference.spread(scale, weight) * book.unit
     return w, book, unit, book.nearest(w * unit.reciprocal())
 
 

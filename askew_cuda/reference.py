@@ -66,6 +66,8 @@ def half_widths(epsilon: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def spread(scale: Tensor, weight: Tensor) -> Tensor:
     """A scale of shape (), (channels, 1, ..) or (rows, groups), broadcastable to the weight; groups in logical order."""
+    if weight.numel() == 0:
+        return scale.new_ones(())  # scales of nothing may not broadcast
     if scale.numel() <= 1 or (scale.dim() == weight.dim() and scale.numel() == weight.shape[0] == scale.shape[0]):
         return scale
     return scale.reshape(-1, 1).expand(-1, weight.numel() // scale.numel()).reshape(weight.shape)

@@ -32,56 +32,58 @@ struct Loop {
   static constexpr int width = lanes<P>();
   static constexpr int states = RuleType::states;
 
-  // Held by value: a store to the weights could otherwise change them, for all that the compiler knows.
-  Span span;
+  // What all spans of a call share. Copied to where it is used: a store to the weights could otherwise change it, for all that the
+  // compiler knows.
   std::conditional_t<(sizeof(Codebook) > 1024), const Codebook&, Codebook> codebook;
   Hyper<P> h;
-  Bias<P> bias;
   bool wide_state;
   Dtype snapped_dtype;
 
-  // Weights [begin, end) of the span.
-  static void run(Loop loop, int64_t begin, int64_t end) {
+  // Weights [begin, end) of a span.
+  ASKEW_FN void run(const Span& span, int64_t begin, int64_t end) const {
+    const Bias<P> bias{broadcast(static_cast<T>(span.bias.first), P{}), broadcast(static_cast<T>(span.bias.second), P{})};
     int64_t i = begin;
     while (i < end) {
       int64_t run_end = end;  // weights up to here share a scale
       Grid<P> grid{};
       if constexpr (Codebook::quantized) {
-        if (loop.span.scale_count > 1) {
-          const int64_t boundary = (i / loop.span.scale_run + 1) * loop.span.scale_run;
+        if (span.scale_count > 1) {
+          const int64_t boundary = (i / span.scale_run + 1) * span.scale_run;
           run_end = boundary < end ? boundary : end;
         }
-        grid = make_grid(broadcast(loop.scale_of(i), P{}), loop.codebook, loop.h);
+        grid = make_grid(broadcast(scale_of(span, i), P{}), codebook, h);
       }
-      for (; i + packs * width <= run_end; i += packs * width) loop.template turn<packs>(i, grid);
-      for (; i + width <= run_end; i += width) loop.template turn<1>(i, grid);
+      for (; i + packs * width <= run_end; i += packs * width) turn<packs>(span, bias, i, grid);
+      for (; i + width <= run_end; i += width) turn<1>(span, bias, i, grid);
       if (i < run_end) {  // the run ends inside a pack: fill it up with what follows
         const int count = end - i < width ? static_cast<int>(end - i) : width;
         if constexpr (Codebook::quantized) {
-          P scale{};
-          for (int lane = 0; lane < width; ++lane) scale[lane] = loop.scale_of(i + (lane < count ? lane : 0));
-          grid = make_grid(scale, loop.codebook, loop.h);
+          if (run_end < end) {
+            P scale{};
+            for (int lane = 0; lane < width; ++lane) scale[lane] = scale_of(span, i + (lane < count ? lane : 0));
+            grid = make_grid(scale, codebook, h);
+          }
         }
         if (count == width)
-          loop.template turn<1>(i, grid);
+          turn<1>(span, bias, i, grid);
         else
-          loop.part(i, count, grid);
+          part(span, bias, i, count, grid);
         i += count;
       }
     }
   }
 
-  ASKEW_FN T scale_of(int64_t i) const {
+  static ASKEW_FN T scale_of(const Span& span, int64_t i) {
     return static_cast<const T*>(span.scale)[span.scale_count == 1 ? 0 : (i / span.scale_run) % span.scale_count];
   }
 
-  ASKEW_FN P load_state(int which, int64_t i) const {
+  ASKEW_FN P load_state(const Span& span, int which, int64_t i) const {
     if constexpr (sizeof(Storage) == 2) {
       if (wide_state) return load<P>(at<T>(span.state[which], i));
     }
     return load<P>(at<Storage>(span.state[which], i));
   }
-  ASKEW_FN void store_state(int which, int64_t i, P x) const {
+  ASKEW_FN void store_state(const Span& span, int which, int64_t i, P x) const {
     if constexpr (sizeof(Storage) == 2) {
       if (wide_state) return store(at<T>(span.state[which], i), x);
     }
@@ -90,16 +92,16 @@ struct Loop {
 
   // `count` packs from weight i on.
   template <int count>
-  ASKEW_FN void turn(int64_t i, const Grid<P>& grid) const {
+  ASKEW_FN void turn(const Span& span, const Bias<P>& bias, int64_t i, const Grid<P>& grid) const {
     P w[count], g[count], state[count][states];
-    if constexpr (count == packs) prefetch(i);
+    if constexpr (count == packs) prefetch(span, i);
 #pragma GCC unroll 4
     for (int k = 0; k < count; ++k) {
       const int64_t j = i + k * width;
       w[k] = load<P>(at<Storage>(span.weight, j));
       g[k] = load<P>(at<Storage>(span.grad, j));
 #pragma GCC unroll 4
-      for (int which = 0; which < states; ++which) state[k][which] = span.state[which] ? load_state(which, j) : P{};
+      for (int which = 0; which < states; ++which) state[k][which] = span.state[which] ? load_state(span, which, j) : P{};
     }
 #pragma GCC unroll 4
     for (int k = 0; k < count; ++k) w[k] = step<RuleType, Annealing>(w[k], g[k], state[k], grid, codebook, h, bias);
@@ -109,18 +111,18 @@ struct Loop {
       store(at<Storage>(span.weight, j), w[k]);
 #pragma GCC unroll 4
       for (int which = 0; which < states; ++which)
-        if (span.state[which]) store_state(which, j, state[k][which]);
+        if (span.state[which]) store_state(span, which, j, state[k][which]);
     }
     if constexpr (Codebook::quantized) {
       if (span.codes || span.snapped) {
 #pragma GCC unroll 4
-        for (int k = 0; k < count; ++k) store_outputs(i + k * width, w[k], grid);
+        for (int k = 0; k < count; ++k) store_outputs(span, i + k * width, w[k], grid);
       }
     }
   }
 
   // (E6) of the weights as they were stored, from weight i on: 16-bit storage has rounded them.
-  ASKEW_FN void store_outputs(int64_t i, P w, const Grid<P>& grid) const {
+  ASKEW_FN void store_outputs(const Span& span, int64_t i, P w, const Grid<P>& grid) const {
     if constexpr (sizeof(Storage) == 2) w = load<P>(at<Storage>(span.weight, i));
     const P index = codebook.nearest(w * grid.inverse);
     if (span.codes) store_codes(span.codes + i, index);
@@ -134,7 +136,7 @@ struct Loop {
   }
 
   // The last `count` < width weights of the range: a turn on copies, so that nothing beyond them is touched.
-  void part(int64_t i, int count, const Grid<P>& grid) const {
+  void part(const Span& span, const Bias<P>& bias, int64_t i, int count, const Grid<P>& grid) const {
     alignas(64) char weight[width * sizeof(Storage)] = {}, grad[width * sizeof(Storage)] = {}, state[states][width * sizeof(T)] = {};
     alignas(64) char snapped[width * sizeof(double)];
     uint8_t codes[width];
@@ -142,17 +144,17 @@ struct Loop {
     const size_t snapped_size = snapped_dtype == Dtype::float64 ? 8 : snapped_dtype == Dtype::float32 ? 4 : 2;
     std::memcpy(weight, at<Storage>(span.weight, i), count * sizeof(Storage));
     std::memcpy(grad, at<Storage>(span.grad, i), count * sizeof(Storage));
-    Loop copy = *this;
-    copy.span.weight = weight;
-    copy.span.grad = grad;
-    if (span.codes) copy.span.codes = codes;
-    if (span.snapped) copy.span.snapped = snapped;
+    Span copy = span;
+    copy.weight = weight;
+    copy.grad = grad;
+    if (span.codes) copy.codes = codes;
+    if (span.snapped) copy.snapped = snapped;
     for (int which = 0; which < states; ++which) {
       if (!span.state[which]) continue;
       std::memcpy(state[which], at<char>(span.state[which], i * state_size), count * state_size);
-      copy.span.state[which] = state[which];
+      copy.state[which] = state[which];
     }
-    copy.template turn<1>(0, grid);
+    turn<1>(copy, bias, 0, grid);
     std::memcpy(at<Storage>(span.weight, i), weight, count * sizeof(Storage));
     for (int which = 0; which < states; ++which) {
       if (span.state[which]) std::memcpy(at<char>(span.state[which], i * state_size), state[which], count * state_size);
@@ -161,7 +163,7 @@ struct Loop {
     if (span.snapped) std::memcpy(at<char>(span.snapped, i * snapped_size), snapped, count * snapped_size);
   }
 
-  ASKEW_FN void prefetch(int64_t i) const {
+  static ASKEW_FN void prefetch(const Span& span, int64_t i) {
     for (int64_t line = 0; line < packs * ASKEW_PACK_BYTES; line += 64) {
       const int64_t ahead = i * static_cast<int64_t>(sizeof(Storage)) + line + prefetch_bytes;
       __builtin_prefetch(at<char>(span.weight, ahead), 1);
@@ -176,19 +178,15 @@ struct Loop {
 template <typename Storage, typename RuleType, typename Annealing, typename Codebook>
 void run_chunks(const Launch& launch, const Codebook& codebook, int64_t begin, int64_t end) {
   using Run = Loop<Storage, RuleType, Annealing, Codebook>;
-  using P = typename Run::P;
-  using T = typename Run::T;
-  const Hyper<P> h = hyper<P>(launch.settings, snap_radius(launch));
+  const Run loop{codebook, hyper<typename Run::P>(launch.settings, snap_radius(launch)), launch.wide_state, launch.snapped_dtype};
   int64_t which = span_of_chunk(launch.first_chunk, launch.span_count, begin);
   for (int64_t chunk = begin; chunk < end; ++which) {
     const int64_t first = launch.first_chunk[which], next = launch.first_chunk[which + 1];
     const int64_t last = next < end ? next : end;
     if (chunk >= last) continue;  // an empty span
-    const Span& span = launch.spans[which];
+    const Span span = launch.spans[which];
     const int64_t upto = (last - first) * chunk_size;
-    const Bias<P> bias{constant(static_cast<T>(span.bias.first), P{}), constant(static_cast<T>(span.bias.second), P{})};
-    Run::run(Run{span, codebook, h, bias, launch.wide_state, launch.snapped_dtype}, (chunk - first) * chunk_size,
-             upto < span.size ? upto : span.size);
+    loop.run(span, (chunk - first) * chunk_size, upto < span.size ? upto : span.size);
     chunk = last;
   }
 }

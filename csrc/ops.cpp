@@ -7,6 +7,7 @@
 #include <torch/library.h>
 
 #include <atomic>
+#include <deque>
 #include <optional>
 #include <string>
 #include <vector>
@@ -38,31 +39,32 @@ Dtype dtype_of(const Tensor& tensor, const char* name) {
 // Tensors in the memory order of their weight. One that lies otherwise is copied, and copied back if it is written to.
 class Layout {
  public:
-  Tensor weight(const Tensor& tensor) {
+  const Tensor& weight(const Tensor& tensor) {
     if (tensor.is_non_overlapping_and_dense()) return tensor;
     return copied(tensor, at::empty_like(tensor, at::MemoryFormat::Contiguous), true);
   }
-  Tensor like(const Tensor& weight, const Tensor& tensor, bool written) {
+  const Tensor& like(const Tensor& weight, const Tensor& tensor, bool written) {
     if (tensor.strides() == weight.strides()) return tensor;
     return copied(tensor, at::empty_like(weight, weight.options().dtype(tensor.scalar_type())), written);
   }
+  void* keep(Tensor tensor) { return copies_.emplace_back(std::move(tensor)).mutable_data_ptr(); }
   void write_back() {
-    for (auto& [original, copy] : written_) original.copy_(copy);
+    for (auto& [original, copy] : written_) original->copy_(*copy);
   }
 
  private:
-  Tensor copied(const Tensor& tensor, Tensor copy, bool written) {
+  const Tensor& copied(const Tensor& tensor, Tensor copy, bool written) {
     copy.copy_(tensor);
-    kept_.push_back(copy);
-    if (written) written_.emplace_back(tensor, copy);
-    return copy;
+    const Tensor& kept = copies_.emplace_back(std::move(copy));
+    if (written) written_.emplace_back(&tensor, &kept);
+    return kept;
   }
-  std::vector<Tensor> kept_;
-  std::vector<std::pair<Tensor, Tensor>> written_;
+  std::deque<Tensor> copies_;  // a deque: they stay where they are
+  std::vector<std::pair<const Tensor*, const Tensor*>> written_;
 };
 
 // Fills scale, scale_run and scale_count for a weight in memory order.
-void set_scale(Span& span, const Tensor& weight, const Tensor& scale, size_t which, std::vector<Tensor>& kept) {
+void set_scale(Span& span, const Tensor& weight, const Tensor& scale, size_t which, Layout& layout) {
   const auto wanted = weight.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   TORCH_CHECK_TYPE(scale.scalar_type() == wanted, "askew_cuda: scales[", which, "] has dtype ", scale.scalar_type(), "; ", wanted,
                    " goes with weights of ", weight.scalar_type());
@@ -75,7 +77,6 @@ void set_scale(Span& span, const Tensor& weight, const Tensor& scale, size_t whi
       count > 1 && weight.dim() > 1 && scale.dim() == 2 && scale.size(0) == weight.size(0) && (size / scale.size(0)) % scale.size(1) == 0;
   TORCH_CHECK_VALUE(count == 1 || channels || groups || size == 0, "askew_cuda: scales[", which, "] has shape ", scale.sizes(),
                     " for a weight of shape ", weight.sizes(), "; (), (channels, 1, ..) or (rows, groups) are understood");
-  Tensor flat = scale.contiguous();
   span.scale_count = count;
   if (count <= 1) {  // 0: an empty weight has no chunk, and needs none
     span.scale_run = size > 0 ? size : 1;
@@ -84,13 +85,13 @@ void set_scale(Span& span, const Tensor& weight, const Tensor& scale, size_t whi
   } else if (channels || scale.size(1) == 1) {
     span.scale_run = weight.stride(0);
   } else {  // groups are counted in logical order: in another memory order each weight brings its own
-    const Tensor each = flat.reshape({count, 1}).expand({count, size / count}).reshape(weight.sizes());
-    flat = at::empty_like(weight, weight.options().dtype(wanted)).copy_(each);
+    const Tensor each = scale.reshape({count, 1}).expand({count, size / count}).reshape(weight.sizes());
+    span.scale = layout.keep(at::empty_like(weight, weight.options().dtype(wanted)).copy_(each));
     span.scale_run = 1;
     span.scale_count = size;
+    return;
   }
-  span.scale = flat.const_data_ptr();
-  kept.push_back(std::move(flat));
+  span.scale = scale.is_contiguous() ? scale.const_data_ptr() : layout.keep(scale.contiguous());
 }
 
 // The lists of one call; state[k] is empty or has a tensor for each weight.
@@ -169,13 +170,11 @@ std::atomic<CpuStep> cpu_step{cpu_step_baseline};
 void run_cpu(const Lists& lists, Rule rule, const Settings& settings, const std::vector<Bias<double>>& bias) {
   const size_t count = lists.weights.size();
   Layout layout;
-  std::vector<Tensor> kept;
-  kept.reserve(count);
   std::vector<Span> spans(count);
   std::vector<int64_t> first_chunk(count + 1, 0);
   for (size_t i = 0; i < count; ++i) {
     Span& span = spans[i];
-    const Tensor weight = layout.weight(lists.weights[i]);
+    const Tensor& weight = layout.weight(lists.weights[i]);
     span = Span{};
     span.weight = weight.mutable_data_ptr();
     span.grad = layout.like(weight, lists.grads[i], false).const_data_ptr();
@@ -185,7 +184,7 @@ void run_cpu(const Lists& lists, Rule rule, const Settings& settings, const std:
     if (!lists.codes.empty()) span.codes = static_cast<uint8_t*>(layout.like(weight, lists.codes[i], true).mutable_data_ptr());
     if (!lists.snapped.empty()) span.snapped = layout.like(weight, lists.snapped[i], true).mutable_data_ptr();
     span.size = weight.numel();
-    if (!lists.levels.empty()) set_scale(span, weight, lists.scales[i], i, kept);
+    if (!lists.levels.empty()) set_scale(span, weight, lists.scales[i], i, layout);
     if (!bias.empty()) span.bias = bias[i];
     first_chunk[i + 1] = first_chunk[i] + chunks_of(span.size);
   }

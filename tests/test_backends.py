@@ -127,9 +127,13 @@ def test_three_hundred_small_tensors_in_one_call(rule, name, set_threads):
             assert_same_bits(actual[key][i], tensor, f"{key}[{i}]")
 
 
-SCALE_SHAPES = [((), ()), ((1,), ()), ((1,), (1,)), ((4,), (4,)), ((4, 1), (4, 1)), ((4, 6), (1, 1)), ((4, 6), (4, 1)), ((4, 6), (4, 3)),
-                ((4, 6), (4, 6)), ((1, 6), (1, 3)), ((2, 3, 4), (2, 1)), ((2, 3, 4), (2, 1, 1)), ((2, 3, 4), (2, 4)), ((2, 3, 4, 5), (2, 15)),
-                ((2, 3, 1, 1), (2, 1, 1, 1)), ((5, 1, 7, 1), (5, 7)), ((3, 0), (3, 1)), ((0, 4), (0, 1)), ((2, 0), (2, 3))]  # fmt: skip
+# Shapes of a weight and of its scale: per tensor, per channel, per group.
+SCALE_SHAPES = [
+    ((), ()), ((1,), ()), ((1,), (1,)), ((4, 6), (1, 1)),
+    ((4,), (4,)), ((4, 1), (4, 1)), ((4, 6), (4, 1)), ((2, 3, 4), (2, 1)), ((2, 3, 4), (2, 1, 1)), ((2, 3, 1, 1), (2, 1, 1, 1)),
+    ((4, 6), (4, 3)), ((4, 6), (4, 6)), ((1, 6), (1, 3)), ((2, 3, 4), (2, 4)), ((2, 3, 4, 5), (2, 15)), ((5, 1, 7, 1), (5, 7)),
+    ((3, 0), (3, 1)), ((0, 4), (0, 1)), ((2, 0), (2, 3)),
+]  # fmt: skip
 
 
 @compiled
@@ -140,9 +144,9 @@ def test_scales_belong_to_rows_and_groups_in_every_memory_order(shape, scale_sha
     scale = torch.rand(scale_shape, generator=generator) + 0.1
     settings = RULES["sgd"] | ANNEALINGS["capture"] | {"lr": 0.1, "epsilon": 0.3, "clip": True}
     for order in itertools.permutations(range(len(shape))):
-        results = []
+        back, results = [order.index(dim) for dim in range(len(order))], []
         for backend in BACKENDS.values():
-            weight = start.permute(order).contiguous().permute([order.index(dim) for dim in range(len(order))])
+            weight = start.permute(order).clone(memory_format=torch.contiguous_format).permute(back)
             codes = torch.empty_like(weight, dtype=torch.uint8)
             backend.sgd_([weight], [grad], [], [scale], CODEBOOKS["2bit"], [codes], [], **settings)
             results.append((weight, codes))
