@@ -17,7 +17,7 @@ namespace {
 // Packs per turn. Weight, gradient and state of a whole turn are loaded before its first store: large buffers often start at
 // the same offset within a page, and a load that follows a store to such an address waits for it (4 KiB aliasing).
 constexpr int packs = 2;
-constexpr int64_t prefetch_bytes = 256;
+constexpr int64_t prefetch_bytes = 512;
 
 // A pack of a register's size, of the type that arithmetic on Storage is done in.
 template <typename Storage> using NativePack = Pack<Arithmetic<Storage>, ASKEW_PACK_BYTES / sizeof(Arithmetic<Storage>)>;
