@@ -11,8 +11,8 @@ import sysconfig
 
 from setuptools import setup
 
-SOURCES = ["csrc/ops.cpp", "csrc/cpu.cpp", "csrc/cpu_avx2.cpp", "csrc/cpu_avx512.cpp"]
-HEADERS = ["csrc/cpu.cpp", "csrc/cpu.h", "csrc/pack.h", "csrc/spans.h", "csrc/step.h"]
+SOURCES = ["csrc/module.cpp", "csrc/ops.cpp", "csrc/cpu.cpp", "csrc/cpu_avx2.cpp", "csrc/cpu_avx512.cpp"]
+HEADERS = ["csrc/cpu.cpp", "csrc/cpu.h", "csrc/ops.h", "csrc/pack.h", "csrc/spans.h", "csrc/step.h"]
 # Every operation rounds once and none is fused; without errno and traps the compiler may vectorise sqrt and selects.
 FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra", "-Werror", "-Wno-psabi"]
 

@@ -99,10 +99,19 @@ def _scalar(value: float | torch.Tensor | None) -> torch.Tensor | None:
     return value if value is None or isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.float64)
 
 
-def _compiled(operator: Callable[..., None]) -> Callable[..., None]:
-    def call(*lists, lr, epsilon, grad_scale=None, found_inf=None, **settings) -> None:
+def _compiled(name: str) -> Callable[..., None]:
+    """The operator through the dispatcher where something listens there (torch.compile, fake tensors, tracing); else without it."""
+    dispatched, direct = getattr(torch.ops.askew_cuda, name).default, getattr(extension, name)
+    plain = (torch.Tensor, torch.nn.Parameter)
+
+    def call(weights, *lists, lr, epsilon, grad_scale=None, found_inf=None, **settings) -> None:
         scalars = {"lr": lr, "epsilon": epsilon, "grad_scale": grad_scale, "found_inf": found_inf}
-        operator(*lists, **{name: _scalar(value) for name, value in scalars.items()}, **settings)
+        settings |= {key: _scalar(value) for key, value in scalars.items()}
+        listening = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+        if listening or not weights or type(weights[0]) not in plain:
+            dispatched(weights, *lists, **settings)
+        else:
+            direct(weights, *lists, **settings)
 
     return call
 
@@ -119,4 +128,4 @@ def operators(backend: str) -> Operators:
     """The operators of a backend that is present."""
     if backend == "reference":
         return Operators(reference.sgd_, reference.adamw_)
-    return Operators(_compiled(torch.ops.askew_cuda.sgd_.default), _compiled(torch.ops.askew_cuda.adamw_.default))
+    return Operators(_compiled("sgd_"), _compiled("adamw_"))

@@ -1,20 +1,20 @@
-// The only file that includes torch: schemas, checks, tensors to spans, chunks to torch's threads; and the Python module.
+// The operators: schemas, checks, tensors to spans, chunks to torch's threads. With csrc/module.cpp the only file that knows torch.
 #include <ATen/MemoryOverlap.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_like.h>
-#include <pybind11/pybind11.h>
 #include <torch/library.h>
 
-#include <atomic>
 #include <deque>
 #include <optional>
-#include <string>
 #include <vector>
 
-#include "cpu.h"
+#include "ops.h"
 
 namespace askew {
+
+std::atomic<CpuStep> cpu_step{cpu_step_baseline};
+
 namespace {
 
 using at::Tensor;
@@ -164,8 +164,6 @@ void check(const Lists& lists) {
   TORCH_CHECK_VALUE(!levels.empty() || (lists.codes.empty() && lists.snapped.empty()), "askew_cuda: codes and snapped need levels");
 }
 
-std::atomic<CpuStep> cpu_step{cpu_step_baseline};
-
 // Chunks to threads. `bias`, for AdamW, is each weight's.
 void run_cpu(const Lists& lists, Rule rule, const Settings& settings, const std::vector<Bias<double>>& bias) {
   const size_t count = lists.weights.size();
@@ -236,6 +234,8 @@ bool common_settings(Settings& s, const Tensor& lr, double weight_decay, bool ma
   return !(found_inf && number(*found_inf) != 0);
 }
 
+}  // namespace
+
 void sgd_(TensorList weights, TensorList grads, TensorList momentum_buffers, TensorList scales, at::ArrayRef<double> levels,
           TensorList codes, TensorList snapped, const Tensor& lr, double momentum, double dampening, double weight_decay, bool nesterov,
           bool maximize, const Tensor& epsilon, c10::string_view anneal, c10::string_view skew_at, std::optional<double> recovery,
@@ -294,42 +294,6 @@ void adamw_(TensorList weights, TensorList grads, TensorList exp_avgs, TensorLis
     tensor.scalar_type() == at::kFloat ? *tensor.mutable_data_ptr<float>() += 1 : *tensor.mutable_data_ptr<double>() += 1;
 }
 
-struct Capability {
-  const char* name;
-  CpuStep step;
-  bool present;
-};
-
-std::vector<Capability> capabilities() {  // widest first
-  return {
-#if defined(__x86_64__)
-      {"avx512", cpu_step_avx512,
-       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vl")},
-      {"avx2", cpu_step_avx2, static_cast<bool>(__builtin_cpu_supports("avx2"))},
-#endif
-      {"baseline", cpu_step_baseline, true},
-  };
-}
-
-// Chooses the instruction set of the CPU kernel; the results are the same with each.
-std::string set_cpu_capability(const std::string& name) {
-  std::string known, before;
-  const CpuStep current = cpu_step;
-  for (const Capability& each : capabilities()) {
-    if (each.step == current) before = each.name;
-    if (each.present) known += known.empty() ? each.name : std::string(", ") + each.name;
-  }
-  for (const Capability& each : capabilities()) {
-    if (each.present && name == each.name) {
-      cpu_step = each.step;
-      return before;
-    }
-  }
-  throw pybind11::value_error("set_cpu_capability: name = '" + name + "'; this machine has " + known);
-}
-
-}  // namespace
 }  // namespace askew
 
 #define ASKEW_CONSTRAINT                                                                                                                 \
@@ -351,35 +315,4 @@ TORCH_LIBRARY(askew_cuda, m) {
 TORCH_LIBRARY_IMPL(askew_cuda, CPU, m) {
   m.impl("sgd_", askew::sgd_);
   m.impl("adamw_", askew::adamw_);
-}
-
-PYBIND11_MODULE(_C, m) {
-  m.def("set_cpu_capability", askew::set_cpu_capability, "Chooses the CPU kernel's instruction set by name; returns the one before.");
-  m.def(
-      "cpu_capabilities",
-      [] {
-        std::vector<std::string> names;
-        for (const auto& each : askew::capabilities())
-          if (each.present) names.push_back(each.name);
-        pybind11::tuple result(names.size());
-        for (size_t i = 0; i < names.size(); ++i) result[i] = names[i];
-        return result;
-      },
-      "Instruction sets that this machine has, widest first.");
-  m.def(
-      "build_info",
-      [] {
-        pybind11::dict info;
-        info["torch"] = ASKEW_TORCH_VERSION;
-        info["compiler"] = __VERSION__;
-        info["cuda"] = pybind11::none();
-        return info;
-      },
-      "What the extension was built with: torch, compiler, cuda (None: without).");
-  for (const auto& each : askew::capabilities()) {
-    if (each.present) {
-      askew::set_cpu_capability(each.name);
-      break;
-    }
-  }
 }
