@@ -102,7 +102,9 @@ class QuantizedOptimizer(torch.optim.Optimizer):
                 raise ValueError(f"state_dtype = float32, but {name} is float64; it is for 16-bit weights")
             if quantizer is not None:
                 quantizer.check(weight, name)
-            ops.choose(settings["backend"], weight.device, weight.dtype)
+            chosen = ops.choose(settings["backend"], weight.device, weight.dtype)
+            if settings["fused"] and chosen == "reference":
+                raise RuntimeError(f"fused = True, but the pure PyTorch reference would step {name} on {weight.device}; leave it None")
         super().add_param_group(group)
 
     def _quantizer(self, group: dict) -> Quantizer | None:

@@ -49,6 +49,7 @@ WRONG = [
     ({"state_dtype": torch.float16}, ValueError, "state_dtype = torch.float16"),
     ({"differentiable": True}, ValueError, "differentiable = True"),
     ({"foreach": True, "fused": True}, ValueError, "foreach and fused"),
+    ({"fused": True, "backend": "reference"}, RuntimeError, "fused = True, but the pure PyTorch reference"),
     ({"backend": "tpu"}, ValueError, "backend = 'tpu'"),
     ({"backend": "cuda"}, RuntimeError, "backend = 'cuda' is absent"),
     ({"backend": "triton"}, RuntimeError, "backend = 'triton' is absent"),
