@@ -80,7 +80,7 @@ struct TableCodebook {
 
   ASKEW_FN T lowest() const { return levels[0]; }
   ASKEW_FN T highest() const { return levels[count - 1]; }
-  template <typename P> ASKEW_FN P nearest(P u) const {  // how many midpoints lie below u: a tie counts as below, NaN as 0
+  template <typename P> ASKEW_FN P nearest(P u) const {  // how many midpoints lie below u: a tie goes to the lower level, NaN to 0
     P index = broadcast(T(0), u);
     for (int half = capacity / 2; half > 0; half /= 2) {
       const P midpoint = lookup<capacity>(midpoints, index + T(half - 1));
