@@ -21,14 +21,14 @@ def inspect(path: str | os.PathLike) -> str:
         reader = TensorReader(file, path)
         manifest = read_manifest(reader)
         quantized = {name: read_packed(reader, name, raw) for name, raw in manifest["quantized"].items()}
-        rows = [("tensor", "shape", "quantizer", "bits", "scale", "occupancy, lowest level first", "bytes")]
+        rows = [("tensor", "shape", "quantizer", "levels", "bits", "scale", "occupancy, lowest level first", "bytes")]
         rows += [_quantized_row(reader, name, packed) for name, packed in quantized.items()]
         parts = {f"{name}.{part}" for name in quantized for part in ("codes", "scale")}
         for name, entry in reader.entries.items():
             if name not in parts:
                 dtype = str(entry.dtype).removeprefix("torch.")
-                rows.append((name, _shape(entry.shape), "-", dtype, "", "", f"{entry.end - entry.begin:,}"))
-        rows += [(name, "", f"tied to {first}", "", "", "", "") for name, first in manifest["tied"].items()]
+                rows.append((name, _shape(entry.shape), "-", "", dtype, "", "", f"{entry.end - entry.begin:,}"))
+        rows += [(name, "", f"tied to {first}", "", "", "", "", "") for name, first in manifest["tied"].items()]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     weights = sum(math.prod(packed.shape) for packed in quantized.values())
@@ -53,4 +53,4 @@ def _quantized_row(reader: TensorReader, name: str, packed: Packed) -> tuple[str
     low, high = (float(scale.min()), float(scale.max())) if scale.numel() else (math.nan, math.nan)
     size = sum(reader.entries[f"{name}.{part}"].end - reader.entries[f"{name}.{part}"].begin for part in ("codes", "scale"))
     range_ = f"{low:.4g}" if low == high else f"{low:.4g} .. {high:.4g}"
-    return name, _shape(packed.shape), packed.quantizer.summary(), f"{packed.bits:g}", range_, shown, f"{size:,}"
+    return name, _shape(packed.shape), packed.quantizer.summary(), str(count), f"{packed.bits:g}", range_, shown, f"{size:,}"

@@ -57,7 +57,7 @@ def packed(tmp_path) -> str:
 def test_inspect_shows_what_is_in_a_file(tmp_path, capsys):
     assert main(["inspect", packed(tmp_path)]) == 0
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
-    assert lines["a.weight"].split() == ["a.weight", "2x4", "binary", "1", "1", "25%", "75%", "5"]
+    assert lines["a.weight"].split() == ["a.weight", "2x4", "binary", "2", "1", "1", "25%", "75%", "5"]
     assert "ternary/channel" in lines["b.weight"]
     assert "12% 50% 38%" in lines["b.weight"]
     assert lines["a.bias"].split() == ["a.bias", "2", "-", "float32", "8"]
