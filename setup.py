@@ -14,6 +14,8 @@ from setuptools import setup
 SOURCES = ["csrc/module.cpp", "csrc/ops.cpp", "csrc/cpu.cpp", "csrc/cpu_avx2.cpp", "csrc/cpu_avx512.cpp"]
 HEADERS = ["csrc/cpu.cpp", "csrc/cpu.h", "csrc/ops.h", "csrc/pack.h", "csrc/spans.h", "csrc/step.h"]
 # Every operation rounds once and none is fused; without errno and traps the compiler may vectorise sqrt and selects.
+# at::parallel_for is a plain call in a file that is compiled without OpenMP. On Linux torch brings the same libgomp under its own name.
+OPENMP = ["-fopenmp"] if sys.platform == "linux" else []
 FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra", "-Werror", "-Wno-psabi"]
 
 
@@ -54,7 +56,8 @@ def extension():
         "askew_cuda._C",
         SOURCES,
         depends=HEADERS,
-        extra_compile_args=FLAGS,
+        extra_compile_args=FLAGS + OPENMP,
+        extra_link_args=OPENMP,
         define_macros=[("ASKEW_TORCH_VERSION", f'"{torch.__version__}"')],
     )
     # torch's headers are not held to our warnings

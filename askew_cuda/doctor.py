@@ -27,6 +27,7 @@ def machine() -> dict[str, str]:
     compiler = os.environ.get("CXX") or next((each for each in ("c++", "g++", "clang++") if shutil.which(each)), None)
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     built = ops.build_info()
+    threads = f"{torch.get_num_threads()} threads" if built and built["threads"] else "one thread: built without OpenMP"
     return {
         "python": platform.python_version(),
         "torch": f"{torch.__version__}, CUDA {torch.version.cuda or 'not in this build'}",
@@ -35,7 +36,7 @@ def machine() -> dict[str, str]:
         "C++ compiler": _version_of(compiler),
         "nvcc": _version_of("nvcc"),
         "extension": "not there" if built is None else f"built for torch {built['torch']} by {built['compiler']}, CUDA {built['cuda']}",
-        "CPU kernels": "none" if ops.extension is None else ", ".join(ops.extension.cpu_capabilities()),
+        "CPU kernels": "none" if built is None else f"{', '.join(ops.extension.cpu_capabilities())}; {threads}",
     }
 
 

@@ -51,7 +51,7 @@ if extension is not None:
 
 
 def build_info() -> dict[str, object] | None:
-    """What the compiled extension was built with (torch, compiler, cuda); None where there is none."""
+    """What the compiled extension was built with (torch, compiler, cuda, threads); None where there is none."""
     return None if extension is None else extension.build_info()
 
 

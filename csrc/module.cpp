@@ -106,9 +106,14 @@ PYBIND11_MODULE(_C, m) {
         info["torch"] = ASKEW_TORCH_VERSION;
         info["compiler"] = __VERSION__;
         info["cuda"] = pybind11::none();
+#if defined(_OPENMP)
+        info["threads"] = true;
+#else
+        info["threads"] = false;  // at::parallel_for is a plain call then
+#endif
         return info;
       },
-      "What the extension was built with: torch, compiler, cuda (None: without).");
+      "What the extension was built with: torch, compiler, cuda (None: without), threads (whether the CPU kernels use torch's).");
   for (const auto& each : askew::capabilities()) {
     if (each.present) {
       askew::set_cpu_capability(each.name);

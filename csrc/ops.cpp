@@ -5,6 +5,7 @@
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <deque>
 #include <optional>
 #include <vector>
@@ -170,6 +171,7 @@ void run_cpu(const Lists& lists, Rule rule, const Settings& settings, const std:
   Layout layout;
   std::vector<Span> spans(count);
   std::vector<int64_t> first_chunk(count + 1, 0);
+  int64_t total = 0;
   for (size_t i = 0; i < count; ++i) {
     Span& span = spans[i];
     const Tensor& weight = layout.weight(lists.weights[i]);
@@ -185,6 +187,7 @@ void run_cpu(const Lists& lists, Rule rule, const Settings& settings, const std:
     if (!lists.levels.empty()) set_scale(span, weight, lists.scales[i], i, layout);
     if (!bias.empty()) span.bias = bias[i];
     first_chunk[i + 1] = first_chunk[i] + chunks_of(span.size);
+    total += span.size;
   }
   const bool wide = !lists.state[0].second.empty() && lists.state[0].second[0].scalar_type() != lists.weights[0].scalar_type();
   const Launch launch{dtype_of(lists.weights[0], "weights[0]"),
@@ -197,7 +200,9 @@ void run_cpu(const Lists& lists, Rule rule, const Settings& settings, const std:
                       first_chunk.data(),
                       static_cast<int64_t>(count)};
   const CpuStep step = cpu_step;
-  at::parallel_for(0, first_chunk[count], 1, [&](int64_t begin, int64_t end) { step(launch, begin, end); });
+  // A thread is worth waking for a chunk's worth of weights, however many tensors they lie in.
+  const int64_t grain = first_chunk[count] * chunk_size / std::max<int64_t>(total, 1);
+  at::parallel_for(0, first_chunk[count], grain, [&](int64_t begin, int64_t end) { step(launch, begin, end); });
   layout.write_back();
   // Autograd must see that these changed: a backward pass over a graph from before the step is an error, as with torch's optimizers.
   for (TensorList list : {lists.weights, lists.codes, lists.snapped}) {

@@ -64,7 +64,7 @@ RULES: dict[str, dict[str, float | bool]] = {
 }
 
 _RECOVERY = {"skew_at": "velocity", "recovery": 0.5, "alpha": None, "max_step": 0.5}
-_ALPHA = {"skew_at": "velocity", "recovery": None, "alpha": 3.0, "max_step": 2.0}
+_ALPHA = {"skew_at": "velocity", "recovery": None, "alpha": 5.0, "max_step": 0.25}  # lr alpha is above 1 with one of the two lr
 ANNEALINGS: dict[str, dict[str, object]] = {
     "capture": {"anneal": "capture"} | _RECOVERY,
     "capture_alpha": {"anneal": "capture"} | _ALPHA,
@@ -111,8 +111,9 @@ class Case(NamedTuple):
         return STATES[1:] if RULES[self.rule]["amsgrad"] else STATES[1:3]
 
 
-# Below, at and above the widths of the vectors and of two of them, and one weight short of a full vector after a whole chunk.
-SIZES = (0, 1, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, (1 << 15) + 7)
+# Below, at and above the widths of the vectors and of two of them. The last: two chunks of 2^15 and less than a vector, so that of
+# two threads one starts inside the tensor.
+SIZES = (0, 1, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, (2 << 15) + 7)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 FACTORS: dict[str, tuple] = {
     "dtype": DTYPES,
@@ -208,12 +209,14 @@ def case_id(case: Case) -> str:
 
 
 COVERING = covering()
-_PLAIN = COVERING[0]._replace(
-    dtype=torch.float32, layout="contiguous", size=33, codebook="ternary", granularity="tensor", values="finite", lr=0.0, clip=True
-)
+# One small case without surprises, for tests of something else.
+PLAIN = Case(
+    dtype=torch.float32, layout="contiguous", size=33, rule="momentum", codebook="ternary", granularity="channel", annealing="capture",
+    epsilon=0.3, outputs=("codes", torch.float32), clip=True, wide_state=False, grad_scale=None, values="finite", lr=0.25,
+)  # fmt: skip
 # lr = 0 moves nothing, the box included, but state and outputs are brought up to date.
 STANDING = [
-    _PLAIN._replace(rule=rule, annealing=annealing, outputs=("codes", torch.float32), wide_state=False, seed=1000 + k)
+    PLAIN._replace(rule=rule, annealing=annealing, granularity="tensor", lr=0.0, seed=1000 + k)
     for k, (rule, annealing) in enumerate(itertools.product(RULES, ("capture", "interval", "gradient")))
 ]
 CASES = COVERING + STANDING
@@ -308,7 +311,7 @@ class Backend(NamedTuple):
     device: str = "cpu"
 
 
-def _compiled(name: str, capability: str) -> Callable[..., None]:
+def _compiled(operator: Callable[..., None], capability: str) -> Callable[..., None]:
     """A compiled operator on a given instruction set. Numbers that change from step to step go in as 0-d tensors."""
 
     def call(*lists, lr, epsilon, grad_scale=None, found_inf=None, **settings) -> None:
@@ -316,7 +319,7 @@ def _compiled(name: str, capability: str) -> Callable[..., None]:
         tensors = {key: torch.tensor(value, dtype=torch.float64) if isinstance(value, float) else value for key, value in scalars.items()}
         before = EXTENSION.set_cpu_capability(capability)
         try:
-            getattr(torch.ops.askew_cuda, name)(*lists, **tensors, **settings)
+            operator(*lists, **tensors, **settings)
         finally:
             EXTENSION.set_cpu_capability(before)
 
@@ -325,8 +328,32 @@ def _compiled(name: str, capability: str) -> Callable[..., None]:
 
 CAPABILITIES = EXTENSION.cpu_capabilities() if EXTENSION else ()
 REFERENCE = Backend(reference.sgd_, reference.adamw_)
-COMPILED = {f"cpu-{name}": Backend(_compiled("sgd_", name), _compiled("adamw_", name)) for name in CAPABILITIES}
+COMPILED = {
+    f"cpu-{name}": Backend(_compiled(torch.ops.askew_cuda.sgd_, name), _compiled(torch.ops.askew_cuda.adamw_, name))
+    for name in CAPABILITIES
+}
 BACKENDS = {"reference": REFERENCE, **COMPILED}
+# The same operators without torch's dispatcher: another way in, not another way to compute.
+DIRECT = (
+    {"direct": Backend(*(_compiled(operator, CAPABILITIES[0]) for operator in (EXTENSION.sgd_, EXTENSION.adamw_)))} if EXTENSION else {}
+)
+
+
+def on_threads(count: int, backend: Backend) -> Backend:
+    """The backend on so many threads; what surrounds it stays on one, since two that share a core wait for each other."""
+
+    def on(operator: Callable[..., None]) -> Callable[..., None]:
+        def call(*lists, **settings) -> None:
+            before = torch.get_num_threads()
+            torch.set_num_threads(count)
+            try:
+                operator(*lists, **settings)
+            finally:
+                torch.set_num_threads(before)
+
+        return call
+
+    return backend._replace(sgd_=on(backend.sgd_), adamw_=on(backend.adamw_))
 
 
 def call(case: Case, lists: dict[str, list[Tensor]], backend: Backend, **changes: object) -> None:

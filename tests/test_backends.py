@@ -1,8 +1,10 @@
 """The backends against each other, bit for bit, over the table of cases."""
 
 import itertools
+import subprocess
+import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -16,32 +18,22 @@ from tests.cases import (
     CODEBOOKS,
     COMPILED,
     COVERING,
+    DIRECT,
     FACTORS,
+    PLAIN,
     REFERENCE,
     RULES,
     build,
     call,
     case_id,
     draw,
+    on_threads,
     required,
     run,
 )
 from tests.compare import assert_same_bits
 
 compiled = pytest.mark.skipif(not COMPILED, reason="ASKEW_BUILD=none: nothing is compiled")
-PLAIN = COVERING[0]._replace(
-    dtype=torch.float32, layout="contiguous", size=33, rule="momentum", codebook="ternary", granularity="channel", annealing="capture",
-    epsilon=0.3, outputs=("codes", torch.float32), clip=True, wide_state=False, grad_scale=None, values="finite", lr=0.25,
-)  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def set_threads() -> Iterator[Callable[[int], None]]:
-    """One thread, where a test does not ask for more: two that share a core wait for each other most of the time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def test_the_table_covers_what_it_says():
@@ -98,11 +90,10 @@ def test_the_table_reaches_every_branch(monkeypatch):
 
 @compiled
 @pytest.mark.parametrize("case", CASES, ids=case_id)
-def test_the_cpu_does_what_the_reference_does(case, set_threads):
+def test_the_cpu_does_what_the_reference_does(case):
     expected = run(case, REFERENCE)
-    for threads, (name, backend) in itertools.product((1, 2), COMPILED.items()):
-        set_threads(threads)
-        actual = run(case, backend)
+    for threads, (name, backend) in itertools.product((1, 2), (COMPILED | DIRECT).items()):
+        actual = run(case, on_threads(threads, backend))
         assert actual.keys() == expected.keys()
         for key, values in expected.items():
             assert_same_bits(actual[key], values, f"{name}, {threads} threads: {key}")
@@ -111,20 +102,44 @@ def test_the_cpu_does_what_the_reference_does(case, set_threads):
 @compiled
 @pytest.mark.parametrize("rule", ["momentum", "amsgrad"])
 @pytest.mark.parametrize("name", COMPILED)
-def test_three_hundred_small_tensors_in_one_call(rule, name, set_threads):
+def test_three_hundred_small_tensors_in_one_call(rule, name):
     case = PLAIN._replace(rule=rule, layout="misaligned")
-    together = {REFERENCE: {}, COMPILED[name]: {}}
+    together = {REFERENCE: {}, on_threads(2, COMPILED[name]): {}}
     for backend, lists in together.items():
         for k in range(100):  # of three tensors each, one of them empty
             for key, tensors in build(case._replace(seed=k, size=k % 41)).lists.items():
                 lists.setdefault(key, []).extend(tensors)
-        set_threads(1 + (rule == "amsgrad"))
         call(case, lists, backend)
     expected, actual = together.values()
     assert len(actual["weights"]) == 300
     for key, tensors in expected.items():
         for i, tensor in enumerate(tensors):
             assert_same_bits(actual[key][i], tensor, f"{key}[{i}]")
+
+
+THREADS = """
+import os, torch
+from askew_cuda import _C
+
+def tasks():
+    return len(os.listdir("/proc/self/task"))
+
+torch.set_num_threads(2)
+weights, grads = ([torch.ones(30000) for _ in range(8)] for _ in range(2))  # a chunk each, and too small for torch to use threads itself
+base = {"momentum": 0.0, "dampening": 0.0, "weight_decay": 0.0, "nesterov": False, "maximize": False}
+constraint = {"anneal": "capture", "skew_at": "velocity", "recovery": 0.5, "alpha": None, "max_step": 0.5, "clip": True}
+number, before = torch.tensor(0.1, dtype=torch.float64), tasks()
+torch.ops.askew_cuda.sgd_(weights, grads, [], [], [], [], [], lr=number, epsilon=number, **base, **constraint)
+print(tasks() - before)
+"""
+
+
+@compiled
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
+def test_a_call_uses_torchs_threads():
+    """Otherwise all the comparisons on two threads compare one thread with itself."""
+    started = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True, check=True).stdout
+    assert int(started) == 1
 
 
 # Shapes of a weight and of its scale: per tensor, per channel, per group.
@@ -233,13 +248,13 @@ def test_lr_and_epsilon_may_be_tensors_of_any_float_dtype(name, rule):
             assert_same_bits(given[key], expected, f"{dtype}: {key}")
 
 
-@compiled
+@pytest.mark.parametrize("name", [*COMPILED, *DIRECT])
 @pytest.mark.parametrize("rule", ["momentum", "adamw"])
-def test_autograd_sees_that_weights_and_outputs_changed(rule):
+def test_autograd_sees_that_weights_and_outputs_changed(rule, name):
     case = PLAIN._replace(rule=rule)
     lists = build(case).lists
     before = {key: [tensor._version for tensor in lists[key]] for key in ("weights", "codes", "snapped", "grads")}
-    call(case, lists, next(iter(COMPILED.values())))
+    call(case, lists, (COMPILED | DIRECT)[name])
     for key, versions in before.items():
         for i, version in enumerate(versions):
             changed = lists[key][i]._version > version
@@ -258,130 +273,6 @@ def test_opcheck(rule, utility):
         torch.library.opcheck(operator, lists, settings | scalars, test_utils=utility)
 
     call(case, build(case).lists, REFERENCE._replace(sgd_=check, adamw_=check))
-
-
-def _first(change: Callable) -> Callable:
-    """Changes the first tensor of a list."""
-    return lambda tensors: [change(tensors[0]), *tensors[1:]]
-
-
-def _last(change: Callable) -> Callable:
-    return lambda tensors: [*tensors[:-1], change(tensors[-1])]
-
-
-SGD_LISTS = ("grads", "momentum_buffers", "codes", "snapped")
-ADAMW_LISTS = ("exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs")
-LISTS = [*(("momentum", name) for name in SGD_LISTS), *(("amsgrad", name) for name in ADAMW_LISTS)]
-HALVES = {name: lambda tensors: [tensor.bfloat16() for tensor in tensors] for name in ("weights", "grads", "momentum_buffers")}
-# rule, what becomes of the lists of PLAIN (of three tensors), what else is passed, error, what its message says
-WRONG = {
-    **{f"{name} short": (rule, {name: lambda x: x[:2]}, {}, ValueError, f"{name} has 2 tensors for 3 weights") for rule, name in LISTS},
-    **{
-        f"{name} shape": (rule, {name: _last(lambda x: x.new_zeros(6))}, {}, ValueError, rf"{name}\[2\] has shape \[6\] but .* has \[5\]")
-        for rule, name in LISTS
-    },
-    **{
-        f"{name} dtype": (rule, {name: _first(lambda x: x.short())}, {}, TypeError, rf"{name}\[0\] (is|has dtype) Short")
-        for rule, name in LISTS
-    },
-    "weights integer": ("momentum", {"weights": lambda x: [w.int() for w in x]}, {}, TypeError, "weight has dtype Int; float32, "),
-    "weights complex": ("momentum", {"weights": lambda x: [w.cfloat() for w in x]}, {}, TypeError, "weight has dtype ComplexFloat"),
-    "weights mixed": (
-        "momentum",
-        {"weights": _last(lambda x: x.double())},
-        {},
-        TypeError,
-        r"weights\[2\] is Double but weights\[0\] is Float",
-    ),
-    "snapped mixed": (
-        "momentum",
-        {"snapped": _last(lambda x: x.double())},
-        {},
-        TypeError,
-        r"snapped\[2\] is Double but snapped\[0\] is Float",
-    ),
-    "state too wide": (
-        "momentum",
-        {"momentum_buffers": lambda x: [b.double() for b in x]},
-        {},
-        TypeError,
-        r"momentum_buffers\[0\] is Double",
-    ),
-    "state mixed": (
-        "momentum",
-        HALVES | {"momentum_buffers": _first(lambda x: x.bfloat16())},
-        {},
-        TypeError,
-        r"momentum_buffers\[1\] is Float but momentum_buffers\[0\] is BFloat16",
-    ),
-    "no buffers": ("momentum", {"momentum_buffers": lambda _: []}, {}, ValueError, "momentum = 0.9 needs momentum_buffers"),
-    "no moments": ("amsgrad", {"exp_avgs": lambda _: []}, {}, ValueError, "needs exp_avgs and exp_avg_sqs"),
-    "no maxima": ("amsgrad", {"max_exp_avg_sqs": lambda _: []}, {}, ValueError, "amsgrad = (1|true) but max_exp_avg_sqs has 0"),
-    "maxima without amsgrad": ("amsgrad", {}, {"amsgrad": False}, ValueError, "amsgrad = (0|false) but max_exp_avg_sqs has 3"),
-    "steps short": ("amsgrad", {"steps": lambda x: x[:1]}, {}, ValueError, "steps has 1 tensors for 3 weights"),
-    "steps dtype": ("amsgrad", {"steps": _last(lambda x: x.long())}, {}, TypeError, r"steps\[2\] is .*Long"),
-    "steps shape": ("amsgrad", {"steps": _last(lambda x: x.expand(2))}, {}, TypeError, r"steps\[2\] is .* of shape \[2\]"),
-    "scales short": ("momentum", {"scales": lambda x: x[:1]}, {}, ValueError, "scales has 1 tensors; 3 are needed"),
-    "scales shape": ("momentum", {"scales": _first(lambda x: x[:2])}, {}, ValueError, r"scales\[0\] has shape \[2, 1\] .* \[3, 33\]"),
-    "scales groups": ("momentum", {"scales": _first(lambda x: x.expand(3, 2))}, {}, ValueError, r"scales\[0\] has shape \[3, 2\]"),
-    "scales in a list": ("momentum", {"scales": _last(lambda x: x.expand(2))}, {}, ValueError, r"scales\[2\] has shape \[2\]"),
-    "scales dtype": ("momentum", {"scales": _last(lambda x: x.double())}, {}, TypeError, r"scales\[2\] has dtype Double; Float"),
-    "scales half": (
-        "momentum",
-        HALVES | {"scales": _first(lambda x: x.bfloat16())},
-        {},
-        TypeError,
-        r"scales\[0\] has dtype BFloat16; Float",
-    ),
-    "scales without levels": (
-        "momentum",
-        {"codes": lambda _: [], "snapped": lambda _: []},
-        {"levels": []},
-        ValueError,
-        "scales has 3 tensors; 0",
-    ),
-    "outputs without levels": ("momentum", {"scales": lambda _: []}, {"levels": []}, ValueError, "codes and snapped need levels"),
-    "one level": ("momentum", {}, {"levels": [1.0]}, ValueError, "levels has 1 entries; 2 to 256"),
-    "257 levels": ("momentum", {}, {"levels": [float(k) for k in range(257)]}, ValueError, "levels has 257 entries; 2 to 256"),
-    "levels repeated": ("momentum", {}, {"levels": [0.0, 1.0, 1.0]}, ValueError, r"levels\[2\] = 1 is not above levels\[1\] = 1"),
-    "levels falling": ("amsgrad", {}, {"levels": [1.0, -1.0]}, ValueError, r"levels\[1\] = -1 is not above levels\[0\] = 1"),
-    "levels in double": ("momentum", {}, {"levels": [0.0, 0.3]}, ValueError, r"levels\[1\] = 0.3 is not a float32 number"),
-    "level nan": ("momentum", {}, {"levels": [0.0, float("nan")]}, ValueError, r"levels\[1\] = nan"),
-    "both rates": ("momentum", {}, {"alpha": 1.0}, ValueError, "recovery or alpha, not both"),
-    "no rate": ("amsgrad", {}, {"recovery": None}, ValueError, "recovery or alpha, not both and not neither"),
-    "gradient, capture": (
-        "momentum",
-        {},
-        {"skew_at": "gradient", "alpha": 1.0, "recovery": None},
-        ValueError,
-        "skew_at = 'gradient' needs",
-    ),
-    "gradient, recovery": ("momentum", {}, {"skew_at": "gradient", "anneal": "interval"}, ValueError, "skew_at = 'gradient' needs alpha"),
-    "anneal": ("momentum", {}, {"anneal": "captured"}, ValueError, "anneal = 'captured'; 'interval' or 'capture'"),
-    "skew_at": ("amsgrad", {}, {"skew_at": "weight"}, ValueError, "skew_at = 'weight'; 'gradient' or 'velocity'"),
-}
-for rule, name in [*LISTS, ("momentum", "scales")]:
-    message = rf"{name}\[0\] is on meta but weights\[0\] is on cpu"
-    WRONG[f"{name} on meta"] = (rule, {name: _first(lambda x: x.to("meta"))}, {}, ValueError, message)
-# The last of three: when it is refused, the first two must not have moved.
-WRONG["weights overlapping"] = ("momentum", {"weights": _last(lambda x: x[:1].expand(5))}, {}, ValueError, r"weights\[2\]")
-
-
-@compiled
-@pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG.keys())
-def test_a_wrong_call_names_the_argument_and_changes_nothing(wrong):
-    rule, changes, settings, error, message = wrong
-    case = PLAIN._replace(rule=rule)
-    lists = build(case).lists
-    for name, change in changes.items():
-        lists[name] = change(lists[name])
-    before = {name: [tensor.clone() for tensor in tensors] for name, tensors in lists.items()}
-    with pytest.raises(error, match=message):
-        call(case, lists, next(iter(COMPILED.values())), **settings)
-    for name, tensors in before.items():
-        for i, tensor in enumerate(tensors):
-            if not tensor.is_meta:
-                assert_same_bits(lists[name][i], tensor, f"{name}[{i}]")
 
 
 def test_cases_are_drawn_alike_every_time():

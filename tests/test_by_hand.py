@@ -94,7 +94,7 @@ STEPS = {
     "capture: as fast as d": capture(0.5, 0.375, 0.0, 0.875),
     "capture: never past the level": capture(0.5, 2.0, 0.0, 1.0),
     "capture: never past the level, from outside": capture(1.25, -2.0, 0.0, 1.0),
-    "capture: recovery 1.5 is capped at 1": capture(0.5, -0.125, 0.0, 1.0, recovery=1.5),
+    "capture: recovery 1.5 is capped at 1": capture(0.5, -0.125, 0.0, 1.0, recovery=1.5, max_step=2.0),
     "capture: lr alpha is the recovery": capture(0.5, -0.125, 0.0, 0.625, recovery=None, alpha=0.5, lr=0.5),
     "capture: on the level it stays": capture(1.0, -0.75, QUARTER, 1.0),
     "capture: on the level it stays, ternary": capture(0.0, 0.375, QUARTER, 0.0, TERNARY),
