@@ -1,26 +1,32 @@
 """Builds the compiled extension where that is possible; a pure Python package otherwise.
 
-ASKEW_BUILD=auto (default): what the machine has the tools for; cpu: the CPU kernels, or an error; none: nothing compiled.
-The extension is built against the torch that is installed where the package goes.
+ASKEW_BUILD=auto (default): what the machine has the tools for; cuda: CPU and CUDA kernels, or an error; cpu: the CPU kernels, or an
+error; none: nothing compiled. TORCH_CUDA_ARCH_LIST: the GPU architectures, as torch understands it.
+The extension is built against the torch that is installed where the package goes; that torch needs no CUDA of its own.
 """
 
 import os
 import shutil
+import subprocess
 import sys
 import sysconfig
+from pathlib import Path
 
 from setuptools import setup
 
-SOURCES = ["csrc/module.cpp", "csrc/ops.cpp", "csrc/cpu.cpp", "csrc/cpu_avx2.cpp", "csrc/cpu_avx512.cpp"]
-HEADERS = ["csrc/cpu.cpp", "csrc/cpu.h", "csrc/ops.h", "csrc/pack.h", "csrc/spans.h", "csrc/step.h"]
-# Every operation rounds once and none is fused; without errno and traps the compiler may vectorise sqrt and selects.
+MODES = ("auto", "cuda", "cpu", "none")
+SOURCES = ["csrc/module.cpp", "csrc/ops.cpp", "csrc/lists.cpp", "csrc/cpu.cpp", "csrc/cpu_avx2.cpp", "csrc/cpu_avx512.cpp"]
+CUDA_SOURCES = ["csrc/cuda_call.cpp", "csrc/cuda.cu"]
 # at::parallel_for is a plain call in a file that is compiled without OpenMP. On Linux torch brings the same libgomp under its own name.
 OPENMP = ["-fopenmp"] if sys.platform == "linux" else []
-FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra", "-Werror", "-Wno-psabi"]
+# Every operation rounds once and none is fused; without errno and traps the compiler may vectorise sqrt and selects.
+FLAGS = "-std=c++17 -O3 -g0 -ffp-contract=off -fno-math-errno -fno-trapping-math -Wall -Wextra -Werror -Wno-psabi".split()
+NVCC_FLAGS = "-std=c++17 -O3 -fmad=false --Werror all-warnings -Xcompiler -ffp-contract=off".split()
+ARCHITECTURES = ("8.0", "9.0", "10.0")  # the newest one that nvcc knows also as PTX, for GPUs to come
 
 
 def find_torch():
-    """torch's extension builder, or None. An isolated build environment hides torch: look where the package will go."""
+    """torch and its extension builder, or None. An isolated build environment hides torch: look where the package will go."""
     for path in (None, sysconfig.get_path("platlib")):
         if path:
             sys.path.append(path)  # last, so that the build's own tools win
@@ -33,37 +39,62 @@ def find_torch():
     return None
 
 
+def find_cuda() -> Path | None:
+    """The CUDA toolkit: CUDA_HOME, or where nvcc is. A wrapper script on the PATH has no headers beside it."""
+    nvcc = shutil.which("nvcc")
+    named = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), nvcc and Path(nvcc).resolve().parent.parent, "/usr/local/cuda"]
+    for path in (Path(each) for each in named if each):
+        if (path / "bin/nvcc").exists() and (path / "include/cuda_runtime.h").exists():
+            return path
+    return None
+
+
+def add_cuda(module, cpp_extension, cuda: Path) -> None:
+    """The CUDA kernels and a runtime library of their own: nothing of torch's is needed, so that a torch without CUDA will do."""
+    cpp_extension.CUDA_HOME = str(cuda)
+    known = subprocess.run([cuda / "bin/nvcc", "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+    default = ";".join(each for each in ARCHITECTURES if f"compute_{each.replace('.', '')}" in known) + "+PTX"
+    architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", default)
+    module.sources += CUDA_SOURCES
+    module.define_macros += [("ASKEW_WITH_CUDA", None), ("ASKEW_CUDA_ARCHITECTURES", f'"{architectures}"')]
+    module.library_dirs += [str(cuda / folder) for folder in ("lib64", "lib") if (cuda / folder).is_dir()]
+    module.libraries += ["cudart_static", "dl", "rt", "pthread"]
+
+
 def extension():
     """(ext_modules, cmdclass) for setup()."""
     mode = os.environ.get("ASKEW_BUILD", "auto")
-    if mode not in ("auto", "cpu", "none"):
-        raise SystemExit(f"ASKEW_BUILD = {mode!r}; auto, cpu or none")
+    if mode not in MODES:
+        raise SystemExit(f"ASKEW_BUILD = {mode!r}; {', '.join(MODES[:-1])} or {MODES[-1]}")
     if mode == "none":
         return [], {}
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    found = find_torch()
-    missing = [
-        name for name, there in (("a C++17 compiler", compiler and shutil.which(compiler.split()[0])), ("torch", found)) if not there
-    ]
+    found, cuda = find_torch(), find_cuda() if mode in ("auto", "cuda") else None
+    wanted = {"a C++17 compiler": compiler and shutil.which(compiler.split()[0]), "torch": found}
+    if mode == "cuda":
+        wanted["the CUDA toolkit (nvcc; CUDA_HOME says where)"] = cuda
+    missing = " and ".join(name for name, there in wanted.items() if not there)
+    if missing and mode != "auto":
+        raise SystemExit(f"askew_cuda: {missing} not found, but ASKEW_BUILD = {mode!r} asks for it")
     if missing:
-        message = f"askew_cuda: {' and '.join(missing)} not found"
-        if mode != "auto":
-            raise SystemExit(f"{message}, but ASKEW_BUILD = {mode!r} asks for the compiled extension")
-        print(f"{message}: installing the pure Python package, without compiled kernels", file=sys.stderr)
+        print(f"askew_cuda: {missing} not found: installing the pure Python package, without compiled kernels", file=sys.stderr)
         return [], {}
     torch, cpp_extension = found
     module = cpp_extension.CppExtension(
         "askew_cuda._C",
-        SOURCES,
-        depends=HEADERS,
-        extra_compile_args=FLAGS + OPENMP,
+        list(SOURCES),
+        depends=[str(path) for path in Path("csrc").glob("*")],
+        extra_compile_args={"cxx": FLAGS + OPENMP, "nvcc": NVCC_FLAGS},
         extra_link_args=OPENMP,
         define_macros=[("ASKEW_TORCH_VERSION", f'"{torch.__version__}"')],
     )
     # torch's headers are not held to our warnings
-    torch_paths = list(module.include_dirs)
+    module.extra_compile_args["cxx"] = module.extra_compile_args["cxx"] + [f"-isystem{path}" for path in module.include_dirs]
     module.include_dirs = []
-    module.extra_compile_args += [f"-isystem{path}" for path in torch_paths]
+    if cuda:
+        add_cuda(module, cpp_extension, cuda)
+    elif mode == "auto":
+        print("askew_cuda: no CUDA toolkit found (nvcc; CUDA_HOME says where): building the CPU kernels only", file=sys.stderr)
     return [module], {"build_ext": cpp_extension.BuildExtension}
 
 

@@ -41,7 +41,6 @@ struct Loop {
 
   // Weights [begin, end) of a span.
   ASKEW_FN void run(const Span& span, int64_t begin, int64_t end) const {
-    const Bias<P> bias{broadcast(static_cast<T>(span.bias.first), P{}), broadcast(static_cast<T>(span.bias.second), P{})};
     int64_t i = begin;
     while (i < end) {
       int64_t run_end = end;  // weights up to here share a scale
@@ -53,8 +52,8 @@ struct Loop {
         }
         grid = make_grid(broadcast(scale_of(span, i), P{}), codebook, h);
       }
-      for (; i + packs * width <= run_end; i += packs * width) turn<packs>(span, bias, i, grid);
-      for (; i + width <= run_end; i += width) turn<1>(span, bias, i, grid);
+      for (; i + packs * width <= run_end; i += packs * width) turn<packs>(span, i, grid);
+      for (; i + width <= run_end; i += width) turn<1>(span, i, grid);
       if (i < run_end) {  // the run ends inside a pack: fill it up with what follows
         const int count = end - i < width ? static_cast<int>(end - i) : width;
         if constexpr (Codebook::quantized) {
@@ -65,9 +64,9 @@ struct Loop {
           }
         }
         if (count == width)
-          turn<1>(span, bias, i, grid);
+          turn<1>(span, i, grid);
         else
-          part(span, bias, i, count, grid);
+          part(span, i, count, grid);
         i += count;
       }
     }
@@ -92,7 +91,7 @@ struct Loop {
 
   // `count` packs from weight i on.
   template <int count>
-  ASKEW_FN void turn(const Span& span, const Bias<P>& bias, int64_t i, const Grid<P>& grid) const {
+  ASKEW_FN void turn(const Span& span, int64_t i, const Grid<P>& grid) const {
     P w[count], g[count], state[count][states];
     if constexpr (count == packs) prefetch(span, i);
 #pragma GCC unroll 4
@@ -104,7 +103,7 @@ struct Loop {
       for (int which = 0; which < states; ++which) state[k][which] = span.state[which] ? load_state(span, which, j) : P{};
     }
 #pragma GCC unroll 4
-    for (int k = 0; k < count; ++k) w[k] = step<RuleType, Annealing>(w[k], g[k], state[k], grid, codebook, h, bias);
+    for (int k = 0; k < count; ++k) w[k] = step<RuleType, Annealing>(w[k], g[k], state[k], grid, codebook, h);
 #pragma GCC unroll 4
     for (int k = 0; k < count; ++k) {
       const int64_t j = i + k * width;
@@ -136,7 +135,7 @@ struct Loop {
   }
 
   // The last `count` < width weights of the range: a turn on copies, so that nothing beyond them is touched.
-  void part(const Span& span, const Bias<P>& bias, int64_t i, int count, const Grid<P>& grid) const {
+  void part(const Span& span, int64_t i, int count, const Grid<P>& grid) const {
     alignas(64) char weight[width * sizeof(Storage)] = {}, grad[width * sizeof(Storage)] = {}, state[states][width * sizeof(T)] = {};
     alignas(64) char snapped[width * sizeof(double)];
     uint8_t codes[width];
@@ -154,7 +153,7 @@ struct Loop {
       std::memcpy(state[which], at<char>(span.state[which], i * state_size), count * state_size);
       copy.state[which] = state[which];
     }
-    turn<1>(copy, bias, 0, grid);
+    turn<1>(copy, 0, grid);
     std::memcpy(at<Storage>(span.weight, i), weight, count * sizeof(Storage));
     for (int which = 0; which < states; ++which) {
       if (span.state[which]) std::memcpy(at<char>(span.state[which], i * state_size), state[which], count * state_size);
@@ -175,63 +174,40 @@ struct Loop {
   }
 };
 
-template <typename Storage, typename RuleType, typename Annealing, typename Codebook>
-void run_chunks(const Launch& launch, const Codebook& codebook, int64_t begin, int64_t end) {
-  using Run = Loop<Storage, RuleType, Annealing, Codebook>;
-  const Run loop{codebook, hyper<typename Run::P>(launch.settings, snap_radius(launch)), launch.wide_state, launch.snapped_dtype};
-  int64_t which = span_of_chunk(launch.first_chunk, launch.span_count, begin);
-  for (int64_t chunk = begin; chunk < end; ++which) {
-    const int64_t first = launch.first_chunk[which], next = launch.first_chunk[which + 1];
-    const int64_t last = next < end ? next : end;
-    if (chunk >= last) continue;  // an empty span
-    const Span span = launch.spans[which];
-    const int64_t upto = (last - first) * chunk_size;
-    loop.run(span, (chunk - first) * chunk_size, upto < span.size ? upto : span.size);
-    chunk = last;
+template <typename V>
+ASKEW_FN auto make_codebook(Levels levels) {
+  if constexpr (V::book == Book::none) {
+    return NoCodebook{};
+  } else if constexpr (V::book == Book::uniform) {
+    return uniform_codebook<NativePack<typename V::Storage>>(levels);
+  } else {
+    TableCodebook<typename V::T, V::capacity> book;
+    for (int k = 0; k < V::capacity; ++k) fill_entry(book, levels.values, levels.count, k);
+    return book;
   }
 }
 
-template <typename Storage, typename RuleType>
-void run_codebook(const Launch& launch, int64_t begin, int64_t end) {
-  const auto anneal = [&](const auto& codebook) {
-    if (launch.settings.interval)
-      run_chunks<Storage, RuleType, Interval>(launch, codebook, begin, end);
-    else
-      run_chunks<Storage, RuleType, Capture>(launch, codebook, begin, end);
-  };
-  if (launch.levels.count == 0)
-    run_chunks<Storage, RuleType, Capture>(launch, NoCodebook{}, begin, end);
-  else if (is_uniform(launch.levels))
-    anneal(uniform_codebook<NativePack<Storage>>(launch.levels));
-  else if (launch.levels.count <= 16)
-    anneal(table_codebook<Arithmetic<Storage>, 16>(launch.levels));
-  else
-    anneal(table_codebook<Arithmetic<Storage>, 256>(launch.levels));
-}
-
-template <typename Storage>
-void run_rule(const Launch& launch, int64_t begin, int64_t end) {
-  switch (launch.rule) {
-    case Rule::sgd:
-      return run_codebook<Storage, Sgd>(launch, begin, end);
-    case Rule::adamw:
-      return run_codebook<Storage, AdamW>(launch, begin, end);
+template <typename V>
+void run_chunks(const Launch& launch, const int64_t* first_chunk, int64_t begin, int64_t end) {
+  const auto codebook = make_codebook<V>(launch.levels);
+  using Run = Loop<typename V::Storage, typename V::RuleType, typename V::Annealing, std::decay_t<decltype(codebook)>>;
+  const Run loop{codebook, hyper<typename Run::P>(launch.settings), launch.wide_state, launch.snapped_dtype};
+  int64_t which = span_of_chunk(first_chunk, launch.span_count, begin);
+  for (int64_t chunk = begin; chunk < end; ++which) {
+    const int64_t first = first_chunk[which], next = first_chunk[which + 1];
+    const int64_t last = next < end ? next : end;
+    if (chunk >= last) continue;  // an empty span
+    const Span span = launch.spans[which];
+    const int64_t upto = (last - first) * cpu_chunk;
+    loop.run(span, (chunk - first) * cpu_chunk, upto < span.size ? upto : span.size);
+    chunk = last;
   }
 }
 
 }  // namespace
 
-void ASKEW_CPU_STEP(const Launch& launch, int64_t begin, int64_t end) {
-  switch (launch.dtype) {
-    case Dtype::float32:
-      return run_rule<float>(launch, begin, end);
-    case Dtype::float64:
-      return run_rule<double>(launch, begin, end);
-    case Dtype::bfloat16:
-      return run_rule<BFloat16>(launch, begin, end);
-    case Dtype::float16:
-      return run_rule<Float16>(launch, begin, end);
-  }
+void ASKEW_CPU_STEP(const Launch& launch, const int64_t* first_chunk, int64_t begin, int64_t end) {
+  visit_variant(launch, [&](auto variant) { run_chunks<decltype(variant)>(launch, first_chunk, begin, end); });
 }
 
 }  // namespace askew

@@ -99,13 +99,21 @@ PYBIND11_MODULE(_C, m) {
         return result;
       },
       "Instruction sets that this machine has, widest first.");
+#if defined(ASKEW_WITH_CUDA)
+  m.def("cuda_problem", askew::cuda_problem, py::arg("device"),
+        "Why CUDA kernels can't run on the device of this number, and what helps; an empty string where they can.");
+#endif
   m.def(
       "build_info",
       [] {
         pybind11::dict info;
         info["torch"] = ASKEW_TORCH_VERSION;
         info["compiler"] = __VERSION__;
+#if defined(ASKEW_WITH_CUDA)
+        info["cuda"] = askew::cuda_built_for();
+#else
         info["cuda"] = pybind11::none();
+#endif
 #if defined(_OPENMP)
         info["threads"] = true;
 #else
@@ -113,7 +121,8 @@ PYBIND11_MODULE(_C, m) {
 #endif
         return info;
       },
-      "What the extension was built with: torch, compiler, cuda (None: without), threads (whether the CPU kernels use torch's).");
+      "What the extension was built with: torch, compiler, cuda (toolkit and architectures; None: without), threads (whether the CPU "
+      "kernels use torch's).");
   for (const auto& each : askew::capabilities()) {
     if (each.present) {
       askew::set_cpu_capability(each.name);

@@ -1,4 +1,4 @@
-// The operators as C++ functions, and the CPU kernel that they call.
+// The operators as C++ functions, and the kernels that they call.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -7,10 +7,14 @@
 #include <optional>
 
 #include "cpu.h"
+#include "cuda.h"
 
 namespace askew {
 
 extern std::atomic<CpuStep> cpu_step;
+
+// On the device's current stream. Raises where the launch fails.
+void run_cuda(const Launch& launch, const DeviceNumbers& numbers, at::Device device);
 
 // Arguments as in the schemas of csrc/ops.cpp; askew_cuda/reference.py describes them.
 void sgd_(at::TensorList weights, at::TensorList grads, at::TensorList momentum_buffers, at::TensorList scales, at::ArrayRef<double> levels,

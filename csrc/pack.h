@@ -10,10 +10,12 @@
 #include <cstring>
 #include <type_traits>
 
+// always_inline: no copy compiled for one instruction set may stand in for another.
+#define ASKEW_HOST_FN inline __attribute__((always_inline))
 #if defined(__CUDACC__)
 #define ASKEW_FN __host__ __device__ __forceinline__
 #else
-#define ASKEW_FN inline __attribute__((always_inline))
+#define ASKEW_FN ASKEW_HOST_FN
 #endif
 
 namespace askew {
@@ -145,6 +147,71 @@ template <int capacity, typename T, typename P> ASKEW_FN P lookup(const T* table
   return found;
 }
 
+#endif  // !__CUDACC__
+
+// 16-bit storage by integer arithmetic, as words of 32 bits whose lower half holds the bits. P is float or a pack of it, Word
+// uint32_t or a pack of that.
+template <typename Word, typename P> ASKEW_FN Word bits_of(P x) {
+  Word word;
+  std::memcpy(&word, &x, sizeof word);
+  return word;
+}
+template <typename P, typename Word> ASKEW_FN P of_bits(Word word) {
+  P x;
+  std::memcpy(&x, &word, sizeof x);
+  return x;
+}
+
+template <typename P, typename Word> ASKEW_FN P widen_bfloat16(Word half) { return of_bits<P>(half << 16); }
+// Round to nearest even; every NaN becomes the quiet one that torch writes.
+template <typename Word, typename P> ASKEW_FN Word narrow_bfloat16(P x) {
+  const Word bits = bits_of<Word>(x);
+  const Word rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return x == x ? rounded : Word{} + 0x7fc0;
+}
+
+// 2^112 moves a binary16's exponent, set into a binary32's field, to its value; subnormals come out right by themselves.
+template <typename P, typename Word> ASKEW_FN P widen_float16(Word half) {
+  const Word magnitude = half & 0x7fff;
+  const Word finite = bits_of<Word>(of_bits<P>(magnitude << 13) * 0x1p112f);
+  const Word special = (magnitude << 13) | 0x7f800000;
+  return of_bits<P>((magnitude < 0x7c00 ? finite : special) | ((half & 0x8000) << 16));
+}
+// Round to nearest even, by adding a power of two that leaves the ten bits of a binary16's mantissa room and no more.
+// The two products saturate what is too large to infinity.
+template <typename Word, typename P> ASKEW_FN Word narrow_float16(P x) {
+  const Word bits = bits_of<Word>(x);
+  const Word exponent = (bits + bits) & 0xff000000u;  // the sign bit is shifted out
+  const Word bias = exponent < 0x71000000u ? Word{} + 0x71000000u : exponent;
+  const P saturated = (abs(x) * 0x1p112f) * 0x1p-110f;
+  const Word sum = bits_of<Word>(of_bits<P>((bias >> 1) + 0x07800000u) + saturated);
+  const Word magnitude = ((sum >> 13) & 0x7c00) + (sum & 0x0fff);
+  return (x == x ? magnitude : Word{} + 0x7e00) | ((bits >> 16) & 0x8000);
+}
+
+// One number to storage and back.
+ASKEW_FN float widen(float x) { return x; }
+ASKEW_FN double widen(double x) { return x; }
+ASKEW_FN void narrow(float& to, float x) { to = x; }
+ASKEW_FN void narrow(double& to, double x) { to = x; }
+#if defined(__CUDA_ARCH__)
+ASKEW_FN float widen(BFloat16 x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }
+ASKEW_FN float widen(Float16 x) {
+  float wide;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(x.bits));
+  return wide;
+}
+ASKEW_FN void narrow(BFloat16& to, float x) { asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(to.bits) : "f"(x)); }
+ASKEW_FN void narrow(Float16& to, float x) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to.bits) : "f"(x)); }
+#else
+ASKEW_FN float widen(BFloat16 x) { return widen_bfloat16<float>(uint32_t{x.bits}); }
+ASKEW_FN float widen(Float16 x) { return widen_float16<float>(uint32_t{x.bits}); }
+ASKEW_FN void narrow(BFloat16& to, float x) { to.bits = static_cast<uint16_t>(narrow_bfloat16<uint32_t>(x)); }
+ASKEW_FN void narrow(Float16& to, float x) { to.bits = static_cast<uint16_t>(narrow_float16<uint32_t>(x)); }
+#endif
+
+#if !defined(__CUDACC__)
+
 // Storage to pack and back. Pointers need no alignment.
 template <typename P, typename T> ASKEW_FN P load(const T* from) {
   P x;
@@ -166,37 +233,10 @@ template <typename Word> ASKEW_FN void store_halves(void* to, Word word) {
   const auto half = __builtin_convertvector(word, Pack<uint16_t, lanes<Word>()>);
   std::memcpy(to, &half, sizeof half);
 }
-
-template <typename P> ASKEW_FN P load(const BFloat16* from) { return (P)(load_halves<P>(from) << 16); }
-// Round to nearest even; every NaN becomes the quiet one that torch writes.
-template <typename P> ASKEW_FN void store(BFloat16* to, P x) {
-  using Word = Pack<uint32_t, lanes<P>()>;
-  const Word bits = (Word)x;
-  const Word rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  store_halves(to, x == x ? rounded : Word{} + 0x7fc0);
-}
-
-// 2^112 moves a binary16's exponent, set into a binary32's field, to its value; subnormals come out right by themselves.
-template <typename P> ASKEW_FN P load(const Float16* from) {
-  using Word = Pack<uint32_t, lanes<P>()>;
-  const Word half = load_halves<P>(from);
-  const Word magnitude = half & 0x7fff;
-  const Word finite = (Word)((P)(magnitude << 13) * 0x1p112f);
-  const Word special = (magnitude << 13) | 0x7f800000;
-  return (P)((magnitude < 0x7c00 ? finite : special) | ((half & 0x8000) << 16));
-}
-// Round to nearest even, by adding a power of two that leaves the ten bits of a binary16's mantissa room and no more.
-// The two products saturate what is too large to infinity.
-template <typename P> ASKEW_FN void store(Float16* to, P x) {
-  using Word = Pack<uint32_t, lanes<P>()>;
-  const Word twice = (Word)x + (Word)x;  // the sign bit is shifted out
-  const Word exponent = twice & 0xff000000u;
-  const Word bias = exponent < 0x71000000u ? Word{} + 0x71000000u : exponent;
-  const P saturated = (abs(x) * 0x1p112f) * 0x1p-110f;
-  const Word bits = (Word)((P)((bias >> 1) + 0x07800000u) + saturated);
-  const Word magnitude = ((bits >> 13) & 0x7c00) + (bits & 0x0fff);
-  store_halves(to, (x == x ? magnitude : Word{} + 0x7e00) | (((Word)x >> 16) & 0x8000));
-}
+template <typename P> ASKEW_FN P load(const BFloat16* from) { return widen_bfloat16<P>(load_halves<P>(from)); }
+template <typename P> ASKEW_FN P load(const Float16* from) { return widen_float16<P>(load_halves<P>(from)); }
+template <typename P> ASKEW_FN void store(BFloat16* to, P x) { store_halves(to, narrow_bfloat16<Pack<uint32_t, lanes<P>()>>(x)); }
+template <typename P> ASKEW_FN void store(Float16* to, P x) { store_halves(to, narrow_float16<Pack<uint32_t, lanes<P>()>>(x)); }
 
 // Level indices (integers 0 .. 255) as bytes; by way of 16 bits, since the direct way goes lane by lane.
 template <typename P> ASKEW_FN void store_codes(uint8_t* to, P index) {

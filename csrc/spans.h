@@ -11,36 +11,76 @@ enum class Rule : int32_t { sgd, adamw };
 
 // As the caller gave them; hyper() below rounds each to the arithmetic type.
 struct Settings {
-  double lr, weight_decay;
+  double lr = 0, weight_decay = 0;
   double grad_scale = 1;
   bool maximize = false;
   double momentum = 0, dampening = 0;
   bool nesterov = false;
   double beta1 = 0, beta2 = 0, adam_eps = 0;
   bool amsgrad = false;
+  double steps = 0;  // AdamW: with this one; all weights of a launch have made as many
   double epsilon = 1;
   bool interval = false, skew_gradient = false, clip = false;
   bool rate_is_alpha = false;  // the pull's rate is lr * alpha; else `recovery`, whatever lr
   double rate = 0;             // alpha or recovery
   double max_step = 0;
+  double snap_unit = 0;  // snap_unit() below
 };
 
+// What follows from each of the four numbers that change from step to step, and that may be known to the device only.
 template <typename P>
-ASKEW_FN Hyper<P> hyper(const Settings& s, double snap) {
+ASKEW_FN void set_lr(Now<P>& now, const Settings& s, double value) {
   using T = Lane<P>;
-  const auto all = [](T value) { return constant(value, P{}); };
-  const T lr = static_cast<T>(s.lr), grad_factor = (s.maximize ? T(-1) : T(1)) / static_cast<T>(s.grad_scale);
-  const T root = sqrt(static_cast<T>(s.epsilon)), half_width = half_width_inside(root), capture_radius = 1 - half_width;
+  const T lr = static_cast<T>(value);
   T rate = static_cast<T>(s.rate), max_step = static_cast<T>(s.max_step);
   if (s.skew_gradient)
     max_step = max_step / lr;  // the gradient is skewed per unit of lr
   else if (s.rate_is_alpha)
     rate = lr * rate;
   if (!s.interval && !(rate < 1)) rate = 1;
+  const double share = s.rate_is_alpha ? value * s.rate : s.rate;
+  now.moves = lr != 0;
+  now.minus_lr = constant(-lr, P{});
+  now.rate = constant(rate, P{});
+  now.max_step = constant(max_step, P{});
+  now.snap = constant(static_cast<T>(::fmax(0x1p-16, s.snap_unit / ::fmin(share, 1.0))), P{});
+}
+
+template <typename P>
+ASKEW_FN void set_epsilon(Now<P>& now, double value) {
+  using T = Lane<P>;
+  const T root = sqrt(static_cast<T>(value)), half_width = half_width_inside(root), capture_radius = 1 - half_width;
+  now.half_width = constant(half_width, P{});
+  now.half_width_outside = constant(half_width_outside(root), P{});
+  now.root = constant(root, P{});
+  now.capture_radius = constant(capture_radius < 1 ? capture_radius : T(INFINITY), P{});
+}
+
+template <typename P>
+ASKEW_FN void set_grad_scale(Now<P>& now, const Settings& s, double value) {
+  using T = Lane<P>;
+  const T factor = (s.maximize ? T(-1) : T(1)) / static_cast<T>(value);
+  now.grad_factor = constant(factor, P{});
+  now.unscales = factor != 1;
+}
+
+template <typename P>
+ASKEW_FN void set_steps(Now<P>& now, const Settings& s, double value) {
+  using T = Lane<P>;
+  now.bias1 = constant(static_cast<T>(1 / (1 - ::pow(s.beta1, value))), P{});
+  now.bias2 = constant(static_cast<T>(1 / ::sqrt(1 - ::pow(s.beta2, value))), P{});
+}
+
+template <typename P>
+ASKEW_FN Hyper<P> hyper(const Settings& s) {
+  using T = Lane<P>;
+  const auto all = [](T value) { return constant(value, P{}); };
   Hyper<P> h;
-  h.minus_lr = all(-lr);
+  set_lr(h.now, s, s.lr);
+  set_epsilon(h.now, s.epsilon);
+  set_grad_scale(h.now, s, s.grad_scale);
+  set_steps(h.now, s, s.steps);
   h.weight_decay = all(static_cast<T>(s.weight_decay));
-  h.grad_factor = all(grad_factor);
   h.momentum = all(static_cast<T>(s.momentum));
   h.one_minus_dampening = all(static_cast<T>(1 - s.dampening));
   h.beta1 = all(static_cast<T>(s.beta1));
@@ -48,8 +88,6 @@ ASKEW_FN Hyper<P> hyper(const Settings& s, double snap) {
   h.beta2 = all(static_cast<T>(s.beta2));
   h.one_minus_beta2 = all(static_cast<T>(1 - s.beta2));
   h.adam_eps = all(static_cast<T>(s.adam_eps));
-  h.unscales = grad_factor != 1;
-  h.moves = lr != 0;
   h.decays = s.weight_decay != 0;
   h.has_momentum = s.momentum != 0;
   h.dampens = s.dampening != 0;
@@ -57,13 +95,6 @@ ASKEW_FN Hyper<P> hyper(const Settings& s, double snap) {
   h.amsgrad = s.amsgrad;
   h.skew_gradient = s.skew_gradient;
   h.clip = s.clip;
-  h.half_width = all(half_width);
-  h.half_width_outside = all(half_width_outside(root));
-  h.root = all(root);
-  h.capture_radius = all(capture_radius < 1 ? capture_radius : T(INFINITY));
-  h.rate = all(rate);
-  h.max_step = all(max_step);
-  h.snap = all(static_cast<T>(snap));
   return h;
 }
 
@@ -77,7 +108,7 @@ struct Span {
   const void* scale;  // of the arithmetic type; weight i has scale[(i / scale_run) % scale_count]
   int64_t scale_run, scale_count;
   int64_t size;
-  Bias<double> bias;  // AdamW: of this tensor's step count
+  void* step;  // AdamW: steps made so far, where only the device knows them; else Settings.steps holds
 };
 
 // A list of levels, as the caller gave it.
@@ -106,24 +137,20 @@ ASKEW_FN UniformCodebook<P> uniform_codebook(Levels levels) {
   return {all(unit), all(first), all(first + top), all(-first - T(0.5)), all(0), all(top)};
 }
 
-template <typename T, int capacity>
-ASKEW_FN TableCodebook<T, capacity> table_codebook(Levels levels) {
-  TableCodebook<T, capacity> book{};
-  const int last = levels.count - 1;
-  book.count = levels.count;
-  for (int k = 0; k <= last; ++k) book.levels[k] = static_cast<T>(levels.values[k]);
-  for (int k = 0; k < capacity; ++k) book.midpoints[k] = INFINITY;
-  for (int k = 0; k < last; ++k) {
-    book.midpoints[k] = (book.levels[k] + book.levels[k + 1]) * T(0.5);
-    book.gap_above[k] = book.gap_below[k + 1] = (book.levels[k + 1] - book.levels[k]) * T(0.5);
-  }
-  book.gap_below[0] = book.gap_above[0];
-  book.gap_above[last] = book.gap_below[last];
-  for (int k = 0; k <= last; ++k) {
-    book.inverse_gap_below[k] = 1 / book.gap_below[k];
-    book.inverse_gap_above[k] = 1 / book.gap_above[k];
-  }
-  return book;
+// Entry k of a table, from the levels alone: threads may fill one together. Beyond the last level stand copies of it.
+template <typename T, int capacity, typename Number>
+ASKEW_FN void fill_entry(TableCodebook<T, capacity>& book, const Number* levels, int count, int k) {
+  const int last = count - 1, here = k < last ? k : last;
+  const auto level = [&](int i) { return static_cast<T>(levels[i]); };
+  const auto half_gap = [&](int i) { return (level(i + 1) - level(i)) * T(0.5); };
+  const T below = half_gap(here > 0 ? here - 1 : 0), above = half_gap(here < last ? here : last - 1);
+  book.levels[k] = level(here);
+  book.midpoints[k] = k < last ? (level(k) + level(k + 1)) * T(0.5) : T(INFINITY);
+  book.gap_below[k] = below;
+  book.gap_above[k] = above;
+  book.inverse_gap_below[k] = 1 / below;
+  book.inverse_gap_above[k] = 1 / above;
+  if (k == 0) book.count = count;
 }
 
 // All that a backend needs for one call.
@@ -135,30 +162,26 @@ struct Launch {
   Levels levels;
   Dtype snapped_dtype;
   const Span* spans;
-  const int64_t* first_chunk;  // [span_count + 1]: number of the first chunk of each span; the last is their count
   int64_t span_count;
 };
 
-// (E2') The distance, in units of half the level distance, from which on a pull goes all the way: 2^-16, or where the storage would
-// round a smaller move away, which would leave the weight a last bit short of its level for ever.
-ASKEW_FN double snap_radius(const Launch& launch) {
-  const Levels& levels = launch.levels;
-  const Settings& s = launch.settings;
-  const double roundoff = launch.dtype == Dtype::float64   ? 0x1p-53
-                          : launch.dtype == Dtype::float32 ? 0x1p-24
-                          : launch.dtype == Dtype::float16 ? 0x1p-11
-                                                           : 0x1p-8;
-  const double rate = s.rate_is_alpha ? s.lr * s.rate : s.rate;
+// (E2') The distance, in units of half the level distance and of the rate, from which on a pull goes all the way: where the storage
+// would round a smaller move away, which would leave the weight a last bit short of its level for ever. At least 2^-16 of the former.
+ASKEW_FN double snap_unit(Dtype dtype, Levels levels) {
+  if (levels.count == 0) return 0;
+  const double roundoff = dtype == Dtype::float64   ? 0x1p-53
+                          : dtype == Dtype::float32 ? 0x1p-24
+                          : dtype == Dtype::float16 ? 0x1p-11
+                                                    : 0x1p-8;
   double gap = INFINITY;
   for (int k = 0; k + 1 < levels.count; ++k) gap = ::fmin(gap, levels.values[k + 1] - levels.values[k]);
-  const double largest = levels.count == 0 ? 0 : ::fmax(::fabs(levels.values[0]), ::fabs(levels.values[levels.count - 1]));
-  return ::fmax(0x1p-16, 2 * roundoff * largest / gap / ::fmin(rate, 1));
+  const double largest = ::fmax(::fabs(levels.values[0]), ::fabs(levels.values[levels.count - 1]));
+  return 2 * roundoff * largest / gap;
 }
 
-// Weights are dealt in chunks, so that one large tensor and many small ones spread over threads alike. A chunk never
-// crosses a span; an empty span has none.
-constexpr int64_t chunk_size = 1 << 15;  // 640 KiB of float32 weight, gradient and momentum traffic: well below a millisecond
-ASKEW_FN int64_t chunks_of(int64_t size) { return (size + chunk_size - 1) / chunk_size; }
+// Weights are dealt in chunks, so that one large tensor and many small ones spread over threads alike. A chunk never crosses a
+// span; an empty span has none. first_chunk[i] is the number of chunks before span i.
+ASKEW_FN int64_t chunks_of(int64_t size, int64_t chunk_size) { return (size + chunk_size - 1) / chunk_size; }
 
 // The span that holds a chunk: the last one whose first chunk is not beyond it and that is not empty.
 ASKEW_FN int64_t span_of_chunk(const int64_t* first_chunk, int64_t span_count, int64_t chunk) {

@@ -13,32 +13,35 @@
 
 namespace askew {
 
-// The scalars of a step, each rounded once to the arithmetic type.
+// The scalars of a step, each rounded once to the arithmetic type. First those that change from step to step.
 template <typename P>
-struct Hyper {
-  P minus_lr, weight_decay;
-  P grad_factor;                                               // 1 / AMP's grad_scale, negated to maximize; mostly 1
-  P momentum, one_minus_dampening;                             // SGD
-  P beta1, one_minus_beta1, beta2, one_minus_beta2, adam_eps;  // AdamW
-  bool unscales, moves, decays, has_momentum, dampens;         // factors that are not 1, or not 0
-  bool nesterov, amsgrad;
-  bool skew_gradient;  // the constraint acts on the gradient, as in the authors' code; else on the displacement
-  bool clip;
+struct Now {
+  P minus_lr;
+  P grad_factor;                           // 1 / AMP's grad_scale, negated to maximize; mostly 1
   P half_width, half_width_outside, root;  // (E1): r, r_out, sqrt(epsilon)
   P capture_radius;                        // D = 1 - r in units of half the level distance; infinity once D = 1
   P rate;                                  // a of (E2), (E2')
   P max_step;                              // cap on the pull, in units of half the level distance
   P snap;                                  // from this distance on the pull goes all the way, in the same units
+  P bias1, bias2;                          // bias corrections of Adam, 1 / (1 - beta1^t) and 1 / sqrt(1 - beta2^t)
+  bool moves, unscales;                    // lr is not 0, grad_factor is not 1
+};
+
+template <typename P>
+struct Hyper {
+  Now<P> now;
+  P weight_decay;
+  P momentum, one_minus_dampening;                             // SGD
+  P beta1, one_minus_beta1, beta2, one_minus_beta2, adam_eps;  // AdamW
+  bool decays, has_momentum, dampens;                          // factors that are not 0
+  bool nesterov, amsgrad;
+  bool skew_gradient;  // the constraint acts on the gradient, as in the authors' code; else on the displacement
+  bool clip;
 };
 
 // (E1) Half-widths of the feasible interval around a level, inside the codebook and outside of it; root = sqrt(epsilon).
 template <typename T> ASKEW_FN T half_width_inside(T root) { return root / (1 + sqrt(1 - root)); }
 template <typename T> ASKEW_FN T half_width_outside(T root) { return root / (1 + sqrt(1 + root)); }
-
-// Bias corrections of Adam, 1 / (1 - beta1^t) and 1 / sqrt(1 - beta2^t): computed in double, rounded once.
-template <typename P> struct Bias {
-  P first, second;
-};
 
 // No constraint: the base rule alone.
 struct NoCodebook {
@@ -148,14 +151,14 @@ struct Capture {
   template <typename P, typename Codebook>
   static ASKEW_FN P skew(P d, P, const Place<P>& at, const Grid<P>&, const Codebook&, const Hyper<P>& h) {
     const P distance = abs(at.e);
-    const P cap = h.max_step * at.half;
-    P pull = h.rate * distance;
+    const P cap = h.now.max_step * at.half;
+    P pull = h.now.rate * distance;
     pull = pull < cap ? pull : cap;
-    pull = distance <= h.snap * at.half ? distance : pull;  // the last bit of the way: exactly onto the level
+    pull = distance <= h.now.snap * at.half ? distance : pull;  // the last bit of the way: exactly onto the level
     const P toward = flip(d, at.e);
     const P wanted = toward > distance ? distance : toward;
     const P move = pull > wanted ? pull : wanted;
-    return distance < h.capture_radius * at.half ? flip(move, at.e) : d;
+    return distance < h.now.capture_radius * at.half ? flip(move, at.e) : d;
   }
 };
 
@@ -175,12 +178,12 @@ struct Interval {
     const P delta = distance * per_half;
     const P t = from_middle * per_half;               // |t|
     const P signed_delta = outside ? -delta : delta;  // sigma delta
-    const P width = outside ? h.half_width_outside : h.half_width;
+    const P width = outside ? h.now.half_width_outside : h.now.half_width;
     const P signed_width = outside ? -width : width;
     const P well = delta * (T(2) - signed_delta);
-    const P pull =
-        h.rate * at.half * T(0.25) * (delta - width) * (T(2) - (signed_delta + signed_width)) * (well + h.root) / (well * t);  // (E2)
-    const P cap = h.max_step * at.half;
+    const P pull = h.now.rate * at.half * T(0.25) * (delta - width) * (T(2) - (signed_delta + signed_width)) * (well + h.now.root) /
+                   (well * t);  // (E2)
+    const P cap = h.now.max_step * at.half;
     const P toward = flip(d, at.e);
     const auto keep = (delta <= width) | (from_middle == T(0)) | !(toward < pull);  // (E3); the last also keeps a NaN
     return keep ? d : flip(pull < cap ? pull : cap, at.e);
@@ -192,14 +195,14 @@ struct Sgd {
   static constexpr int states = 1;  // momentum_buffer, absent (and zero here) without momentum
 
   template <typename P>
-  static ASKEW_FN P displacement(P g, P w, P (&state)[1], const Hyper<P>& h, const Bias<P>&) {
+  static ASKEW_FN P displacement(P g, P w, P (&state)[1], const Hyper<P>& h) {
     P& buffer = state[0];
     if (h.decays) g = g + h.weight_decay * w;
     if (h.has_momentum) {
       buffer = h.momentum * buffer + (h.dampens ? h.one_minus_dampening * g : g);
       g = h.nesterov ? g + h.momentum * buffer : buffer;
     }
-    return h.minus_lr * g;
+    return h.now.minus_lr * g;
   }
 };
 
@@ -207,27 +210,27 @@ struct AdamW {
   static constexpr int states = 3;  // exp_avg, exp_avg_sq, max_exp_avg_sq (absent without amsgrad)
 
   template <typename P>
-  static ASKEW_FN P displacement(P g, P w, P (&state)[3], const Hyper<P>& h, const Bias<P>& bias) {
+  static ASKEW_FN P displacement(P g, P w, P (&state)[3], const Hyper<P>& h) {
     P& mean = state[0];
     P& square = state[1];
     P& largest = state[2];
     mean = h.beta1 * mean + h.one_minus_beta1 * g;
     square = h.beta2 * square + h.one_minus_beta2 * (g * g);
     largest = !h.amsgrad ? square : largest > square ? largest : square;
-    const P direction = (mean * bias.first) / (sqrt(largest) * bias.second + h.adam_eps);
-    return h.minus_lr * (direction + h.weight_decay * w);
+    const P direction = (mean * h.now.bias1) / (sqrt(largest) * h.now.bias2 + h.adam_eps);
+    return h.now.minus_lr * (direction + h.weight_decay * w);
   }
 };
 
 // One step of one weight: its new value; `state` moves along. lr = 0 moves no weight, the box included.
 template <typename Rule, typename Annealing, typename P, typename Codebook>
-ASKEW_FN P step(P w, P g, P (&state)[Rule::states], const Grid<P>& grid, const Codebook& codebook, const Hyper<P>& h, const Bias<P>& bias) {
-  if (h.unscales) g = g * h.grad_factor;
+ASKEW_FN P step(P w, P g, P (&state)[Rule::states], const Grid<P>& grid, const Codebook& codebook, const Hyper<P>& h) {
+  if (h.now.unscales) g = g * h.now.grad_factor;
   if constexpr (Codebook::quantized && Annealing::on_gradient) {
-    if (h.skew_gradient && h.moves) g = -Annealing::skew(-g, w, locate(w, grid, codebook), grid, codebook, h);
+    if (h.skew_gradient && h.now.moves) g = -Annealing::skew(-g, w, locate(w, grid, codebook), grid, codebook, h);
   }
-  P d = Rule::displacement(g, w, state, h, bias);
-  if (!h.moves) return w;
+  P d = Rule::displacement(g, w, state, h);
+  if (!h.now.moves) return w;
   if constexpr (!Codebook::quantized)
     return w + d;
   else {

@@ -16,18 +16,22 @@ SOURCES = sorted(
         *(path for folder in ("askew_cuda", "benchmarks", "examples", "tests") for path in ROOT.glob(f"{folder}/**/*.py")),
     ]
 )
-STANDARD = {"cmath", "cstdint", "cstring", "type_traits"}
+STANDARD = {"cmath", "cstdint", "cstring", "string", "type_traits"}
 
-TORCH = {"ops.h", "ops.cpp", "module.cpp"}  # torch stops here
+TORCH = {"lists.h", "lists.cpp", "ops.h", "ops.cpp", "cuda_call.cpp", "module.cpp"}  # torch stops here
 # What a C++ file may include beyond the standard headers that kernels use.
 INCLUDES = {
     "pack.h": set(),
     "step.h": {"pack.h"},
     "spans.h": {"step.h"},
-    "cpu.h": {"spans.h"},
+    "variants.h": {"spans.h"},
+    "cpu.h": {"variants.h"},
     "cpu.cpp": {"cpu.h"},
     "cpu_avx2.cpp": {"cpu.cpp"},
     "cpu_avx512.cpp": {"cpu.cpp"},
+    "cuda.h": {"spans.h"},
+    "block.h": {"cuda.h", "variants.h"},
+    "cuda.cu": {"block.h", "cuda_runtime.h"},  # CUDA stops here
 }
 # What a function that needs it may import, not the module: the package imports without.
 OPTIONAL = {"matplotlib"}

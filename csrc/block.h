@@ -1,0 +1,275 @@
+// What one thread of one block of the CUDA kernel does, as a function of (block, thread) for host and device: tests run every
+// (block, thread) of a launch on a processor. It only moves data; csrc/step.h says what happens to it.
+#pragma once
+
+#include "cuda.h"
+#include "variants.h"
+
+namespace askew {
+
+constexpr int block_threads = 256;
+// A table's levels as a kernel argument: the threads of a block fill the table.
+template <typename V> struct ListArgument {
+  int count;
+  float values[V::capacity];
+};
+
+// The arguments of one launch; first_chunk counts chunks of block_chunk weights.
+template <typename V>
+struct Arguments {
+  using T = typename V::T;
+  using Argument =
+      std::conditional_t<V::is_table, ListArgument<V>, std::conditional_t<V::book == Book::none, NoCodebook, UniformCodebook<T>>>;
+  Hyper<T> h;
+  Settings settings;  // what h was made from, where a number of the device takes part
+  DeviceNumbers numbers;
+  Argument levels;
+  bool wide_state;
+  Dtype snapped_dtype;
+  int64_t span_count;
+  const Span* spans;           // in device memory; null: the lists below
+  const int64_t* first_chunk;  // [span_count + 1]
+  Span few[few_spans];
+  int64_t first_few[few_spans + 1];
+};
+
+// `count` neighbouring elements between memory and registers, 16 bytes at a time. Aligned to 16 bytes, or to all of them where they are
+// fewer.
+template <int bytes> struct Unit {
+  struct __attribute__((may_alias, aligned(bytes))) type {
+    uint32_t words[bytes / 4];
+  };
+};
+template <> struct Unit<2> {
+  typedef uint16_t __attribute__((may_alias)) type;
+};
+template <> struct Unit<1> {
+  typedef uint8_t __attribute__((may_alias)) type;
+};
+
+template <int count, typename Any>
+ASKEW_FN void read(const void* base, int64_t i, Any (&to)[count]) {
+  constexpr int bytes = count * sizeof(Any), step = bytes < 16 ? bytes : 16;
+  using Piece = typename Unit<step>::type;
+  const auto* from = reinterpret_cast<const Piece*>(static_cast<const Any*>(base) + i);
+#pragma unroll
+  for (int k = 0; k < bytes / step; ++k) {
+    const Piece piece = from[k];
+    std::memcpy(reinterpret_cast<char*>(to) + k * step, &piece, step);
+  }
+}
+
+template <int count, typename Any>
+ASKEW_FN void write(void* base, int64_t i, const Any (&from)[count]) {
+  constexpr int bytes = count * sizeof(Any), step = bytes < 16 ? bytes : 16;
+  using Piece = typename Unit<step>::type;
+  auto* to = reinterpret_cast<Piece*>(static_cast<Any*>(base) + i);
+#pragma unroll
+  for (int k = 0; k < bytes / step; ++k) {
+    Piece piece;
+    std::memcpy(&piece, reinterpret_cast<const char*>(from) + k * step, step);
+    to[k] = piece;
+  }
+}
+
+template <typename Out, int count, typename T>
+ASKEW_FN void write_as(void* base, int64_t i, const T (&from)[count]) {
+  Out out[count];
+#pragma unroll
+  for (int k = 0; k < count; ++k) narrow(out[k], static_cast<Arithmetic<Out>>(from[k]));
+  write(base, i, out);
+}
+
+// Which scale holds where in a chunk: scales come in runs of weights that share one. Positions count from the chunk's start, so that
+// 32 bits will do.
+template <typename T>
+struct Runs {
+  const T* scales;   // of the chunk's first weight and on
+  int32_t left;      // weights of the chunk that share its scale
+  int32_t run;       // weights of each further run; what is longer than a chunk counts as a chunk
+  int32_t straight;  // runs until the scales begin anew
+
+  static ASKEW_FN Runs of(const Span& span, int64_t begin) {
+    const int64_t first = begin / span.scale_run % span.scale_count;
+    return {static_cast<const T*>(span.scale) + first, clamped(span.scale_run - begin % span.scale_run), clamped(span.scale_run),
+            clamped(span.scale_count - first)};
+  }
+  static ASKEW_FN int32_t clamped(int64_t length) { return static_cast<int32_t>(length < block_chunk ? length : block_chunk); }
+
+  // The scale of a weight; `end` becomes the position where its run ends.
+  ASKEW_FN T at(int32_t position, const Span& span, int64_t begin, int32_t& end) const {
+    const int32_t further = position < left ? 0 : 1 + (position - left) / run;
+    end = left + further * run;
+    if (further < straight) return scales[further];
+    return static_cast<const T*>(span.scale)[(begin + position) / span.scale_run % span.scale_count];
+  }
+};
+
+// What the threads of a block share: its chunk, and what the device alone knows.
+template <typename V>
+struct Block {
+  using T = typename V::T;
+  bool skipped;  // AMP found an infinity: all stays as it is
+  Span span;
+  int64_t begin;  // of the chunk, in the span
+  int32_t size;   // of the chunk
+  Runs<T> runs;
+  Now<T> now;
+  std::conditional_t<V::is_table, TableCodebook<T, V::capacity>, NoCodebook> table;
+};
+
+// First all threads of a block do this ..
+template <typename V>
+ASKEW_FN void prepare(Block<V>& block, const Arguments<V>& arguments, int64_t number, int thread) {
+  if constexpr (V::is_table) {
+    for (int k = thread; k < V::capacity; k += block_threads) fill_entry(block.table, arguments.levels.values, arguments.levels.count, k);
+  }
+  if (thread != 0) return;
+  const DeviceNumbers& numbers = arguments.numbers;
+  const Settings& settings = arguments.settings;
+  const Span* spans = arguments.spans ? arguments.spans : arguments.few;
+  const int64_t* first_chunk = arguments.spans ? arguments.first_chunk : arguments.first_few;
+  const int64_t which = span_of_chunk(first_chunk, arguments.span_count, number);
+  const Span& span = spans[which];
+  const int64_t begin = (number - first_chunk[which]) * block_chunk, left = span.size - begin;
+  block.skipped = numbers.found_inf.at && numbers.found_inf.read() != 0;
+  block.span = span;
+  block.begin = begin;
+  block.size = static_cast<int32_t>(left < block_chunk ? left : block_chunk);
+  if constexpr (V::book != Book::none) block.runs = Runs<typename V::T>::of(span, begin);
+  block.now = arguments.h.now;
+  if (numbers.lr.at) set_lr(block.now, settings, numbers.lr.read());
+  if (numbers.epsilon.at) set_epsilon(block.now, numbers.epsilon.read());
+  if (numbers.grad_scale.at) set_grad_scale(block.now, settings, numbers.grad_scale.read());
+  if (span.step) set_steps(block.now, settings, DeviceNumber{span.step, numbers.step_is_double}.read() + 1);
+}
+
+// A thread at work on its block's chunk.
+template <typename V, typename State, typename Codebook>
+struct Worker {
+  using Storage = typename V::Storage;
+  using T = typename V::T;
+  static constexpr int states = V::RuleType::states;
+  static constexpr int vector = 16 / (sizeof(State) > sizeof(Storage) ? sizeof(State) : sizeof(Storage));  // weights that move at a time
+  static constexpr bool quantized = V::book != Book::none;
+
+  const Block<V>& block;
+  const Codebook& codebook;
+  Hyper<T> h;
+  Dtype snapped_dtype;
+
+  static ASKEW_FN uintptr_t address(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer); }
+  ASKEW_FN bool aligned() const {
+    const Span& span = block.span;
+    uintptr_t all = address(span.weight) | address(span.grad) | address(span.snapped);
+    for (int which = 0; which < states; ++which) all |= address(span.state[which]);
+    return all % 16 == 0 && address(span.codes) % vector == 0;
+  }
+
+  // `count` neighbours from a position on. All is loaded before anything is stored.
+  template <int count>
+  ASKEW_FN void turn(int32_t position, const Grid<T>& grid) const {
+    const Span& span = block.span;
+    const int64_t i = block.begin + position;
+    Storage w[count], g[count];
+    State state[states][count];
+    read(span.weight, i, w);
+    read(span.grad, i, g);
+#pragma unroll
+    for (int which = 0; which < states; ++which)
+      if (span.state[which]) read(span.state[which], i, state[which]);
+#pragma unroll
+    for (int k = 0; k < count; ++k) {
+      T mine[states];
+#pragma unroll
+      for (int which = 0; which < states; ++which) mine[which] = span.state[which] ? T(widen(state[which][k])) : T(0);
+      narrow(w[k], step<typename V::RuleType, typename V::Annealing>(T(widen(w[k])), T(widen(g[k])), mine, grid, codebook, h));
+#pragma unroll
+      for (int which = 0; which < states; ++which) narrow(state[which][k], mine[which]);
+    }
+    write(span.weight, i, w);
+#pragma unroll
+    for (int which = 0; which < states; ++which)
+      if (span.state[which]) write(span.state[which], i, state[which]);
+    if constexpr (quantized) {
+      if (span.codes || span.snapped) write_outputs(i, w, grid);
+    }
+  }
+
+  // (E6) of the weights as they are stored.
+  template <int count>
+  ASKEW_FN void write_outputs(int64_t i, const Storage (&w)[count], const Grid<T>& grid) const {
+    uint8_t codes[count];
+    T snapped[count];
+#pragma unroll
+    for (int k = 0; k < count; ++k) {
+      const T index = codebook.nearest(widen(w[k]) * grid.inverse);
+      codes[k] = static_cast<uint8_t>(index);
+      snapped[k] = grid.unit * codebook.level(index);
+    }
+    if (block.span.codes) write(block.span.codes, i, codes);
+    void* to = block.span.snapped;
+    if (!to) return;
+    switch (snapped_dtype) {
+      case Dtype::float32:
+        return write_as<float>(to, i, snapped);
+      case Dtype::float64:
+        return write_as<double>(to, i, snapped);
+      case Dtype::bfloat16:
+        return write_as<BFloat16>(to, i, snapped);
+      case Dtype::float16:
+        return write_as<Float16>(to, i, snapped);
+    }
+  }
+
+  // Neighbouring threads take neighbouring vectors; one by one the weights of those that are misaligned, cut off by the chunk's end or
+  // don't share a scale.
+  ASKEW_FN void run(int thread) const {
+    const bool whole = aligned();
+    const int32_t size = block.size;
+    Grid<T> grid{};
+    int32_t grid_end = quantized ? 0 : size;  // the grid holds up to here
+    const auto enter = [&](int32_t position) {
+      if constexpr (quantized) {
+        if (position >= grid_end) grid = make_grid(block.runs.at(position, block.span, block.begin, grid_end), codebook, h);
+      }
+    };
+    for (int32_t position = thread * vector; position < size; position += block_threads * vector) {
+      const int32_t end = position + vector;
+      enter(position);
+      if (whole && end <= size && end <= grid_end) {
+        turn<vector>(position, grid);
+        continue;
+      }
+#pragma unroll 1
+      for (int32_t each = position; each < end && each < size; ++each) {
+        enter(each);
+        turn<1>(each, grid);
+      }
+    }
+  }
+};
+
+// .. then, when all have done that, this. Threads touch disjoint memory.
+template <typename V>
+ASKEW_FN void run(const Block<V>& block, const Arguments<V>& arguments, int thread) {
+  if (block.skipped) return;
+  const auto& codebook = [&]() -> const auto& {
+    if constexpr (V::is_table)
+      return block.table;
+    else
+      return arguments.levels;
+  }();
+  Hyper<typename V::T> h = arguments.h;
+  h.now = block.now;
+  const auto work = [&](auto state) {
+    using Codebook = std::decay_t<decltype(codebook)>;
+    Worker<V, decltype(state), Codebook>{block, codebook, h, arguments.snapped_dtype}.run(thread);
+  };
+  if (sizeof(typename V::Storage) == 2 && arguments.wide_state)
+    work(float{});
+  else
+    work(typename V::Storage{});
+}
+
+}  // namespace askew

@@ -1,0 +1,139 @@
+// The CUDA backend: one kernel template around csrc/block.h, and its launches.
+#include <cuda_runtime.h>
+
+#include "block.h"
+
+namespace askew {
+namespace {
+
+// Blocks that a multiprocessor holds at a time: 4 leave a thread 64 registers, 3 leave it 80, 2 leave it 128. AdamW under interval
+// annealing needs up to 76, float64 more: its numbers take two each. They move more bytes a weight, so enough stay in flight.
+template <typename V>
+constexpr int resident_blocks() {
+  if (sizeof(typename V::Storage) == 8) return 2;
+  return V::RuleType::states > 1 && std::is_same_v<typename V::Annealing, Interval> ? 3 : 4;
+}
+
+template <typename V>
+__global__ void __launch_bounds__(block_threads, resident_blocks<V>()) step_kernel(const __grid_constant__ Arguments<V> arguments) {
+  static_assert(sizeof(Arguments<V>) <= 4096, "what every launch may pass");
+  __shared__ Block<V> block;
+  prepare(block, arguments, blockIdx.x, threadIdx.x);
+  __syncthreads();
+  run(block, arguments, threadIdx.x);
+}
+
+// AdamW's step counters that live on the device: one more each, unless AMP found an infinity.
+struct Counters {
+  DeviceNumbers numbers;
+  int64_t count;
+  const Span* spans;  // in device memory; null: the list below
+  void* few[few_spans];
+};
+
+__global__ void count_kernel(const __grid_constant__ Counters counters) {
+  const int64_t i = blockIdx.x * int64_t{block_threads} + threadIdx.x;
+  const DeviceNumbers& numbers = counters.numbers;
+  if (i >= counters.count || (numbers.found_inf.at && numbers.found_inf.read() != 0)) return;
+  void* step = counters.spans ? counters.spans[i].step : counters.few[i];
+  if (numbers.step_is_double)
+    *static_cast<double*>(step) += 1;
+  else
+    *static_cast<float*>(step) += 1;
+}
+
+template <typename Argument>
+cudaError_t start(void (*kernel)(Argument), int64_t blocks, const Argument& argument, void* stream) {
+  void* arguments[] = {const_cast<Argument*>(&argument)};
+  return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(blocks)), dim3(block_threads), arguments, 0,
+                          static_cast<cudaStream_t>(stream));
+}
+
+// Spans [begin, end) of the launch; from device memory where they are all there.
+template <typename V>
+cudaError_t step_spans(Arguments<V>& arguments, const Launch& launch, const CudaCall& call, int64_t begin, int64_t end) {
+  arguments.span_count = end - begin;
+  Counters counters{call.numbers, end - begin, call.spans, {}};
+  int64_t blocks = 0;
+  for (int64_t i = begin; i < end; ++i) {
+    if (!call.spans) {
+      arguments.few[i - begin] = launch.spans[i];
+      arguments.first_few[i - begin] = blocks;
+      counters.few[i - begin] = launch.spans[i].step;
+    }
+    blocks += chunks_of(launch.spans[i].size, block_chunk);
+  }
+  if (!call.spans) arguments.first_few[end - begin] = blocks;
+  cudaError_t error = cudaSuccess;
+  if (blocks > 0) error = start(step_kernel<V>, blocks, arguments, call.stream);
+  if (error == cudaSuccess && launch.spans[begin].step)
+    error = start(count_kernel, chunks_of(end - begin, block_threads), counters, call.stream);
+  return error;
+}
+
+template <typename V>
+cudaError_t step_variant(const Launch& launch, const CudaCall& call) {
+  Arguments<V> arguments{};
+  arguments.h = hyper<typename V::T>(launch.settings);
+  arguments.settings = launch.settings;
+  arguments.numbers = call.numbers;
+  if constexpr (V::is_table) {
+    arguments.levels.count = launch.levels.count;
+    for (int k = 0; k < launch.levels.count; ++k) arguments.levels.values[k] = static_cast<float>(launch.levels.values[k]);
+  } else if constexpr (V::book == Book::uniform) {
+    arguments.levels = uniform_codebook<typename V::T>(launch.levels);
+  }
+  arguments.wide_state = launch.wide_state;
+  arguments.snapped_dtype = launch.snapped_dtype;
+  arguments.spans = call.spans;
+  arguments.first_chunk = call.first_chunk;
+  const int64_t at_a_time = call.spans ? launch.span_count : few_spans;
+  for (int64_t begin = 0; begin < launch.span_count; begin += at_a_time) {
+    const int64_t end = launch.span_count - begin < at_a_time ? launch.span_count : begin + at_a_time;
+    const cudaError_t error = step_spans(arguments, launch, call, begin, end);
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
+std::string version(int number) { return std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10); }
+
+}  // namespace
+
+const char* cuda_step(const Launch& launch, const CudaCall& call) {
+  cudaError_t error = cudaSetDevice(call.device);  // this copy of the runtime library does not know what torch told its own
+  if (error == cudaSuccess) visit_variant(launch, [&](auto variant) { error = step_variant<decltype(variant)>(launch, call); });
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+bool cuda_is_capturing(void* stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  return cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status) == cudaSuccess && status != cudaStreamCaptureStatusNone;
+}
+
+std::string cuda_built_for() { return version(CUDART_VERSION) + " for compute capability " ASKEW_CUDA_ARCHITECTURES; }
+
+std::string cuda_problem(int device) {
+  int driver = 0;
+  if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0) return "there is no NVIDIA driver; install one";
+  if (driver / 1000 < CUDART_VERSION / 1000) {
+    return "the driver knows CUDA " + version(driver) + " and the kernels were built with " + version(CUDART_VERSION) +
+           "; update the driver, or reinstall askew_cuda with a toolkit as old";
+  }
+  int before = 0;
+  cudaError_t error = cudaGetDevice(&before);
+  if (error == cudaSuccess) error = cudaSetDevice(device);
+  cudaDeviceProp properties{};
+  if (error == cudaSuccess) error = cudaGetDeviceProperties(&properties, device);
+  if (error != cudaSuccess) return cudaGetErrorString(error);
+  cudaFuncAttributes attributes{};
+  error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(count_kernel));
+  cudaSetDevice(before);
+  if (error == cudaSuccess) return "";
+  cudaGetLastError();  // it is reported here and need not be seen again
+  const std::string here = std::to_string(properties.major) + "." + std::to_string(properties.minor);
+  return "the kernels were built with CUDA " + cuda_built_for() + " and " + properties.name + " has compute capability " + here + " (" +
+         cudaGetErrorString(error) + "); reinstall askew_cuda with TORCH_CUDA_ARCH_LIST=" + here;
+}
+
+}  // namespace askew
