@@ -9,7 +9,7 @@ report = optimizer.finalize()
 """
 
 from .anneal import Anneal
-from .base import FinalizeReport, TensorReport
+from .finalize import FinalizeReport, TensorReport
 from .monitor import Monitor, Sample, monitor
 from .ops import build_info
 from .optimizers import AskewAdamW, AskewSGD

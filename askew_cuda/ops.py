@@ -16,6 +16,9 @@ from . import reference
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
+# A found_inf of 1: the operator checks its arguments and leaves everything as it is.
+SKIP = torch.ones((), dtype=torch.float64)
+
 _REINSTALL = "reinstall it: `pip install --no-build-isolation --force-reinstall --no-deps .` in its checkout"
 
 
@@ -94,7 +97,7 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     return candidates[0]
 
 
-def _scalar(value: float | torch.Tensor | None) -> torch.Tensor | None:
+def scalar(value: float | torch.Tensor | None) -> torch.Tensor | None:
     """A scalar that changes from step to step, as the operators take it."""
     return value if value is None or isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.float64)
 
@@ -106,7 +109,7 @@ def _compiled(name: str) -> Callable[..., None]:
 
     def call(weights, *lists, lr, epsilon, grad_scale=None, found_inf=None, **settings) -> None:
         scalars = {"lr": lr, "epsilon": epsilon, "grad_scale": grad_scale, "found_inf": found_inf}
-        settings |= {key: _scalar(value) for key, value in scalars.items()}
+        settings |= {key: scalar(value) for key, value in scalars.items()}
         listening = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
         if listening or not weights or type(weights[0]) not in plain:
             dispatched(weights, *lists, **settings)

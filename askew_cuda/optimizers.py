@@ -1,9 +1,16 @@
 """AskewSGD and AskewAdamW: torch.optim.SGD and torch.optim.AdamW whose weights end on a few levels."""
 
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
-from .base import QuantizedOptimizer
+from . import ops
+from .base import Batch, Call, QuantizedOptimizer
+from .groups import Group
 
 _KEYWORDS = """
     Keywords beyond torch.optim's, for all groups or in a group (which wins):
@@ -37,7 +44,7 @@ class AskewSGD(QuantizedOptimizer):
 
     def __init__(
         self,
-        params,
+        params: ParamsT,
         lr: float | Tensor = 1e-3,
         momentum: float = 0,
         dampening: float = 0,
@@ -48,7 +55,7 @@ class AskewSGD(QuantizedOptimizer):
         foreach: bool | None = None,
         differentiable: bool = False,
         fused: bool | None = None,
-        **constraint,
+        **constraint: Any,
     ):
         defaults = {
             "lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay, "nesterov": nesterov,
@@ -57,7 +64,7 @@ class AskewSGD(QuantizedOptimizer):
         super().__init__(params, defaults, constraint)
 
     @staticmethod
-    def _check_rule(group: dict) -> None:
+    def _check_rule(group: Group) -> None:
         if not group["momentum"] >= 0:
             raise ValueError(f"momentum = {group['momentum']!r}; at least 0")
         if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
@@ -65,24 +72,27 @@ class AskewSGD(QuantizedOptimizer):
                 f"nesterov = True with momentum = {group['momentum']}, dampening = {group['dampening']}; it needs momentum and no dampening"
             )
 
-    def _calls(self, group, backend, batch):
+    def _calls(self, group: Group, backend: ops.Operators, batch: Batch) -> Iterator[Call]:
         if group["momentum"] == 0 or group["dampening"] == 0:
             yield self._call(group, backend, batch, 0.0)
             return
-        # The first gradient fills the buffer undamped: with the buffer at zero, that is a step without dampening.
+        # The first gradient that is applied fills the buffer undamped: with the buffer at zero, that is a step without dampening.
         fresh = ["momentum_buffer" not in state for state in batch.states]
-        for first in (True, False):
-            chosen = batch.pick([each is first for each in fresh])
-            if chosen.weights:
-                yield self._call(group, backend, chosen, 0.0 if first else group["dampening"])
+        rest, first = batch.pick([not each for each in fresh]), batch.pick(fresh)
+        if rest.weights:
+            yield self._call(group, backend, rest, group["dampening"])
+        # With a step that AMP skips on a device a buffer would come to be, and the next step would be damped. So found_inf is read
+        # here, which waits for the device; not in a captured graph, where a flag beside the buffer has to answer.
+        if first.weights and not self._overflowed(wait=True):
+            yield self._call(group, backend, first, 0.0)
 
-    def _call(self, group, backend, batch, dampening):
+    def _call(self, group: Group, backend: ops.Operators, batch: Batch, dampening: float) -> Call:
         scales = self._scales(group, batch)
         codes, snapped = self._outputs(group, batch)
-        levels, settings = self._constraint(group)
+        levels, settings = self._constraint(group, batch)
         settings |= {"momentum": group["momentum"], "dampening": dampening, "nesterov": group["nesterov"]}
-        buffers = self._state_tensors(group, batch, "momentum_buffer") if group["momentum"] != 0 else []
-        return lambda: backend.sgd_(batch.weights, batch.grads, buffers, scales, levels, codes, snapped, **settings)
+        buffers = self._moments(group, batch, "momentum_buffer") if group["momentum"] != 0 else []
+        return partial(backend.sgd_, batch.weights, batch.grads, buffers, scales, levels, codes, snapped, **settings)
 
 
 class AskewAdamW(QuantizedOptimizer):
@@ -95,7 +105,7 @@ class AskewAdamW(QuantizedOptimizer):
 
     def __init__(
         self,
-        params,
+        params: ParamsT,
         lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -107,7 +117,7 @@ class AskewAdamW(QuantizedOptimizer):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        **constraint,
+        **constraint: Any,
     ):
         defaults = {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad, "maximize": maximize,
@@ -116,7 +126,7 @@ class AskewAdamW(QuantizedOptimizer):
         super().__init__(params, defaults, constraint)
 
     @staticmethod
-    def _check_rule(group: dict) -> None:
+    def _check_rule(group: Group) -> None:
         betas = tuple(float(beta) for beta in group["betas"])
         if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas = {group['betas']!r}; two numbers in [0, 1)")
@@ -125,16 +135,13 @@ class AskewAdamW(QuantizedOptimizer):
         if group["capturable"]:
             raise ValueError("capturable = True is not offered yet; leave it False")
 
-    def _calls(self, group, backend, batch):
+    def _calls(self, group: Group, backend: ops.Operators, batch: Batch) -> Iterator[Call]:
         scales = self._scales(group, batch)
         codes, snapped = self._outputs(group, batch)
-        levels, settings = self._constraint(group)
+        levels, settings = self._constraint(group, batch)
         beta1, beta2 = (float(beta) for beta in group["betas"])
         settings |= {"beta1": beta1, "beta2": beta2, "eps": group["eps"], "amsgrad": group["amsgrad"]}
         keys = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if group["amsgrad"] else ("exp_avg", "exp_avg_sq")
-        moments = [self._state_tensors(group, batch, key) for key in keys] + [[]] * (3 - len(keys))
-        for state in batch.states:
-            if "step" not in state:
-                state["step"] = torch.zeros((), dtype=torch.get_default_dtype())
-        steps = [state["step"] for state in batch.states]
-        yield lambda: backend.adamw_(batch.weights, batch.grads, *moments, steps, scales, levels, codes, snapped, **settings)
+        moments = [self._moments(group, batch, key) for key in keys] + [[]] * (3 - len(keys))
+        steps = batch.tensors("step", lambda weight: torch.zeros((), dtype=torch.get_default_dtype()))
+        yield partial(backend.adamw_, batch.weights, batch.grads, *moments, steps, scales, levels, codes, snapped, **settings)

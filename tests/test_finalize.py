@@ -63,10 +63,10 @@ def test_quantized_restores_what_it_snapped_when_a_later_tensor_fails(monkeypatc
             raise MemoryError
         return snap(*arguments)
 
-    from askew_cuda import base
+    from askew_cuda import finalize
     from askew_cuda.quantizer import snap
 
-    monkeypatch.setattr(base, "snap", failing)
+    monkeypatch.setattr(finalize, "snap", failing)
     with pytest.raises(MemoryError), optimizer.quantized():
         pass
     assert len(snapped) == 2

@@ -45,8 +45,12 @@ IMPORTS = {
     "anneal": {"quantizer"},
     "paper": {"anneal", "quantizer"},
     "param_groups": {"quantizer"},
-    "base": {"ops", "reference", "scales", "keywords", "quantizer"},
-    "optimizers": {"base"},
+    "interrupts": set(),
+    "groups": {"keywords", "ops", "quantizer", "scales"},
+    "finalize": {"groups", "interrupts", "quantizer"},
+    "checkpoints": {"groups", "keywords", "quantizer", "reference"},
+    "base": {"checkpoints", "finalize", "groups", "interrupts", "ops"},
+    "optimizers": {"base", "groups", "ops"},
     "monitor": {"base", "quantizer"},
     "doctor": {"ops", "quantizer"},
     "bits": {"reference"},
@@ -55,7 +59,7 @@ IMPORTS = {
     "packed_modules": {"bits", "packed", "quantizer"},
     "inspection": {"bits", "packed", "tensorfile"},
     "cli": {"doctor", "inspection"},
-    "__init__": {"anneal", "base", "monitor", "ops", "optimizers", "packed", "packed_modules", "paper", "param_groups", "quantizer"},
+    "__init__": {"anneal", "finalize", "monitor", "ops", "optimizers", "packed", "packed_modules", "paper", "param_groups", "quantizer"},
 }
 
 

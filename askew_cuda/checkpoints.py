@@ -1,0 +1,118 @@
+"""Checkpoints: which saved weight is which of ours, and what its state and its group become here."""
+
+import copy
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .groups import Group
+from .keywords import CONSTRAINT, EXECUTION
+from .quantizer import Quantizer
+
+
+def adopt(saved: dict[str, Any], groups: list[Group]) -> tuple[defaultdict[Tensor, Any], list[Group]]:
+    """State and param groups that an optimizer with these groups takes over from a state_dict of ours or of torch's.
+
+    Weights are matched by name where both sides have names, else by position. Nothing is mutated, and nothing is shared: all
+    tensors are copies, on the devices of the weights and in their memory order.
+
+    Raises:
+        ValueError: the weights don't match, a state has another shape than its weight, or the state_dict is of another rule.
+    """
+    theirs = saved["param_groups"]
+    named = all("param_names" in group for group in (*groups, *theirs))
+    sources = _by_name(theirs, groups) if named else _by_position(theirs, groups)
+    adopted = [_group(theirs, source, mine) for source, mine in zip(sources, groups, strict=True)]
+    state: defaultdict[Tensor, Any] = defaultdict(dict)
+    for source, group in zip(sources, adopted, strict=True):
+        for which, (_, index) in enumerate(source):
+            kept = saved["state"].get(index)
+            if kept:
+                name = group["param_names"][which] if "param_names" in group else f"params[{which}]"
+                state[group["params"][which]] = _state(kept, group["params"][which], group, name)
+    ours = {index for source in sources for _, index in source}
+    state.update({key: copy.deepcopy(value) for key, value in saved["state"].items() if key not in ours})  # not of a weight
+    return state, adopted
+
+
+Source = list[tuple[int, Any]]  # for each weight of a group: which saved group it is in, and its id there
+
+
+def _by_name(theirs: list[Group], groups: list[Group]) -> list[Source]:
+    where = {name: (i, index) for i, group in enumerate(theirs) for name, index in zip(group["param_names"], group["params"], strict=True)}
+    names = {name for group in groups for name in group["param_names"]}
+    if names != set(where):
+        raise ValueError(
+            f"load_state_dict: {_listed(names - set(where), 'not in the checkpoint')}{_listed(set(where) - names, 'only there')}"
+            "both must have the same weights; a hook of register_load_state_dict_pre_hook can rename them"
+        )
+    return [[where[name] for name in group["param_names"]] for group in groups]
+
+
+def _listed(names: Iterable[str], what: str) -> str:
+    found = sorted(names)
+    return f"{', '.join(found[:3])}{' ..' * (len(found) > 3)} ({len(found)} in all) {what}; " if found else ""
+
+
+def _by_position(theirs: list[Group], groups: list[Group]) -> list[Source]:
+    sizes = [[len(group["params"]) for group in side] for side in (theirs, groups)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"load_state_dict: the checkpoint has param groups of {sizes[0]} weights, this optimizer of {sizes[1]}; where groups differ, "
+            "weights are matched by their names, which both need: give both optimizers model.named_parameters() or askew_cuda.param_groups"
+        )
+    return [[(i, index) for index in group["params"]] for i, group in enumerate(theirs)]
+
+
+def _group(theirs: list[Group], source: Source, mine: Group) -> Group:
+    """A group of ours with the keywords of the saved one, except those that say how this machine computes."""
+    origins = dict.fromkeys(i for i, _ in source)
+    if len(origins) > 1:
+        raise ValueError(
+            f"load_state_dict: the weights of one param group ({_listed(mine['param_names'], 'here')[:-2]}) lie in several groups of the "
+            f"checkpoint ({', '.join(map(str, origins))}); which keywords are theirs? Split the group"
+        )
+    saved = theirs[next(iter(origins))] if origins else mine
+    if ("betas" in saved) != ("betas" in mine):
+        rules = ("AdamW", "SGD") if "betas" in saved else ("SGD", "AdamW")
+        raise ValueError(f"load_state_dict: the checkpoint is one of {rules[0]}; this optimizer goes by the rule of {rules[1]}")
+    taken = {key: copy.deepcopy(value) for key, value in saved.items() if key not in ("params", *EXECUTION)}
+    kept = {key: mine[key] for key in (*CONSTRAINT, *EXECUTION) if key in mine and key not in taken}
+    names = {"param_names": mine["param_names"]} if "param_names" in mine else {}
+    return {**taken, **kept, **names, "params": mine["params"]}
+
+
+def _state(kept: dict[str, Any], weight: Tensor, group: Group, name: str) -> dict[str, Any]:
+    """The state of a weight: moments in its dtype, as torch casts them, or in float32 on request; scale and step in their own."""
+    wide = group["state_dtype"] is not None and weight.dtype.itemsize == 2
+    state: dict[str, Any] = {}
+    for key, value in kept.items():
+        if value is None:  # old versions of torch write a momentum_buffer that is None
+            continue
+        if key == "step":
+            value = torch.as_tensor(value)
+            dtype = value.dtype if value.is_floating_point() else torch.get_default_dtype()
+            state[key] = value.detach().to("cpu", dtype, copy=True)
+        elif not isinstance(value, Tensor):
+            state[key] = copy.deepcopy(value)
+        elif key == "scale":
+            wanted = () if group["quantizer"] is None else Quantizer.parse(group["quantizer"]).scale_shape(weight)
+            _check_shape(value, wanted, key, name)
+            state[key] = value.detach().to(weight.device, reference.arithmetic(weight.dtype), copy=True)
+        else:
+            _check_shape(value, weight.shape, key, name)
+            like = torch.empty_like(weight, dtype=torch.float32 if wide else None, requires_grad=False)
+            state[key] = like.copy_(value.detach())
+    return state
+
+
+def _check_shape(value: Tensor, wanted: tuple[int, ...], key: str, name: str) -> None:
+    if tuple(value.shape) != tuple(wanted):
+        raise ValueError(
+            f"load_state_dict: {key} of {name} has shape {tuple(value.shape)} in the checkpoint; {tuple(wanted)} is needed here. Weights "
+            "are matched by name where both optimizers have names, else by their position"
+        )

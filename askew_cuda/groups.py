@@ -1,0 +1,158 @@
+"""Param groups whose weights have levels: keywords, quantizers, scales."""
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from . import ops, scales
+from .keywords import CONSTRAINT, check_group, resolve_rate
+from .quantizer import Quantizer
+
+Group = dict[str, Any]
+
+
+class GroupedOptimizer(torch.optim.Optimizer):
+    """An optimizer whose param groups may bring a quantizer and the keywords around it, all of them checked before they are taken."""
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any], constraint: dict[str, Any]):
+        unknown = set(constraint) - set(CONSTRAINT)
+        if unknown:
+            raise TypeError(
+                f"{type(self).__name__}: unknown keywords {', '.join(sorted(unknown))}; beyond torch's there are {', '.join(CONSTRAINT)}"
+            )
+        self._start()
+        super().__init__(params, {**defaults, **CONSTRAINT, **constraint})
+
+    def _start(self) -> None:
+        """What is neither saved nor copied."""
+        self.outputs: dict[Tensor, dict[str, Tensor]] = {}
+        self._stepped: set[Tensor] = set()  # weights that received a gradient
+        self._parsed: dict[int, tuple[object, Quantizer]] = {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_parsed" not in self.__dict__:  # unpickled or copied; load_state_dict also comes through here
+            self._start()
+        self._stepped.update(weight for weight, kept in self.state.items() if kept)
+        for group in self.param_groups:
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
+
+    @staticmethod
+    def _check_rule(group: Group) -> None:
+        """Ranges of what the rule alone has."""
+        raise NotImplementedError
+
+    def add_param_group(self, param_group: Group) -> None:
+        """As torch's; the group may bring any of the keywords of the constructor. Nothing is added when one is wrong."""
+        group = dict(param_group)
+        if not isinstance(group["params"], (Tensor, set)):  # torch wraps the one and refuses the other
+            group["params"] = list(group["params"])
+        group["recovery"], group["alpha"] = resolve_rate(group, self.defaults, group.get("skew_at", self.defaults["skew_at"]))
+        quantizer = self._check(group)
+        group["quantizer"] = None if quantizer is None else quantizer.plain()
+        group["outputs"] = list(group.get("outputs", self.defaults["outputs"]))
+        group["state_dtype"] = None if group.get("state_dtype", self.defaults["state_dtype"]) is None else "float32"
+        super().add_param_group(group)
+        unique = {weight: i for i, weight in reversed(list(enumerate(group["params"])))}  # torch has warned of others
+        for key in {"params", "param_names"} & set(group):
+            group[key] = [group[key][i] for i in reversed(unique.values())]
+
+    def _check(self, group: Group) -> Quantizer | None:
+        """Whether the group, and the defaults where it is silent, can be stepped; its quantizer."""
+        settings = {**self.defaults, **group}
+        check_group(settings)
+        self._check_rule(settings)
+        quantizer = None if settings["quantizer"] is None else Quantizer.parse(settings["quantizer"])
+        self._check_weights(settings["params"], settings, quantizer)
+        return quantizer
+
+    @staticmethod
+    def _check_weights(params: Any, settings: Group, quantizer: Quantizer | None) -> None:
+        """Whether the weights of a group can be stepped as the group says."""
+        for index, item in enumerate([params] if isinstance(params, Tensor) else params):
+            name, weight = item if isinstance(item, tuple) else (f"params[{index}]", item)
+            if not isinstance(weight, Tensor):
+                continue  # torch's own error says it best
+            if weight.layout != torch.strided or weight.is_complex() or weight.dtype not in ops.DTYPES:
+                raise TypeError(
+                    f"{name} is {weight.dtype} ({weight.layout}); dense float32, float64, bfloat16 and float16 weights can be stepped"
+                )
+            if settings["state_dtype"] is not None and weight.dtype == torch.float64:
+                raise ValueError(f"state_dtype = float32, but {name} is float64; it is for 16-bit weights")
+            if quantizer is not None:
+                quantizer.check(weight, name)
+            chosen = ops.choose(settings["backend"], weight.device, weight.dtype)
+            if settings["fused"] and chosen == "reference":
+                raise RuntimeError(f"fused = True, but the pure PyTorch reference would step {name} on {weight.device}; leave it None")
+
+    def _quantizer(self, group: Group) -> Quantizer | None:
+        plain = group["quantizer"]
+        if plain is None:
+            return None
+        known = self._parsed.get(id(group))
+        if known is None or known[0] != plain:
+            known = self._parsed[id(group)] = (plain, Quantizer.parse(plain))
+        return known[1]
+
+    def _named(self, group: Group) -> Iterator[tuple[str, Tensor]]:
+        names = group.get("param_names")
+        where = next(i for i, each in enumerate(self.param_groups) if each is group)
+        for i, weight in enumerate(group["params"]):
+            yield (names[i] if names else f"param_groups[{where}]['params'][{i}]"), weight
+
+    def _scale(self, weight: Tensor) -> Tensor | None:
+        """The weight's scale, if it is set."""
+        return self.state[weight].get("scale") if weight in self.state else None
+
+    @staticmethod
+    def _estimate(group: Group, quantizer: Quantizer, name: str, weight: Tensor) -> Tensor:
+        return scales.estimate(weight.detach(), quantizer, pretrained=group["pretrained"], name=name)
+
+    def _new_scale(self, group: Group, quantizer: Quantizer, name: str, weight: Tensor) -> Tensor:
+        """A weight's scale, to be set for ever; warns when the first clip would tear a trained network apart."""
+        scale = self._estimate(group, quantizer, name, weight)
+        if group["clip"] and not group["pretrained"] and not scales.is_torch_default(weight):
+            outside = scales.share_outside(weight.detach(), scale, quantizer.codebook.levels)
+            if outside > 0.25:
+                warnings.warn(
+                    f"{name}: clipping to the outermost levels will move {outside:.0%} of its weights in the first step; "
+                    "if the network is trained already, pass pretrained=True; clip=False leaves them outside",
+                    stacklevel=4,
+                )
+        return scale
+
+    @torch.no_grad()
+    def prepare(self) -> None:
+        """Sets every quantized weight's scale now, from the weights as they are, instead of at its first step.
+
+        It is the one moment that may synchronise with a device: call it before capturing a graph or compiling.
+
+        Raises:
+            ValueError: a weight holds NaN, infinity or nothing but zeros; the message names it. No scale has been set then.
+        """
+        found = {}
+        for group in self.param_groups:
+            quantizer = self._quantizer(group)
+            if quantizer is not None:
+                for name, weight in self._named(group):
+                    if self._scale(weight) is None:
+                        found[weight] = self._new_scale(group, quantizer, name, weight)
+        for weight, scale in found.items():
+            self.state[weight]["scale"] = scale
+
+    def __repr__(self) -> str:
+        lines = [f"{type(self).__name__} ("]
+        for i, group in enumerate(self.param_groups):
+            quantizer = self._quantizer(group)
+            kinds = dict.fromkeys((weight.device, weight.dtype) for weight in group["params"])
+            chosen = [f"{ops.choose(group['backend'], device, dtype)} for {dtype} on {device}" for device, dtype in kinds]
+            shown = {key: value for key, value in sorted(group.items()) if key not in ("params", "param_names")}
+            shown["quantizer"] = None if quantizer is None else quantizer.summary()
+            lines += [f"Parameter Group {i}", *(f"    {key}: {value}" for key, value in shown.items())]
+            lines.append(f"    runs on: {', '.join(chosen) or 'nothing'}")
+        return "\n".join([*lines, ")"])
