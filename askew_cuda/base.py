@@ -89,20 +89,20 @@ class QuantizedOptimizer(FinalizingOptimizer):
             RuntimeError: called inside :meth:`quantized`. ValueError: a gradient is sparse, or a scale can't be set. Nothing has
                 moved then.
         """
-        if self._quantized_depth:
-            raise RuntimeError("step() inside quantized(): the weights are snapped copies there; leave the block first")
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
         try:
+            if self._quantized_depth:
+                raise RuntimeError("step() inside quantized(): the weights are snapped copies there; leave the block first")
+            loss = None
+            if closure is not None:
+                with torch.enable_grad():
+                    loss = closure()
             if not self._overflowed():
                 self._make()
+            return loss
         except BaseException:
             for key in ("grad_scale", "found_inf"):  # GradScaler takes them back after a step that succeeds, and only then
                 self.__dict__.pop(key, None)
             raise
-        return loss
 
     def _make(self) -> None:
         staged = Staged()
@@ -117,7 +117,8 @@ class QuantizedOptimizer(FinalizingOptimizer):
     def _verify(self, calls: list[Call], anew: bool) -> None:
         """Has the operators check the arguments of all calls; not again while settings and scales stay the ones that were checked."""
         plain = [
-            ({key: value for key, value in call.keywords.items() if not isinstance(value, Tensor)}, *map(id, call.args[-4])) for call in calls
+            ({key: value for key, value in call.keywords.items() if not isinstance(value, Tensor)}, *map(id, call.args[-4]))
+            for call in calls
         ]
         if anew or plain != self._verified:
             for call in calls:
