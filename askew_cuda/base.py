@@ -107,19 +107,18 @@ class QuantizedOptimizer(FinalizingOptimizer):
     def _make(self) -> None:
         staged = Staged()
         calls = [call for group in self.param_groups for call in self._group_calls(group, staged)]
-        if (staged or len(calls) > 1) and not torch.compiler.is_compiling():
+        alone = not staged and len(calls) == 1 and calls[0].func not in ops.operators("reference")
+        if alone or torch.compiler.is_compiling():
+            self._commit(staged, calls)  # before and after, there is one compiled call between them
+        else:
             self._verify(calls, anew=bool(staged))
             with deferred():
                 self._commit(staged, calls)
-        else:  # before and after, there is one call between them
-            self._commit(staged, calls)
 
     def _verify(self, calls: list[Call], anew: bool) -> None:
         """Has the operators check the arguments of all calls; not again while settings and scales stay the ones that were checked."""
-        plain = [
-            ({key: value for key, value in call.keywords.items() if not isinstance(value, Tensor)}, *map(id, call.args[-4]))
-            for call in calls
-        ]
+        settings = [{key: value for key, value in call.keywords.items() if not isinstance(value, Tensor)} for call in calls]
+        plain = [settings, [list(map(id, call.args[-4])) for call in calls]]
         if anew or plain != self._verified:
             for call in calls:
                 call(found_inf=ops.SKIP)

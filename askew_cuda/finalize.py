@@ -76,20 +76,29 @@ class FinalizingOptimizer(GroupedOptimizer):
             return
         trained: list[tuple[Tensor, Tensor]] = []
         try:
-            with torch.no_grad(), deferred():
-                for _, weight, scale, levels, _ in self._quantized_weights():
-                    snapped = snap(weight, scale, levels)
-                    trained.append((weight, weight.detach().clone()))
-                    self._lent[weight] = scale
-                    weight.copy_(snapped)
-                self._quantized_depth = 1
-            yield
-        finally:
-            with torch.no_grad(), deferred():
-                for weight, value in trained:
-                    weight.copy_(value)
-                self._lent.clear()
-                self._quantized_depth = 0
+            try:
+                with torch.no_grad(), deferred():
+                    for _, weight, scale, levels, _ in self._quantized_weights():
+                        snapped = snap(weight, scale, levels)
+                        trained.append((weight, weight.detach().clone()))
+                        self._lent[weight] = scale
+                        weight.copy_(snapped)
+                    self._quantized_depth = 1
+                yield
+            finally:
+                with deferred():
+                    self._give_back(trained)
+        finally:  # Ctrl-C may come on the way to where it is held back
+            self._give_back(trained)
+
+    @torch.no_grad()
+    def _give_back(self, trained: list[tuple[Tensor, Tensor]]) -> None:
+        while trained:
+            weight, value = trained[-1]
+            weight.copy_(value)
+            trained.pop()
+        self._lent.clear()
+        self._quantized_depth = 0
 
     @torch.no_grad()
     def finalize(self) -> FinalizeReport:

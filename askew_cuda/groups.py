@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from . import ops, scales
+from .interrupts import deferred
 from .keywords import CONSTRAINT, check_group, resolve_rate
 from .quantizer import Quantizer
 
@@ -142,8 +143,9 @@ class GroupedOptimizer(torch.optim.Optimizer):
                 for name, weight in self._named(group):
                     if self._scale(weight) is None:
                         found[weight] = self._new_scale(group, quantizer, name, weight)
-        for weight, scale in found.items():
-            self.state[weight]["scale"] = scale
+        with deferred():
+            for weight, scale in found.items():
+                self.state[weight]["scale"] = scale
 
     def __repr__(self) -> str:
         lines = [f"{type(self).__name__} ("]

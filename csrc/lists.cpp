@@ -50,30 +50,40 @@ const Tensor& Layout::copied(const Tensor& tensor, Tensor copy, bool written) {
 
 namespace {
 
-// Fills scale, scale_run and scale_count for a weight in memory order.
-void set_scale(Span& span, const Tensor& weight, const Tensor& scale, size_t which, Layout& layout) {
+// One number for a channel: (channels, 1, ..); for a group: (rows, groups).
+bool per_channel(const Tensor& weight, const Tensor& scale) {
+  return scale.numel() > 1 && weight.dim() > 0 && scale.dim() == weight.dim() && scale.size(0) == weight.size(0) &&
+         scale.numel() == weight.size(0);
+}
+bool per_group(const Tensor& weight, const Tensor& scale) {
+  return scale.numel() > 1 && weight.dim() > 1 && scale.dim() == 2 && scale.size(0) == weight.size(0) &&
+         (weight.numel() / scale.size(0)) % scale.size(1) == 0;
+}
+
+void check_scale(const Tensor& weight, const Tensor& scale, size_t which) {
   const auto wanted = weight.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   TORCH_CHECK_TYPE(scale.scalar_type() == wanted, "askew_cuda: scales[", which, "] has dtype ", scale.scalar_type(), "; ", wanted,
                    " goes with weights of ", weight.scalar_type());
   TORCH_CHECK_VALUE(scale.device() == weight.device(), "askew_cuda: scales[", which, "] is on ", scale.device(), " but weights[", which,
                     "] is on ", weight.device());
+  TORCH_CHECK_VALUE(scale.numel() == 1 || per_channel(weight, scale) || per_group(weight, scale) || weight.numel() == 0,
+                    "askew_cuda: scales[", which, "] has shape ", scale.sizes(), " for a weight of shape ", weight.sizes(),
+                    "; (), (channels, 1, ..) or (rows, groups) are understood");
+}
+
+// Fills scale, scale_run and scale_count for a weight in memory order.
+void set_scale(Span& span, const Tensor& weight, const Tensor& scale, Layout& layout) {
   const int64_t size = weight.numel(), count = scale.numel();
-  const bool channels =
-      count > 1 && weight.dim() > 0 && scale.dim() == weight.dim() && scale.size(0) == weight.size(0) && count == weight.size(0);
-  const bool groups =
-      count > 1 && weight.dim() > 1 && scale.dim() == 2 && scale.size(0) == weight.size(0) && (size / scale.size(0)) % scale.size(1) == 0;
-  TORCH_CHECK_VALUE(count == 1 || channels || groups || size == 0, "askew_cuda: scales[", which, "] has shape ", scale.sizes(),
-                    " for a weight of shape ", weight.sizes(), "; (), (channels, 1, ..) or (rows, groups) are understood");
   span.scale_count = count;
   if (count <= 1) {  // 0: an empty weight has no chunk, and needs none
     span.scale_run = size > 0 ? size : 1;
   } else if (weight.is_contiguous()) {
     span.scale_run = size / count;
-  } else if (channels || scale.size(1) == 1) {
+  } else if (per_channel(weight, scale) || scale.size(1) == 1) {
     span.scale_run = weight.stride(0);
   } else {  // groups are counted in logical order: in another memory order each weight brings its own
     const Tensor each = scale.reshape({count, 1}).expand({count, size / count}).reshape(weight.sizes());
-    span.scale = layout.keep(at::empty_like(weight, weight.options().dtype(wanted)).copy_(each));
+    span.scale = layout.keep(at::empty_like(weight, scale.options()).copy_(each));
     span.scale_run = 1;
     span.scale_count = size;
     return;
@@ -141,6 +151,7 @@ void check(const Lists& lists) {
   const size_t wanted = levels.empty() ? 0 : weights.size();
   TORCH_CHECK_VALUE(lists.scales.size() == wanted, "askew_cuda: scales has ", lists.scales.size(), " tensors; ", wanted, " are needed for ",
                     weights.size(), " weights and ", levels.size(), " levels");
+  for (size_t i = 0; i < lists.scales.size(); ++i) check_scale(weights[i], lists.scales[i], i);
   TORCH_CHECK_VALUE(!levels.empty() || (lists.codes.empty() && lists.snapped.empty()), "askew_cuda: codes and snapped need levels");
 }
 
@@ -158,7 +169,7 @@ std::vector<Span> spans_of(const Lists& lists, Layout& layout) {
     if (!lists.codes.empty()) span.codes = static_cast<uint8_t*>(layout.like(weight, lists.codes[i], true).mutable_data_ptr());
     if (!lists.snapped.empty()) span.snapped = layout.like(weight, lists.snapped[i], true).mutable_data_ptr();
     span.size = weight.numel();
-    if (!lists.levels.empty()) set_scale(span, weight, lists.scales[i], i, layout);
+    if (!lists.levels.empty()) set_scale(span, weight, lists.scales[i], layout);
   }
   return spans;
 }

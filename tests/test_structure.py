@@ -46,7 +46,7 @@ IMPORTS = {
     "paper": {"anneal", "quantizer"},
     "param_groups": {"quantizer"},
     "interrupts": set(),
-    "groups": {"keywords", "ops", "quantizer", "scales"},
+    "groups": {"interrupts", "keywords", "ops", "quantizer", "scales"},
     "finalize": {"groups", "interrupts", "quantizer"},
     "checkpoints": {"groups", "keywords", "quantizer", "reference"},
     "base": {"checkpoints", "finalize", "groups", "interrupts", "ops"},
