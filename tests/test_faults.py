@@ -232,8 +232,10 @@ ACTIONS = {
 @pytest.mark.skipif(sys.gettrace() is not None, reason="a debugger or coverage traces this run; the test needs sys.settrace")
 @pytest.mark.parametrize(
     ("name", "backend", "done"),
-    [("step", "auto", 0), ("step", "auto", 2), ("step", "reference", 1), ("prepare", "auto", 0), ("load", "auto", 0)]
-    + [("quantized", "auto", 1), ("finalize", "auto", 0)],
+    [
+        *(("step", "auto", 0), ("step", "auto", 2), ("step", "reference", 1), ("prepare", "auto", 0)),
+        *(("load", "auto", 0), ("quantized", "auto", 1), ("finalize", "auto", 0)),
+    ],
 )
 def test_ctrl_c_at_any_line(name, backend, done):
     """Before or after, never between; and the next attempt does all of it."""
