@@ -23,6 +23,7 @@ bench: build/built  ## the CPU benchmark, against torch's fused SGD, the authors
 lint: build/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
 	$(VENV)/bin/clang-format --dry-run --Werror csrc/*
 
 format: build/installed

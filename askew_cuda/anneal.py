@@ -4,6 +4,7 @@ import math
 import warnings
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -87,14 +88,14 @@ class Anneal:
         self._watch()
         self._apply()
 
-    def _groups(self) -> list[dict]:
+    def _groups(self) -> list[dict[str, Any]]:
         return [group for group in self.optimizer.param_groups if group.get("quantizer") is not None]
 
-    def _phase(self, group: dict) -> tuple[float, float]:
+    def _phase(self, group: dict[str, Any]) -> tuple[float, float]:
         hold, end = default_phase(len(Quantizer.parse(group["quantizer"]).codebook), group["pretrained"])
         return (hold if self.hold is None else self.hold), (end if self.end is None else self.end)
 
-    def half_width(self, group: dict, progress: float) -> float:
+    def half_width(self, group: dict[str, Any], progress: float) -> float:
         """r of a param group at a progress in [0, 1]."""
         if callable(self.shape):
             r = float(self.shape(progress))
@@ -131,7 +132,8 @@ class Anneal:
         due = max(2, min(round(self._phase(group)[0] * self.total_steps) for group in self._groups()))
         this = weakref.ref(self)
 
-        def count(optimizer, args, kwargs) -> None:  # stays registered: torch forbids a hook to remove itself while hooks run
+        def count(optimizer: object, args: object, kwargs: object) -> None:
+            # stays registered: torch forbids a hook to remove itself while hooks run
             anneal = this()
             if anneal is None or anneal.steps_done > 0 or anneal._unannealed > due:
                 return
@@ -145,12 +147,12 @@ class Anneal:
 
         self.optimizer.register_step_post_hook(count)
 
-    def state_dict(self) -> dict[str, object]:
+    def state_dict(self) -> dict[str, Any]:
         """Plain values; a callable ``shape`` is not among them."""
         shape = None if callable(self.shape) else self.shape
         return {"steps_done": self.steps_done, "total_steps": self.total_steps, "hold": self.hold, "end": self.end, "shape": shape}
 
-    def load_state_dict(self, state: dict[str, object]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on where the saved one was, and sets the groups' epsilon accordingly.
 
         Raises:

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterator
+from itertools import compress
 from typing import Any, NamedTuple, overload
 
 import torch
@@ -48,8 +49,8 @@ class Batch(NamedTuple):
 
     def pick(self, wanted: list[bool]) -> "Batch":
         """Those that are wanted."""
-        weights, grads, states = ([item for item, keep in zip(items, wanted, strict=True) if keep] for items in self[:3])
-        return Batch(weights, grads, states, self.staged)
+        weights, grads, states = self[:3]
+        return Batch(list(compress(weights, wanted)), list(compress(grads, wanted)), list(compress(states, wanted)), self.staged)
 
     def tensors(self, key: str, make: Callable[[Tensor], Tensor]) -> list[Tensor]:
         """A state tensor of each weight; made where it is missing."""
@@ -57,7 +58,7 @@ class Batch(NamedTuple):
             return [state[key] for state in self.states]
         except KeyError:
             pairs = zip(self.weights, self.states, strict=True)
-            return [self.staged.get(state, key, lambda weight=weight: make(weight)) for weight, state in pairs]
+            return [self.staged.get(state, key, functools.partial(make, weight)) for weight, state in pairs]
 
 
 class QuantizedOptimizer(FinalizingOptimizer):
@@ -142,7 +143,7 @@ class QuantizedOptimizer(FinalizingOptimizer):
         if any([grad.is_sparse for grad in grads]):
             name = next(name for name, weight in self._named(group) if weight.grad is not None and weight.grad.is_sparse)
             raise ValueError(f"the gradient of {name} is sparse; dense gradients are needed (sparse=False in an embedding)")
-        states = [self.state.get(weight) for weight in weights]
+        states: list[Any] = [self.state.get(weight) for weight in weights]
         if None in states:
             states = [staged.get(self.state, weight, dict) for weight in weights]
         batch = Batch(weights, grads, states, staged)

@@ -6,6 +6,7 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -53,7 +54,7 @@ def _step(backend: str, device: torch.device, dtype: torch.dtype, rule: str, lev
     settings = {"lr": 0.03, "weight_decay": 0.01, "maximize": False, "epsilon": 0.5, "anneal": anneal, "skew_at": "velocity"}
     settings |= {"recovery": 0.5, "alpha": None, "max_step": 0.5, "clip": True}
     operators = ops.operators(backend)
-    lists = ([scale], list(levels), [codes], [])
+    lists: tuple[list[Any], ...] = ([scale], list(levels), [codes], [])
     for _ in range(3):
         if rule == "sgd":
             operators.sgd_([weight], [numbers()], state[:1], *lists, momentum=0.9, dampening=0.0, nesterov=True, **settings)

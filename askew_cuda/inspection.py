@@ -10,7 +10,7 @@ from .packed import Packed, read_manifest, read_packed
 from .tensorfile import TensorReader
 
 
-def inspect(path: str | os.PathLike) -> str:
+def inspect(path: str | os.PathLike[str]) -> str:
     """Tensors, bits, levels, ranges of the scales, occupancy of the levels and sizes of a file that save_packed wrote.
 
     Raises:
@@ -21,7 +21,9 @@ def inspect(path: str | os.PathLike) -> str:
         reader = TensorReader(file, path)
         manifest = read_manifest(reader)
         quantized = {name: read_packed(reader, name, raw) for name, raw in manifest["quantized"].items()}
-        rows = [("tensor", "shape", "quantizer", "levels", "bits", "scale", "occupancy, lowest level first", "bytes")]
+        rows: list[tuple[str, ...]] = [
+            ("tensor", "shape", "quantizer", "levels", "bits", "scale", "occupancy, lowest level first", "bytes")
+        ]
         rows += [_quantized_row(reader, name, packed) for name, packed in quantized.items()]
         parts = {f"{name}.{part}" for name in quantized for part in ("codes", "scale")}
         for name, entry in reader.entries.items():

@@ -1,6 +1,8 @@
 """The keywords of a param group beyond torch.optim's: defaults, ranges, and which of two rates holds."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +26,7 @@ CONSTRAINT = {
 EXECUTION = ("backend", "outputs", "foreach", "fused", "capturable", "differentiable")
 
 
-def resolve_rate(group: dict, defaults: dict, skew_at: str) -> tuple[float | None, float | None]:
+def resolve_rate(group: dict[str, Any], defaults: dict[str, Any], skew_at: str) -> tuple[float | None, float | None]:
     """(recovery, alpha), one of them None: the group's own, else the optimizer's, else recovery 0.5 or, on the gradient, alpha 1."""
     for source in (group, defaults):
         recovery, alpha = source.get("recovery"), source.get("alpha")
@@ -35,14 +37,14 @@ def resolve_rate(group: dict, defaults: dict, skew_at: str) -> tuple[float | Non
     return (None, 1.0) if skew_at == "gradient" else (0.5, None)
 
 
-def check_group(group: dict) -> None:
+def check_group(group: dict[str, Any]) -> None:
     """Ranges of what every group has; raises before anything is changed."""
 
     def check(name: str, good: bool, wanted: str) -> None:
         if not good:
             raise ValueError(f"{name} = {group[name]!r}; {wanted}")
 
-    def number(name: str, good, wanted: str) -> None:
+    def number(name: str, good: Callable[[float], bool], wanted: str) -> None:
         value = group[name]
         if isinstance(value, Tensor):
             check(name, value.numel() == 1, "a tensor must hold one number")

@@ -3,6 +3,7 @@
 import weakref
 from dataclasses import asdict, dataclass
 from os import PathLike
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,7 +48,7 @@ class Monitor:
         self._codes: dict[str, Tensor] = {}
         self._hook = optimizer.register_step_post_hook(self._after_step)
 
-    def _after_step(self, optimizer, args, kwargs) -> None:
+    def _after_step(self, optimizer: object, args: object, kwargs: object) -> None:
         self.steps += 1
         if self.steps % self.every == 0:
             self.sample()
@@ -60,8 +61,9 @@ class Monitor:
     def sample(self) -> dict[str, Sample]:
         """Takes a sample now. Waits for the device, where the weights are on one."""
         found: dict[str, Sample] = {}
-        total = dict.fromkeys(("numel", "on_level", "flipped", "compared", "squares", "errors", "grads", "nan"), 0.0)
-        for name, weight, scale, levels, _ in self._optimizer()._quantized_weights():
+        total: dict[str, Any] = dict.fromkeys(("numel", "on_level", "flipped", "compared", "squares", "errors", "grads", "nan"), 0.0)
+        optimizer = self._optimizer()
+        for name, weight, scale, levels, _ in () if optimizer is None else optimizer._quantized_weights():
             count = self._count(name, weight, scale, levels)
             found[name] = _sample(count)
             for key in total:
@@ -71,7 +73,7 @@ class Monitor:
         self.history.append((self.steps, found))
         return found
 
-    def _count(self, name: str, weight: Tensor, scale: Tensor, levels: tuple[float, ...]) -> dict[str, object]:
+    def _count(self, name: str, weight: Tensor, scale: Tensor, levels: tuple[float, ...]) -> dict[str, Any]:
         away, now = distance(weight, scale, levels), codes(weight, scale, levels)
         before, self._codes[name] = self._codes.get(name), now
         fine = ~away.isnan()
@@ -109,7 +111,7 @@ class Monitor:
         bad = {"nan": sample.nan_weights, "bad grads": sample.non_finite_grads}
         return words | {name: str(count) for name, count in bad.items() if count}
 
-    def picture(self, path: str | PathLike) -> None:
+    def picture(self, path: str | PathLike[str]) -> None:
         """Draws the history to a file: share on a level and flips over the steps; how each tensor's levels are occupied at the end.
 
         Raises:
@@ -129,10 +131,11 @@ class Monitor:
         left.set(xlabel="step", ylabel="%", ylim=(-2, 102), title="All quantized weights")
         left.legend()
         last = {name: sample for name, sample in self.history[-1][1].items() if name != "all"}
-        most = max((len(sample.occupancy) for sample in last.values()), default=0)
+        occupancies = [sample.occupancy or () for sample in last.values()]
+        most = max(map(len, occupancies), default=0)
         for level in range(most):
-            widths = [100 * sample.occupancy[level] if level < len(sample.occupancy) else 0 for sample in last.values()]
-            starts = [100 * sum(sample.occupancy[:level]) for sample in last.values()]
+            widths = [100 * each[level] if level < len(each) else 0 for each in occupancies]
+            starts = [100 * sum(each[:level]) for each in occupancies]
             right.barh(list(last), widths, left=starts, color=f"C{level % 10}", label=f"level {level}" if most <= 8 else None)
         right.invert_yaxis()
         right.set(xlabel="% of the weights, lowest level left", title=f"Occupancy of the levels at step {steps[-1]}")
@@ -141,7 +144,7 @@ class Monitor:
         figure.savefig(path, dpi=120)
 
 
-def _sample(count: dict[str, object]) -> Sample:
+def _sample(count: dict[str, Any]) -> Sample:
     numel = max(count["numel"], 1)
     return Sample(
         share_on_level=count["on_level"] / numel if count["numel"] else 1.0,

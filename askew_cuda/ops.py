@@ -6,8 +6,8 @@ Each backend offers ``sgd_`` and ``adamw_`` with the arguments of :mod:`askew_cu
 import functools
 import importlib
 import warnings
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,10 +19,13 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # A found_inf of 1: the operator checks its arguments and leaves everything as it is.
 SKIP = torch.ones((), dtype=torch.float64)
 
+Tensors = Sequence[torch.Tensor]
+Scalar = float | torch.Tensor | None  # one that changes from step to step
+
 _REINSTALL = "reinstall it: `pip install --no-build-isolation --force-reinstall --no-deps .` in its checkout"
 
 
-def _load() -> tuple[object | None, str]:
+def _load() -> tuple[Any, str]:
     """The compiled extension, or None and the reason with its remedy."""
     try:
         return importlib.import_module(f"{__package__}._C"), ""
@@ -40,7 +43,7 @@ if extension is not None:
         """Nothing is returned; all results are mutated arguments. A real tensor among fake ones would be left out silently, so the
         lists that are named must be where the weights are."""
 
-        def check(weights, *lists, **settings) -> None:
+        def check(weights: Tensors, *lists: Any, **settings: Any) -> None:
             *tensors_of, _levels, codes, snapped = lists
             for name, tensors in zip((*names, "codes", "snapped"), (*tensors_of, codes, snapped), strict=True):
                 for index, (weight, tensor) in enumerate(zip(weights, tensors, strict=False)):
@@ -97,7 +100,7 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     return candidates[0]
 
 
-def scalar(value: float | torch.Tensor | None) -> torch.Tensor | None:
+def scalar(value: Scalar) -> torch.Tensor | None:
     """A scalar that changes from step to step, as the operators take it."""
     return value if value is None or isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.float64)
 
@@ -107,7 +110,9 @@ def _compiled(name: str) -> Callable[..., None]:
     dispatched, direct = getattr(torch.ops.askew_cuda, name).default, getattr(extension, name)
     plain = (torch.Tensor, torch.nn.Parameter)
 
-    def call(weights, *lists, lr, epsilon, grad_scale=None, found_inf=None, **settings) -> None:
+    def call(
+        weights: Tensors, *lists: Any, lr: Scalar, epsilon: Scalar, grad_scale: Scalar = None, found_inf: Scalar = None, **settings: Any
+    ) -> None:
         scalars = {"lr": lr, "epsilon": epsilon, "grad_scale": grad_scale, "found_inf": found_inf}
         settings |= {key: scalar(value) for key, value in scalars.items()}
         listening = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0

@@ -19,7 +19,7 @@ import os
 import reprlib
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +45,7 @@ class Packed(NamedTuple):
     bits: float
 
 
-def save_packed(model: nn.Module, optimizer: torch.optim.Optimizer, path: str | os.PathLike, *, ternary: str = "1.6bit") -> None:
+def save_packed(model: nn.Module, optimizer: torch.optim.Optimizer, path: str | os.PathLike[str], *, ternary: str = "1.6bit") -> None:
     """Writes the model as it is after ``optimizer.finalize()``: packed codes and scales, and everything else of its state_dict.
 
     Weights that are off their levels are saved snapped. Nothing is mutated. The file appears at once and whole, or not at all: an
@@ -100,7 +100,7 @@ def save_packed(model: nn.Module, optimizer: torch.optim.Optimizer, path: str | 
         writer.finish()
 
 
-def load_packed(path: str | os.PathLike, model: nn.Module) -> list[dict[str, object]]:
+def load_packed(path: str | os.PathLike[str], model: nn.Module) -> list[dict[str, Any]]:
     """Reads a packed file into a model, every quantized weight bitwise ``scale * level``, and returns what goes on training it.
 
     The file is checked as a whole - header, manifest, checksums, codes, scales, names, shapes and dtypes against the model - before
@@ -189,7 +189,7 @@ def packed_weights(
     Raises:
         ValueError: a weight is NaN, or a scale is not of the shape, dtype and range that its quantizer sets.
     """
-    for weight, codes, _, scale in optimizer.quantized_parameters():
+    for weight, codes, _, scale in cast(Any, optimizer).quantized_parameters():
         quantizer, name = by_weight[weight], names[weight]
         if weight.isnan().any():
             raise ValueError(f"{name} holds {int(weight.isnan().sum())} NaN weights; they have no level: repair them before packing")
@@ -238,7 +238,7 @@ def _describe(packed: Packed) -> dict[str, object]:
     }
 
 
-def read_manifest(reader: TensorReader) -> dict:
+def read_manifest(reader: TensorReader) -> dict[str, Any]:
     """The manifest, its version, checksum and outer form checked."""
     text = reader.metadata.get(_MANIFEST)
     if text is None:
@@ -291,7 +291,7 @@ def read_packed(reader: TensorReader, name: str, raw: object) -> Packed:
 # File against model
 
 
-def _match(reader: TensorReader, manifest: dict, quantized: dict[str, Packed], model: nn.Module) -> dict[str, str]:
+def _match(reader: TensorReader, manifest: dict[str, Any], quantized: dict[str, Packed], model: nn.Module) -> dict[str, str]:
     """From each name in the model to the name that its tensor is stored under."""
     parts = {f"{name}.{part}" for name in quantized for part in ("codes", "scale")}
     _same(reader, parts, parts & set(reader.entries), "tensors in the file")
@@ -371,16 +371,17 @@ def _value(reader: TensorReader, source: str, quantized: dict[str, Packed]) -> T
     return restore(codes.reshape(packed.shape), scale, packed.quantizer.codebook.levels, packed.dtype)
 
 
-def _groups(reader: TensorReader, model: nn.Module, sources: dict[str, str], quantized: dict[str, Packed]) -> list[dict[str, object]]:
+def _groups(reader: TensorReader, model: nn.Module, sources: dict[str, str], quantized: dict[str, Packed]) -> list[dict[str, Any]]:
     """Quantized weights by quantizer and scale, then the rest."""
-    groups: dict[Quantizer, dict[str, object]] = {}
+    groups: dict[Quantizer, dict[str, Any]] = {}
     rest: list[tuple[str, Tensor]] = []
     for name, weight in model.named_parameters():  # tied ones once
         source = sources.get(name)
         if source in quantized:  # frozen ones, too: they have to be known when the model is packed again
             scale = reader.read(f"{source}.scale")[0]
             given = scale.tolist() if scale.shape[:1] != (0,) else 1.0  # a list of no rows would not tell the shape
-            quantizer = replace(quantized[source].quantizer, scale=given)
+            book = quantized[source].quantizer
+            quantizer = Quantizer(book.codebook, given, book.granularity, book.group_size)
             group = groups.setdefault(quantizer, {"params": [], "quantizer": quantizer.plain(), "pretrained": "packed"})
             group["params"].append((name, weight))
         elif weight.requires_grad:

@@ -5,7 +5,9 @@ For a model that is only used: the weight exists while its layer computes, and i
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +26,15 @@ class PackedLayer(nn.Module):
     they are packed, so that codes of another codebook are refused.
     """
 
+    codes: Tensor
+    scale: Tensor
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    trained_dtype: torch.dtype
+
     def __init__(self, layer: nn.Module, packed: Tensor, scale: Tensor, quantizer: Quantizer, bits: float):
         nn.Module.__init__(self)  # that of the layer would make a weight
-        weight = layer.weight
+        weight = layer.get_parameter("weight")
         self.__dict__.update(vars(layer))
         self._parameters = {name: value for name, value in layer._parameters.items() if name != "weight"}
         self._buffers = dict(layer._buffers)
@@ -55,9 +63,9 @@ class PackedLayer(nn.Module):
         """Refused: there is no weight to initialise."""
         raise RuntimeError(f"reset_parameters() of {self!r}: packed layers are not trained; initialise the model before packing it")
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLayer":
         scale, dtype = self.scale, fn(torch.empty(0, dtype=self.dtype, device=self.scale.device)).dtype
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.dtype = dtype
         if self.scale.dtype != scale.dtype:  # the scale is what was trained, to the last bit
             self.scale = scale.to(self.scale.device)
@@ -71,7 +79,16 @@ class PackedLayer(nn.Module):
     def set_extra_state(self, state: Tensor) -> None:
         """Nothing to set: it was found equal in :meth:`_load_from_state_dict`."""
 
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
         theirs, mine = state_dict.get(f"{prefix}_extra_state"), self.get_extra_state()
         if isinstance(theirs, Tensor) and not torch.equal(theirs.cpu(), mine):
             said = bytes(theirs.tolist()).decode(errors="replace") if theirs.dtype == torch.uint8 else repr(theirs)
@@ -84,15 +101,15 @@ class PackedLayer(nn.Module):
         return f"{super().extra_repr()}, weight={shape} {str(self.dtype).removeprefix('torch.')}, {self.label}, {self.bits} bit"
 
 
-class PackedLinear(PackedLayer, nn.Linear):
+class PackedLinear(PackedLayer, nn.Linear):  # type: ignore[override] # weight is a property here
     """nn.Linear with a packed weight; made by :func:`pack_modules`."""
 
 
-class PackedConv2d(PackedLayer, nn.Conv2d):
+class PackedConv2d(PackedLayer, nn.Conv2d):  # type: ignore[override] # weight is a property here
     """nn.Conv2d with a packed weight; made by :func:`pack_modules`."""
 
 
-class PackedEmbedding(PackedLayer, nn.Embedding):
+class PackedEmbedding(PackedLayer, nn.Embedding):  # type: ignore[override] # weight is a property here
     """nn.Embedding with a packed weight, of which only the rows that are looked up are unpacked; made by :func:`pack_modules`."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -135,7 +152,7 @@ def pack_modules(model: nn.Module, optimizer: torch.optim.Optimizer, *, ternary:
     """
     by_weight = quantized_weights(optimizer, "pack_modules")
     layers = _layers(model, set(by_weight))
-    names = {weight: name for name, weight in model.named_parameters()}
+    names: dict[Tensor, str] = {weight: name for name, weight in model.named_parameters()}
     new: dict[nn.Module, nn.Module] = {}
     with torch.no_grad():
         for weight, bits, codes, scale in packed_weights(optimizer, by_weight, names, ternary):

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import Any
 
 from .anneal import half_width_of
 from .quantizer import Quantizer
@@ -23,7 +24,7 @@ def _half_width(progress: float, *, epochs: int, hold_epochs: int, decay: float,
 
 def paper(
     setting: str, *, epochs: int | None = None, hold_epochs: int | None = None, decay: float | None = None, alpha: float | None = None
-) -> tuple[dict[str, object], dict[str, object]]:
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the authors of ASkewSGD used: (keywords of the optimizer beyond torch.optim's, keywords of Anneal).
 
     Args:
@@ -39,16 +40,21 @@ def paper(
     """
     if setting not in ("binary", "4bit"):
         raise ValueError(f"paper: setting = {setting!r}; 'binary' or '4bit'")
-    defaults = _BINARY if setting == "binary" else _4BIT
-    given = (epochs, hold_epochs, decay, None, alpha)
-    epochs, hold_epochs, decay, floor, alpha = (own if own is not None else theirs for own, theirs in zip(given, defaults, strict=True))
+    their_epochs, their_hold, their_decay, floor, their_alpha = _BINARY if setting == "binary" else _4BIT
+    half_width = functools.partial(
+        _half_width,
+        epochs=their_epochs if epochs is None else epochs,
+        hold_epochs=their_hold if hold_epochs is None else hold_epochs,
+        decay=their_decay if decay is None else decay,
+        floor=floor,
+    )
     quantizer = Quantizer("binary", scale=1.0) if setting == "binary" else Quantizer("authors_4bit", scale="sawb")
     optimizer = {
         "quantizer": quantizer.plain(),
         "anneal": "interval",
         "skew_at": "gradient",
-        "alpha": alpha,
+        "alpha": their_alpha if alpha is None else alpha,
         "max_step": math.inf if setting == "binary" else 0.5,
         "clip": True,
     }
-    return optimizer, {"shape": functools.partial(_half_width, epochs=epochs, hold_epochs=hold_epochs, decay=decay, floor=floor)}
+    return optimizer, {"shape": half_width}

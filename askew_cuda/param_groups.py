@@ -2,12 +2,15 @@
 
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from .quantizer import Quantizer
 
-Spec = str | Quantizer | Mapping | None
+Levels = str | Quantizer | Mapping[str, Any]
+Spec = Levels | None
+Choice = tuple[dict[str, Levels], dict[str, str]]  # each name's specification; why a weight has none
 
 
 def _matches(rule: str, name: str) -> bool:
@@ -19,16 +22,16 @@ def _is_norm(module: nn.Module) -> bool:
     return isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)) or "norm" in type(module).__name__.lower()
 
 
-def _select(model: nn.Module, weights: dict[str, Tensor], spec: Spec, include: Iterable[str], exclude: Iterable[str]):
+def _select(model: nn.Module, weights: dict[str, Tensor], spec: Levels, include: Iterable[str], exclude: Iterable[str]) -> Choice:
     """One specification for a whole network: each name's specification, and why a weight has none."""
     owners: dict[Tensor, list[nn.Module]] = {}
     layers: list[Tensor] = []  # in the order of registration, a tied one in each of its places
     for module in model.modules():
-        for weight in module.parameters(recurse=False):
-            owners.setdefault(weight, []).append(module)
-            if weight.dim() >= 2 and not _is_norm(module):
-                layers.append(weight)
-    chosen: dict[str, Spec] = {}
+        for tensor in module.parameters(recurse=False):
+            owners.setdefault(tensor, []).append(module)
+            if tensor.dim() >= 2 and not _is_norm(module):
+                layers.append(tensor)
+    chosen: dict[str, Levels] = {}
     why: dict[str, str] = {}
     for name, weight in weights.items():
         if any(_matches(rule, name) for rule in exclude):
@@ -48,9 +51,9 @@ def _select(model: nn.Module, weights: dict[str, Tensor], spec: Spec, include: I
     return chosen, why
 
 
-def _by_rules(weights: dict[str, Tensor], rules: Mapping[str, Spec]):
+def _by_rules(weights: dict[str, Tensor], rules: Mapping[str, Spec]) -> Choice:
     """A dictionary quantizes exactly what its rules say; the first rule that matches wins."""
-    chosen: dict[str, Spec] = {}
+    chosen: dict[str, Levels] = {}
     why: dict[str, str] = {}
     used: set[str] = set()
     for name, weight in weights.items():
@@ -78,7 +81,7 @@ def _by_rules(weights: dict[str, Tensor], rules: Mapping[str, Spec]):
     return chosen, why
 
 
-def _table(named: dict[str, Tensor], chosen: dict[str, Spec], why: dict[str, str]) -> str:
+def _table(named: dict[str, Tensor], chosen: dict[str, Levels], why: dict[str, str]) -> str:
     """A line per parameter: name, shape, quantizer, number of levels or why there are none."""
     rows = [("weight", "shape", "quantizer", "levels")]
     for name, weight in named.items():
@@ -101,8 +104,8 @@ def param_groups(
     include: Iterable[str] = (),
     exclude: Iterable[str] = (),
     verbose: bool = True,
-    **keywords: object,
-) -> list[dict[str, object]]:
+    **keywords: Any,
+) -> list[dict[str, Any]]:
     """Param groups for AskewSGD or AskewAdamW: one for each way of quantizing, and one for the rest. Prints what it decided.
 
     Args:
@@ -123,12 +126,12 @@ def param_groups(
     Raises:
         ValueError: nothing is left to quantize, a rule matches nothing, or a specification is wrong. TypeError: ``weights`` is neither.
     """
-    named = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    named: dict[str, Tensor] = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     by_rules = isinstance(weights, Mapping) and "levels" not in weights
     if by_rules:
         if include or exclude:
             raise ValueError("param_groups: include= and exclude= go with one specification; a dictionary of rules says it all itself")
-        chosen, why = _by_rules(named, weights)
+        chosen, why = _by_rules(named, cast(Mapping[str, Spec], weights))
     elif isinstance(weights, (str, Quantizer, Mapping)):
         include, exclude = ([rules] if isinstance(rules, str) else list(rules) for rules in (include, exclude))
         for rule in (*include, *exclude):
@@ -142,7 +145,7 @@ def param_groups(
             "param_groups: no weight is left to quantize; one specification leaves out embeddings, norms, the first and the last layer. "
             f"Give a dictionary, such as {{'*': 'ternary'}}, or include=. Names: {', '.join(named)}"
         )
-    groups: dict[Quantizer, dict[str, object]] = {}
+    groups: dict[Quantizer, dict[str, Any]] = {}
     for name, spec in chosen.items():
         quantizer = Quantizer.parse(spec)
         quantizer.check(named[name], name)

@@ -7,6 +7,7 @@ import numbers
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -121,7 +122,7 @@ def _names() -> dict[tuple[float, ...], str]:
     return {Codebook(levels).levels: name for name, levels in _NAMED.items()}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Quantizer:
     """How a weight is quantized: its levels, how their scale is found, and how many weights share one.
 
@@ -142,16 +143,23 @@ class Quantizer:
     """
 
     codebook: Codebook
-    scale: str | float | tuple = "auto"
-    granularity: str = "tensor"
-    group_size: int | None = None
+    scale: str | float | tuple[Any, ...]
+    granularity: str
+    group_size: int | None
 
-    def __post_init__(self):
-        codebook, size = self.codebook, self.group_size
+    def __init__(
+        self,
+        codebook: Codebook | str | Sequence[float],
+        scale: str | float | Tensor | Sequence[Any] = "auto",
+        granularity: str = "tensor",
+        group_size: int | None = None,
+    ):
         if not isinstance(codebook, Codebook):
             codebook = Codebook.named(codebook) if isinstance(codebook, str) else Codebook(codebook)
-            object.__setattr__(self, "codebook", codebook)
-        object.__setattr__(self, "scale", _checked_scale(self.scale))
+        given = {"codebook": codebook, "scale": _checked_scale(scale), "granularity": granularity, "group_size": group_size}
+        for name, value in given.items():
+            object.__setattr__(self, name, value)
+        size = group_size
         if self.granularity not in GRANULARITIES:
             raise ValueError(f"Quantizer: granularity = {self.granularity!r}; take one of {', '.join(GRANULARITIES)}")
         if self.granularity != "group":
@@ -161,7 +169,7 @@ class Quantizer:
             raise ValueError(f"Quantizer: group_size = {size!r}; granularity 'group' needs a whole number of weights, at least 1")
 
     @classmethod
-    def parse(cls, spec: "str | Quantizer | Mapping") -> "Quantizer":
+    def parse(cls, spec: "str | Quantizer | Mapping[str, Any]") -> "Quantizer":
         """From a name with an optional suffix ("ternary/channel", "2bit/group128"), the plain form, or a Quantizer as it is."""
         if isinstance(spec, Quantizer):
             return spec
@@ -175,7 +183,7 @@ class Quantizer:
             raise TypeError(f"quantizer = {spec!r}; a name such as 'ternary' or '2bit/group128', or an askew_cuda.Quantizer, is needed")
         return _parse_name(spec)
 
-    def plain(self) -> str | dict[str, object]:
+    def plain(self) -> str | dict[str, Any]:
         """What a param group and a checkpoint hold: the canonical name where there is one, else numbers, strings and lists."""
         if self.scale == "auto" and self.codebook.name is not None:
             suffix = {"tensor": "", "channel": "/channel", "group": f"/group{self.group_size}"}[self.granularity]
@@ -194,7 +202,7 @@ class Quantizer:
 
     def check(self, weight: Tensor, name: str) -> None:
         """Raises ValueError where the group size does not divide a row of the weight, or a given scale has another shape."""
-        if self.granularity == "group" and weight.dim() >= 2 and weight.numel():
+        if self.group_size is not None and weight.dim() >= 2 and weight.numel():
             row = weight[0].numel()
             if row % self.group_size:
                 raise ValueError(
@@ -212,10 +220,10 @@ class Quantizer:
             return ()
         if self.granularity == "channel":
             return (weight.shape[0], *(1,) * (weight.dim() - 1))
-        return (weight.shape[0], math.prod(weight.shape[1:]) // self.group_size)
+        return (weight.shape[0], math.prod(weight.shape[1:]) // (self.group_size or 1))
 
 
-def _checked_scale(scale: object) -> str | float | tuple:
+def _checked_scale(scale: Any) -> str | float | tuple[Any, ...]:
     """The name of a rule, a float, or nested tuples of floats."""
     wanted = f"take one of {', '.join(SCALE_RULES)}, a positive number, or a tensor of positive numbers"
     if isinstance(scale, str):
@@ -230,10 +238,11 @@ def _checked_scale(scale: object) -> str | float | tuple:
         raise TypeError(f"Quantizer: scale = {scale!r}; {wanted}") from error
     if not ((values > 0) & values.isfinite()).all():
         raise ValueError(f"Quantizer: scale = {scale!r} is not positive and finite; {wanted}")
-    return _nested(values.tolist(), tuple)
+    checked: float | tuple[Any, ...] = _nested(values.tolist(), tuple)
+    return checked
 
 
-def _nested(value: object, kind: type) -> object:
+def _nested(value: Any, kind: type) -> Any:
     """Nested sequences of numbers as nested tuples, or lists; anything else as it is."""
     return kind(_nested(each, kind) for each in value) if isinstance(value, (list, tuple)) else value
 
@@ -249,7 +258,7 @@ def _parse_name(spec: str) -> Quantizer:
     return Quantizer(codebook, granularity=suffix or "tensor")
 
 
-def _place(weight: Tensor, scale: Tensor, levels: Sequence[float]):
+def _place(weight: Tensor, scale: Tensor, levels: Sequence[float]) -> tuple[Tensor, reference.Levels, Tensor, Tensor]:
     """The weight in the arithmetic type, its codebook, unit and the index of its level: (E6)."""
     w = weight.detach().to(reference.arithmetic(weight.dtype))
     book = reference.codebook(levels, w)

@@ -36,11 +36,15 @@ are written so that a NaN gets through. ``csrc/step.h`` states the same operatio
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
+
+Tensors = Sequence[Tensor]
+Number = float | Tensor  # a tensor of one element
 
 
 def arithmetic(dtype: torch.dtype) -> torch.dtype:
@@ -131,12 +135,15 @@ class TableCodebook:
         return torch.where(e < 0, self.above.reciprocal()[index.long()], self.below.reciprocal()[index.long()])
 
 
-def codebook(levels: Sequence[float], like: Tensor) -> UniformCodebook | TableCodebook:
+Levels = UniformCodebook | TableCodebook
+
+
+def codebook(levels: Sequence[float], like: Tensor) -> Levels:
     """The levels in the dtype and on the device of ``like``. (K,) strictly increasing float32 numbers, 2 <= K <= 256."""
     return (UniformCodebook if UniformCodebook.fits(levels) else TableCodebook)(levels, like)
 
 
-def locate(w: Tensor, unit: Tensor, book: UniformCodebook | TableCodebook) -> SimpleNamespace:
+def locate(w: Tensor, unit: Tensor, book: Levels) -> SimpleNamespace:
     """The weight among its levels: index and value of the nearest, distance e to it, half the gap it lies in, and r_h."""
     index = book.nearest(w * unit.reciprocal())
     level = book.level(index)
@@ -150,7 +157,7 @@ def flip(x: Tensor, sign: Tensor) -> Tensor:
     return torch.where(torch.signbit(sign), -x, x)
 
 
-def skew_capture(d: Tensor, w: Tensor, unit: Tensor, book: UniformCodebook | TableCodebook, h: SimpleNamespace) -> Tensor:
+def skew_capture(d: Tensor, w: Tensor, unit: Tensor, book: Levels, h: SimpleNamespace) -> Tensor:
     """(E2'), (E3'): the displacement of a weight under capture annealing."""
     at = locate(w, unit, book)
     distance = at.e.abs()
@@ -164,7 +171,7 @@ def skew_capture(d: Tensor, w: Tensor, unit: Tensor, book: UniformCodebook | Tab
     return torch.where(distance < h.capture_radius * at.half, flip(move, at.e), d)
 
 
-def skew_interval(d: Tensor, w: Tensor, unit: Tensor, book: UniformCodebook | TableCodebook, h: SimpleNamespace) -> Tensor:
+def skew_interval(d: Tensor, w: Tensor, unit: Tensor, book: Levels, h: SimpleNamespace) -> Tensor:
     """(E2), (E3): the displacement of a weight under the paper's interval annealing."""
     at = locate(w, unit, book)
     distance = at.e.abs()
@@ -183,13 +190,15 @@ def skew_interval(d: Tensor, w: Tensor, unit: Tensor, book: UniformCodebook | Ta
     return torch.where(keep, d, flip(torch.where(pull < cap, pull, cap), at.e))
 
 
-def hyper(dtype: torch.dtype, device: torch.device, levels: Sequence[float], **given: object) -> SimpleNamespace:
+def hyper(dtype: torch.dtype, device: torch.device, levels: Sequence[float], **given: Any) -> SimpleNamespace:
     """The scalars of a step as 0-d tensors of the arithmetic type, each rounded once; flags as they are."""
     h = SimpleNamespace(**given)
-    is_number = lambda x: isinstance(x, (int, float, Tensor)) and not isinstance(x, bool)  # noqa: E731
-    number = lambda x: torch.as_tensor(float(x), dtype=torch.float64).to(device, arithmetic(dtype))  # noqa: E731
+
+    def number(x: float | Tensor) -> Tensor:
+        return torch.as_tensor(float(x), dtype=torch.float64).to(device, arithmetic(dtype))
+
     for name, value in given.items():
-        if is_number(value):
+        if isinstance(value, (int, float, Tensor)) and not isinstance(value, bool):
             setattr(h, name, number(value))
     h.half_width, h.half_width_outside, h.root = half_widths(h.epsilon)
     h.capture_radius = torch.where(1 - h.half_width < 1, 1 - h.half_width, math.inf)
@@ -227,7 +236,9 @@ def sgd_displacement(g: Tensor, w: Tensor, buffer: Tensor | None, h: SimpleNames
     return -h.lr * g, buffer
 
 
-def adamw_displacement(g: Tensor, w: Tensor, mean: Tensor, square: Tensor, largest: Tensor | None, step: float, h: SimpleNamespace):
+def adamw_displacement(
+    g: Tensor, w: Tensor, mean: Tensor, square: Tensor, largest: Tensor | None, step: float, h: SimpleNamespace
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(E4), AdamW: the displacement and the new moments. ``step`` counts this one; bias corrections are computed in double."""
     mean = h.beta1 * mean + h.one_minus_beta1 * g
     square = h.beta2 * square + h.one_minus_beta2 * (g * g)
@@ -239,12 +250,14 @@ def adamw_displacement(g: Tensor, w: Tensor, mean: Tensor, square: Tensor, large
     return -h.lr * (direction + h.weight_decay * w), mean, square, largest
 
 
-def step_weight(w, g, scale, levels, h, displacement):
+def step_weight(
+    w: Tensor, g: Tensor, scale: Tensor | None, levels: Sequence[float], h: SimpleNamespace, displacement: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor | None, Levels | None]:
     """One weight tensor, one step, in the arithmetic type: (new weight, unit of the codebook, codebook). ``displacement``
     takes the gradient to what (E4) makes of it, and keeps the state."""
     skew = skew_capture if h.anneal == "capture" else skew_interval
     g = g * h.grad_factor
-    if not levels:
+    if scale is None:
         d = displacement(g)
         return (w + d if h.lr != 0 else w), None, None
     book = codebook(levels, w)
@@ -265,10 +278,10 @@ def step_weight(w, g, scale, levels, h, displacement):
     return moved, unit, book
 
 
-def store(weight, moved, unit, book, codes, snapped):
+def store(weight: Tensor, moved: Tensor, unit: Tensor | None, book: Levels | None, codes: Tensor | None, snapped: Tensor | None) -> None:
     """Writes the weight and, from what its storage made of it, (E6): codes and snapped weights where wanted."""
     weight.copy_(moved)
-    if codes is None and snapped is None:
+    if unit is None or book is None or (codes is None and snapped is None):
         return
     index = book.nearest(weight.to(moved.dtype) * unit.reciprocal())
     if codes is not None:
@@ -278,8 +291,10 @@ def store(weight, moved, unit, book, codes, snapped):
 
 
 @torch.no_grad()
-def sgd_(weights, grads, momentum_buffers, scales, levels, codes, snapped, *, lr, momentum, dampening, weight_decay, nesterov, maximize,
-         epsilon, anneal, skew_at, recovery, alpha, max_step, clip, grad_scale=None, found_inf=None):  # fmt: skip
+def sgd_(weights: Tensors, grads: Tensors, momentum_buffers: Tensors, scales: Tensors, levels: Sequence[float], codes: Tensors,
+         snapped: Tensors, *, lr: Number, momentum: float, dampening: float, weight_decay: float, nesterov: bool, maximize: bool,
+         epsilon: Number, anneal: str, skew_at: str, recovery: float | None, alpha: float | None, max_step: float, clip: bool,
+         grad_scale: Number | None = None, found_inf: Number | None = None) -> None:  # fmt: skip
     """One askew SGD step of every weight, in place: the reference of the operator ``askew_cuda::sgd_``.
 
     Args:
@@ -306,23 +321,24 @@ def sgd_(weights, grads, momentum_buffers, scales, levels, codes, snapped, *, lr
                   skew_at=skew_at, recovery=recovery, alpha=alpha, max_step=max_step, clip=clip)  # fmt: skip
         wide = arithmetic(weight.dtype)
         w, g = weight.to(wide), grads[i].to(wide)
-        buffer = momentum_buffers[i].to(wide) if momentum_buffers else None
+        buffer = [momentum_buffers[i].to(wide) if momentum_buffers else None]
 
-        def displacement(g, w=w, h=h):
-            nonlocal buffer
-            d, buffer = sgd_displacement(g, w, buffer, h)
+        def displacement(g: Tensor, w: Tensor = w, h: SimpleNamespace = h, buffer: list[Tensor | None] = buffer) -> Tensor:
+            d, buffer[0] = sgd_displacement(g, w, buffer[0], h)
             return d
 
         moved, unit, book = step_weight(w, g, scales[i] if scales else None, levels, h, displacement)
-        if momentum_buffers:
-            momentum_buffers[i].copy_(buffer)
+        if buffer[0] is not None:
+            momentum_buffers[i].copy_(buffer[0])
         store(weight, moved, unit, book, codes[i] if codes else None, snapped[i] if snapped else None)
 
 
 @torch.no_grad()
-def adamw_(weights, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, scales, levels, codes, snapped, *,
-           lr, beta1, beta2, eps, weight_decay, amsgrad, maximize,
-           epsilon, anneal, skew_at, recovery, alpha, max_step, clip, grad_scale=None, found_inf=None):  # fmt: skip
+def adamw_(weights: Tensors, grads: Tensors, exp_avgs: Tensors, exp_avg_sqs: Tensors, max_exp_avg_sqs: Tensors, steps: Tensors,
+           scales: Tensors, levels: Sequence[float], codes: Tensors, snapped: Tensors, *,
+           lr: Number, beta1: float, beta2: float, eps: float, weight_decay: float, amsgrad: bool, maximize: bool,
+           epsilon: Number, anneal: str, skew_at: str, recovery: float | None, alpha: float | None, max_step: float, clip: bool,
+           grad_scale: Number | None = None, found_inf: Number | None = None) -> None:  # fmt: skip
     """One askew AdamW step (decoupled weight decay) of every weight, in place: the reference of ``askew_cuda::adamw_``.
 
     Args:
@@ -341,16 +357,18 @@ def adamw_(weights, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, scales
         h.double_beta1, h.double_beta2 = beta1, beta2
         wide = arithmetic(weight.dtype)
         w, g = weight.to(wide), grads[i].to(wide)
-        state = [exp_avgs[i].to(wide), exp_avg_sqs[i].to(wide), max_exp_avg_sqs[i].to(wide) if amsgrad else None]
+        lists = [exp_avgs, exp_avg_sqs, *([max_exp_avg_sqs] if amsgrad else [])]
+        state = [each[i].to(wide) for each in lists]
         step = float(steps[i]) + 1
 
-        def displacement(g, w=w, h=h, state=state, step=step):
-            d, *state[:] = adamw_displacement(g, w, *state, step, h)
+        def displacement(g: Tensor, w: Tensor = w, h: SimpleNamespace = h, state: list[Tensor] = state, step: float = step) -> Tensor:
+            mean, square, *largest = state
+            d, *new = adamw_displacement(g, w, mean, square, largest[0] if largest else None, step, h)
+            state[:] = [each for each in new if each is not None]
             return d
 
         moved, unit, book = step_weight(w, g, scales[i] if scales else None, levels, h, displacement)
-        for kept, new in zip((exp_avgs, exp_avg_sqs, max_exp_avg_sqs if amsgrad else None), state, strict=True):
-            if kept is not None:
-                kept[i].copy_(new)
+        for kept, new in zip(lists, state, strict=True):
+            kept[i].copy_(new)
         steps[i].add_(1)
         store(weight, moved, unit, book, codes[i] if codes else None, snapped[i] if snapped else None)

@@ -8,6 +8,7 @@ into memory to read it, where a file that is cut short meanwhile kills the proce
 
 import contextlib
 import hashlib
+import io
 import json
 import math
 import os
@@ -46,7 +47,7 @@ class Entry(NamedTuple):
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
+def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """A new file that takes the place of ``path`` when the block ends, all at once; after an exception nothing has happened.
 
     It is written beside it, as ``.askew_cuda-*.tmp``: a process that is killed meanwhile leaves that behind, and the old file whole.
@@ -151,7 +152,7 @@ class TensorReader:
         ValueError: the header is not that of a whole safetensors file; the message names file, tensor and what was expected.
     """
 
-    def __init__(self, file: BinaryIO, path: str | os.PathLike):
+    def __init__(self, file: io.BufferedReader, path: str | os.PathLike[str]):
         _check_byte_order()
         self.file, self.path = file, os.fspath(path)
         size = os.fstat(file.fileno()).st_size
