@@ -130,7 +130,7 @@ class QuantizedOptimizer(FinalizingOptimizer):
         for call in calls:
             call()
         if len(self._stepped) < sum(len(group["params"]) for group in self.param_groups):
-            self._stepped.update(weight for group in self.param_groups for weight in group["params"] if weight.grad is not None)
+            self._stepped.update((weight, True) for group in self.param_groups for weight in group["params"] if weight.grad is not None)
 
     def _group_calls(self, group: Group, staged: Staged) -> Iterator[Call]:
         """One call per device and dtype, to be made once all of the step is known to be good."""

@@ -31,17 +31,18 @@ class GroupedOptimizer(torch.optim.Optimizer):
     def _start(self) -> None:
         """What is neither saved nor copied."""
         self.outputs: dict[Tensor, dict[str, Tensor]] = {}
-        self._stepped: set[Tensor] = set()  # weights that received a gradient
+        self._stepped: dict[Tensor, bool] = {}  # weights that received a gradient
         self._parsed: dict[int, tuple[object, Quantizer]] = {}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "_parsed" not in self.__dict__:  # unpickled or copied; load_state_dict also comes through here
             self._start()
-        self._stepped.update(weight for weight, kept in self.state.items() if kept)
+        self._stepped.update((weight, True) for weight, kept in self.state.items() if kept)
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
+            self._quantizer(group)
 
     @staticmethod
     def _check_rule(group: Group) -> None:
@@ -62,6 +63,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
         unique = {weight: i for i, weight in reversed(list(enumerate(group["params"])))}  # torch has warned of others
         for key in {"params", "param_names"} & set(group):
             group[key] = [group[key][i] for i in reversed(unique.values())]
+        self._quantizer(group)
 
     def _check(self, group: Group) -> Quantizer | None:
         """Whether the group, and the defaults where it is silent, can be stepped; its quantizer."""

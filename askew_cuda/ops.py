@@ -7,7 +7,7 @@ import functools
 import importlib
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -56,6 +56,22 @@ if extension is not None:
     torch.library.register_fake("askew_cuda::adamw_", _fake("grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", None, "scales"))
 
 
+Result = TypeVar("Result")
+
+
+def _once(function: Callable[..., Result]) -> Callable[..., Result]:
+    """functools.cache, but for a warning when torch.compile traces it."""
+    known: dict[tuple[object, ...], Result] = {}
+
+    @functools.wraps(function)
+    def call(*key: object) -> Result:
+        if key not in known:
+            known[key] = function(*key)
+        return known[key]
+
+    return call
+
+
 def build_info() -> dict[str, object] | None:
     """What the compiled extension was built with (torch, compiler, cuda, threads); None where there is none."""
     return None if extension is None else extension.build_info()
@@ -74,7 +90,7 @@ def absent(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     return ""
 
 
-@functools.cache
+@_once
 def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     """The backend that steps weights of this dtype on this device: the one asked for, or the first present one for "auto".
 
@@ -131,7 +147,7 @@ class Operators(NamedTuple):
     adamw_: Callable[..., None]
 
 
-@functools.cache
+@_once
 def operators(backend: str) -> Operators:
     """The operators of a backend that is present."""
     if backend == "reference":
