@@ -20,22 +20,23 @@ class Staged:
     """What a step adds to the optimizer - scales, zeroed moments, buffers for outputs - held back until nothing can fail any more."""
 
     def __init__(self) -> None:
-        self._added: list[tuple[dict[Any, Any], Any, Any]] = []
+        self._added: dict[tuple[int, Any], tuple[dict[Any, Any], Any]] = {}
 
     def __bool__(self) -> bool:
         return bool(self._added)
 
     def get(self, kept: dict[Any, Any], key: Any, make: Callable[[], Any]) -> Any:
-        """``kept[key]``, or what ``make`` makes, which becomes it at commit()."""
+        """``kept[key]``, or what ``make`` makes, once, which becomes it at commit()."""
         if key in kept:
             return kept[key]
-        value = make()
-        self._added.append((kept, key, value))
-        return value
+        where = (id(kept), key)
+        if where not in self._added:
+            self._added[where] = (kept, make())
+        return self._added[where][1]
 
     def commit(self) -> None:
         """From now on the optimizer has it."""
-        for kept, key, value in self._added:
+        for (_, key), (kept, value) in self._added.items():
             kept[key] = value
 
 

@@ -136,11 +136,13 @@ class AskewAdamW(QuantizedOptimizer):
             raise ValueError("capturable = True is not offered yet; leave it False")
 
     def _calls(self, group: Group, backend: ops.Operators, batch: Batch) -> Iterator[Call]:
+        if self._overflowed(wait=True):  # steps are counted on the host, which has to know whether this one counts
+            return
         scales = self._scales(group, batch)
         codes, snapped = self._outputs(group, batch)
         levels, settings = self._constraint(group, batch)
         beta1, beta2 = (float(beta) for beta in group["betas"])
-        settings |= {"beta1": beta1, "beta2": beta2, "eps": group["eps"], "amsgrad": group["amsgrad"]}
+        settings |= {"beta1": beta1, "beta2": beta2, "eps": group["eps"], "amsgrad": group["amsgrad"], "found_inf": None}
         keys = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if group["amsgrad"] else ("exp_avg", "exp_avg_sq")
         moments = [self._moments(group, batch, key) for key in keys] + [[]] * (3 - len(keys))
         steps = batch.tensors("step", lambda weight: torch.zeros((), dtype=torch.get_default_dtype()))

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 import askew_cuda as askew
 
@@ -154,6 +155,20 @@ def test_a_resumed_run_is_the_run_that_was_not_cut(rule, cut, before, after, ten
     assert same_bits(second[0], straight[0])
     assert second[1].param_groups[0]["backend"] == after
     assert float(second[1].param_groups[0]["epsilon"]) == 0.0
+
+
+@rules
+def test_torchs_helpers_for_distributed_checkpoints(rule):
+    """Here without a process group: state by full names, groups that lose theirs."""
+    ours, _, keywords, _ = RULES[rule]
+    models = [network(), network()]
+    first, second = (ours(askew.param_groups(each, {"*": "2bit"}, pretrained=True, verbose=False), **keywords) for each in models)
+    walk(models[0], first, range(3))
+    models[1].load_state_dict(models[0].state_dict())
+    set_optimizer_state_dict(models[1], second, get_optimizer_state_dict(models[0], first))
+    for model, optimizer in zip(models, (first, second), strict=True):
+        walk(model, optimizer, range(3, 6))
+    assert same_bits(*models)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
