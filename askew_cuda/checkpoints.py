@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .groups import Group
+from .groups import Group, counter_dtype
 from .keywords import CONSTRAINT, EXECUTION
 from .quantizer import Quantizer
 
@@ -95,7 +95,7 @@ def _state(kept: dict[str, Any], weight: Tensor, group: Group, name: str) -> dic
             continue
         if key == "step":
             value = torch.as_tensor(value)
-            dtype = value.dtype if value.is_floating_point() else torch.get_default_dtype()
+            dtype = value.dtype if value.dtype in (torch.float32, torch.float64) else counter_dtype()
             state[key] = value.detach().to("cpu", dtype, copy=True)
         elif not isinstance(value, Tensor):
             state[key] = copy.deepcopy(value)

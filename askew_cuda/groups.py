@@ -16,6 +16,11 @@ from .quantizer import Quantizer
 Group = dict[str, Any]
 
 
+def counter_dtype() -> torch.dtype:
+    """What torch counts steps in: float64 where that is the default dtype, else float32."""
+    return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+
+
 class GroupedOptimizer(torch.optim.Optimizer):
     """An optimizer whose param groups may bring a quantizer and the keywords around it, all of them checked before they are taken."""
 

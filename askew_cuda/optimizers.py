@@ -10,7 +10,7 @@ from torch.optim.optimizer import ParamsT
 
 from . import ops
 from .base import Batch, Call, QuantizedOptimizer
-from .groups import Group
+from .groups import Group, counter_dtype
 
 _KEYWORDS = """
     Keywords beyond torch.optim's, for all groups or in a group (which wins):
@@ -145,5 +145,5 @@ class AskewAdamW(QuantizedOptimizer):
         settings |= {"beta1": beta1, "beta2": beta2, "eps": group["eps"], "amsgrad": group["amsgrad"], "found_inf": None}
         keys = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if group["amsgrad"] else ("exp_avg", "exp_avg_sq")
         moments = [self._moments(group, batch, key) for key in keys] + [[]] * (3 - len(keys))
-        steps = batch.tensors("step", lambda weight: torch.zeros((), dtype=torch.get_default_dtype()))
+        steps = batch.tensors("step", lambda weight: torch.zeros((), dtype=counter_dtype()))
         yield partial(backend.adamw_, batch.weights, batch.grads, *moments, steps, scales, levels, codes, snapped, **settings)

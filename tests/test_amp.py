@@ -144,6 +144,21 @@ def test_a_whole_training_step_under_autocast(rule):
     assert losses[-1] < losses[0]
 
 
+@rules
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bit_weights(rule, dtype):
+    ours, keywords = RULES[rule]
+    results = []
+    for scale in (None, SCALE):
+        weight = nn.Parameter(torch.linspace(-1, 1, 12).reshape(3, 4).to(dtype))
+        optimizer = ours([weight], quantizer="4bit", pretrained=True, state_dtype=torch.float32, **keywords)
+        for k in range(3):
+            weight.grad = (torch.linspace(1, -1, 12).reshape(3, 4) * (scale or 1) * (k + 1)).to(dtype)
+            optimizer.step() if scale is None else scaler_of(SCALE).step(optimizer)
+        results.append((weight.tolist(), str(optimizer.state_dict()["state"])))
+    assert results[0] == results[1]
+
+
 def test_two_optimizers_share_a_scaler_and_one_overflows():
     models = [network(), network()]
     optimizers = [made("momentum", model) for model in models]

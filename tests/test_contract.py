@@ -287,3 +287,18 @@ def test_nothing_warns(ours, quantizer):
             run(optimizer, closure, 2)
             optimizer.load_state_dict(optimizer.state_dict())
             copy.deepcopy(optimizer).step()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_steps_are_counted_in_torchs_dtype_whatever_the_default_is(dtype):
+    (mine, closure), (theirs, their_closure) = problem(), problem()
+    torch.set_default_dtype(dtype)
+    try:
+        optimizer, other = askew.AskewAdamW(mine, lr=0.01), torch.optim.AdamW(theirs, lr=0.01, foreach=False)
+        run(optimizer, closure, 2), run(other, their_closure, 2)
+        optimizer.load_state_dict(optimizer.state_dict())
+        run(optimizer, closure, 1)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    step, wanted = optimizer.state[mine[0]]["step"], other.state[theirs[0]]["step"]
+    assert (step, step.dtype) == (3, wanted.dtype)

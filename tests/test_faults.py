@@ -79,8 +79,36 @@ def test_bad_gradients_stay_with_their_weights(rule, anneal, bad, first, many):
             assert other[spoilt].isnan().all()
 
 
+def stepped(rule, backend, done):
+    optimizer, weights = made(rule, backend=backend)
+    for k in range(done):
+        fill(weights, k)
+        optimizer.step()
+    fill(weights, done)
+    for group in optimizer.param_groups:
+        group["epsilon"] = 0.0
+    return optimizer, weights
+
+
+LATER = stepped("dampening", "auto", 2)[0].state_dict()
+
+
+def snap_for_a_while(optimizer) -> None:
+    with optimizer.quantized():
+        pass
+
+
+ACTIONS = {
+    "step": lambda optimizer: optimizer.step(),
+    "quantized": snap_for_a_while,
+    "finalize": lambda optimizer: optimizer.finalize(),
+    "prepare": lambda optimizer: optimizer.prepare(),
+    "load": lambda optimizer: optimizer.load_state_dict(LATER),
+}
+
+
 class Counted(TorchDispatchMode):
-    """Every operation of torch, by name; the one of this number finds no memory."""
+    """Every operation of torch, by name; the one of this number finds no memory. Writing where memory is needs none."""
 
     def __init__(self, fails: int = -1):
         super().__init__()
@@ -88,9 +116,8 @@ class Counted(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        checking = kwargs.get("found_inf") is not None
-        self.names.append(str(func) + (" checks" if checking else ""))
-        if len(self.names) == self.fails:
+        self.names.append(str(func) + (" checks" if kwargs.get("found_inf") is not None else ""))
+        if len(self.names) == self.fails and not self.names[-1].startswith(("aten.copy_", "askew_cuda.")):
             raise torch.OutOfMemoryError(f"no memory for {func}")
         return func(*args, **kwargs)
 
@@ -99,39 +126,34 @@ def is_call(name: str) -> bool:
     return name.startswith("askew_cuda.") and not name.endswith("checks")
 
 
-@rules
-@pytest.mark.parametrize("done", [0, 2])
-def test_no_memory_at_any_point(rule, done):
-    """Every operation up to the first call that moves weights fails once: nothing has happened, and the step can be made again."""
-    optimizer, weights = made(rule)
-    for k in range(done):
-        fill(weights, k)
-        optimizer.step()
-    before = everything(optimizer, weights)
-    fill(weights, done)
+@pytest.mark.parametrize(
+    ("name", "rule", "done"),
+    [
+        *(("step", rule, done) for rule in RULES for done in (0, 2)),
+        *((name, "dampening", 0) for name in ("quantized", "finalize", "prepare", "load")),
+    ],
+)
+def test_no_memory_at_any_point(name, rule, done):
+    """Every operation fails once: nothing has happened, and the next attempt does all of it."""
+    action = ACTIONS[name]
+    optimizer, weights = stepped(rule, "auto", done)
+    action(optimizer)
+    whole, failures = everything(optimizer, weights), 0
     for fails in itertools.count(1):
-        counted = Counted(fails)
+        optimizer, weights = stepped(rule, "auto", done)
+        before, counted = everything(optimizer, weights), Counted(fails)
         try:
             with counted:
-                optimizer.step()
+                action(optimizer)
         except torch.OutOfMemoryError:
-            if any(map(is_call, counted.names)):
-                break
-            assert everything(optimizer, weights) == before
-    assert fails > 5
-    whole, others = made(rule)
-    for k in range(done + 1):
-        fill(others, k)
-        whole.step()
-    again, last = made(rule)
-    for k in range(done):
-        fill(last, k)
-        again.step()
-    fill(last, done)
-    with pytest.raises(torch.OutOfMemoryError), Counted(fails - 1):
-        again.step()
-    again.step()
-    assert everything(again, last) == everything(whole, others)
+            failures += 1
+            if everything(optimizer, weights) != whole:  # torch's profiler has an operation after the step
+                assert everything(optimizer, weights) == before
+                action(optimizer)
+        assert everything(optimizer, weights) == whole
+        if len(counted.names) < fails:
+            break
+    assert failures > 3
 
 
 @rules
@@ -203,32 +225,6 @@ def interrupted(action, at: int) -> bool:
     return False
 
 
-def stepped(rule, backend, done):
-    optimizer, weights = made(rule, backend=backend)
-    for k in range(done):
-        fill(weights, k)
-        optimizer.step()
-    fill(weights, done)
-    return optimizer, weights
-
-
-LATER = stepped("dampening", "auto", 2)[0].state_dict()
-
-
-def snap_for_a_while(optimizer) -> None:
-    with optimizer.quantized():
-        pass
-
-
-ACTIONS = {
-    "step": lambda optimizer: optimizer.step(),
-    "quantized": snap_for_a_while,
-    "finalize": lambda optimizer: optimizer.finalize(),
-    "prepare": lambda optimizer: optimizer.prepare(),
-    "load": lambda optimizer: optimizer.load_state_dict(LATER),
-}
-
-
 @pytest.mark.skipif(sys.gettrace() is not None, reason="a debugger or coverage traces this run; the test needs sys.settrace")
 @pytest.mark.parametrize(
     ("name", "backend", "done"),
@@ -241,16 +237,12 @@ def test_ctrl_c_at_any_line(name, backend, done):
     """Before or after, never between; and the next attempt does all of it."""
     action = ACTIONS[name]
     optimizer, weights = stepped("dampening", backend, done)
-    for group in optimizer.param_groups:
-        group["epsilon"] = 0.0
     states = [everything(optimizer, weights)]
     action(optimizer)
     states.append(everything(optimizer, weights))
     seen = set()
     for at in itertools.count(1, 5 if backend == "reference" else 1):  # its lines are many
         optimizer, weights = stepped("dampening", backend, done)
-        for group in optimizer.param_groups:
-            group["epsilon"] = 0.0
         if not interrupted(lambda optimizer=optimizer: action(optimizer), at):
             break
         state = everything(optimizer, weights)
