@@ -1,6 +1,8 @@
 # Each target does everything: environment, pinned dependencies, build, run.
 PYTHON ?= python3
 VENV := .venv
+# GPU architectures of the development build; one is enough, and quick. `pip install .` builds for more.
+export TORCH_CUDA_ARCH_LIST ?= 9.0
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --constraint constraints.txt
 

@@ -77,6 +77,19 @@ def build_info() -> dict[str, object] | None:
     return None if extension is None else extension.build_info()
 
 
+def _cuda_absent(device: torch.device) -> str:
+    """Why the extension can't step weights on this device by CUDA kernels; "" where it can."""
+    if extension.build_info()["cuda"] is None:
+        return f"the extension was built without CUDA kernels; with the CUDA toolkit in place (nvcc; CUDA_HOME says where), {_REINSTALL}"
+    if device.type != "cuda":
+        return f"it steps CUDA tensors, and the weights are on {device}"
+    if torch.version.hip is not None:
+        return "torch is built for ROCm, whose GPUs don't run CUDA kernels; backend='triton' may"
+    if not torch.cuda.is_available():
+        return f"torch {torch.__version__} finds no GPU that it can use"
+    return extension.cuda_problem(torch.cuda.current_device() if device.index is None else device.index)
+
+
 def absent(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     """Why ``backend`` can't step weights of this dtype on this device, and what helps; "" where it can."""
     if dtype not in DTYPES:
@@ -84,7 +97,7 @@ def absent(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     if backend == "cpu":
         return _extension_absent or ("" if device.type == "cpu" else f"it steps CPU tensors, and the weights are on {device}")
     if backend == "cuda":
-        return "this version has no CUDA kernels yet; backend='reference' runs on any device"
+        return _extension_absent or _cuda_absent(device)
     if backend == "triton":
         return "this version has no Triton kernels yet; backend='reference' runs on any device"
     return ""

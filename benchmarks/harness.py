@@ -39,7 +39,41 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
     return middle, low, high
 
 
-def compare(variants: dict[str, Callable[[], None]], *, baseline: str, rounds: int, calls: int = 1, seed: int = 0) -> list[Timing]:
+def host_seconds(run: Callable[[], None], calls: int) -> float:
+    """Seconds of ``calls`` calls, by the host's clock."""
+    start = time.perf_counter()
+    for _ in range(calls):
+        run()
+    return time.perf_counter() - start
+
+
+def device_clock() -> Callable[[Callable[[], None], int], float]:
+    """As host_seconds, by events on the current GPU's stream. The L2 cache is overwritten before, and no call waits for the host."""
+    junk = torch.empty(4 * torch.cuda.get_device_properties().L2_cache_size, dtype=torch.uint8, device="cuda")
+
+    def seconds(run: Callable[[], None], calls: int) -> float:
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        junk.zero_()
+        torch.cuda._sleep(1_000_000)  # half a millisecond, in which the host puts the calls into the queue
+        begin.record()
+        for _ in range(calls):
+            run()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+    return seconds
+
+
+def compare(
+    variants: dict[str, Callable[[], None]],
+    *,
+    baseline: str,
+    rounds: int,
+    calls: int = 1,
+    seed: int = 0,
+    clock: Callable[[Callable[[], None], int], float] = host_seconds,
+) -> list[Timing]:
     """Times every variant ``rounds`` times, after one untimed round; ``calls`` calls are one measurement of a short variant."""
     order = list(variants)
     shuffle = random.Random(seed).shuffle
@@ -47,12 +81,9 @@ def compare(variants: dict[str, Callable[[], None]], *, baseline: str, rounds: i
     for turn in range(rounds + 1):
         shuffle(order)
         for name in order:
-            run = variants[name]
-            start = time.perf_counter()
-            for _ in range(calls):
-                run()
+            seconds = clock(variants[name], calls)
             if turn > 0:
-                times[name].append((time.perf_counter() - start) / calls)
+                times[name].append(seconds / calls)
     paired = {name: [mine / theirs for mine, theirs in zip(times[name], times[baseline], strict=True)] for name in variants}
     return [Timing(name, quartiles(times[name]), quartiles(paired[name]), rounds) for name in variants]
 
@@ -70,6 +101,21 @@ def _processor() -> str:
     return f"{fields.get('model name', platform.machine())} (family {fields.get('cpu family')}, model {fields.get('model')})"
 
 
+def gpu() -> dict[str, object] | None:
+    """The current GPU, its driver and clocks; None where there is none."""
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties()
+    query = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit"
+    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", f"--id={torch.cuda.current_device()}"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip().split(", ")
+    except (OSError, subprocess.CalledProcessError):
+        answer = []
+    known = dict(zip(query.split(","), answer, strict=False))
+    return {"name": properties.name, "bytes": properties.total_memory, "l2_bytes": properties.L2_cache_size, **known}
+
+
 def environment() -> dict[str, object]:
     """Commit, hardware and versions that the figures belong to."""
     changed = [line for line in _git("status", "--porcelain", "--untracked-files=no").splitlines() if "benchmarks/results" not in line]
@@ -82,6 +128,7 @@ def environment() -> dict[str, object]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "build": ops.build_info(),
+        "gpu": gpu(),
     }
 
 

@@ -33,6 +33,45 @@ struct Arguments {
   int64_t first_few[few_spans + 1];
 };
 
+// The arguments of a launch, but for its spans.
+template <typename V>
+ASKEW_HOST_FN Arguments<V> arguments_of(const Launch& launch, const CudaCall& call) {
+  Arguments<V> arguments{};
+  arguments.h = hyper<typename V::T>(launch.settings);
+  arguments.settings = launch.settings;
+  arguments.numbers = call.numbers;
+  if constexpr (V::is_table) {
+    arguments.levels.count = launch.levels.count;
+    for (int k = 0; k < launch.levels.count; ++k) arguments.levels.values[k] = static_cast<float>(launch.levels.values[k]);
+  } else if constexpr (V::book == Book::uniform) {
+    arguments.levels = uniform_codebook<typename V::T>(launch.levels);
+  }
+  arguments.wide_state = launch.wide_state;
+  arguments.snapped_dtype = launch.snapped_dtype;
+  arguments.spans = call.spans;
+  arguments.first_chunk = call.first_chunk;
+  return arguments;
+}
+
+// How many spans a launch takes.
+ASKEW_HOST_FN int64_t spans_at_a_time(const Launch& launch, const CudaCall& call) { return call.spans ? launch.span_count : few_spans; }
+
+// Spans [begin, end) into the arguments; all are in device memory already, or these become arguments. The number of blocks comes back.
+template <typename V>
+ASKEW_HOST_FN int64_t set_spans(Arguments<V>& arguments, const Launch& launch, int64_t begin, int64_t end) {
+  int64_t blocks = 0;
+  for (int64_t i = begin; i < end; ++i) {
+    if (!arguments.spans) {
+      arguments.few[i - begin] = launch.spans[i];
+      arguments.first_few[i - begin] = blocks;
+    }
+    blocks += chunks_of(launch.spans[i].size, block_chunk);
+  }
+  if (!arguments.spans) arguments.first_few[end - begin] = blocks;
+  arguments.span_count = end - begin;
+  return blocks;
+}
+
 // `count` neighbouring elements between memory and registers, 16 bytes at a time. Aligned to 16 bytes, or to all of them where they are
 // fewer.
 template <int bytes> struct Unit {
@@ -47,11 +86,26 @@ template <> struct Unit<1> {
   typedef uint8_t __attribute__((may_alias)) type;
 };
 
+// All of a span lies in global memory: the compiler may leave the other kinds out of account.
+ASKEW_FN void assume_global([[maybe_unused]] const void* pointer) {
+#if defined(__CUDA_ARCH__)
+  __builtin_assume(__isGlobal(pointer));
+#endif
+}
+
+// What a block shares is read again where it is needed: in registers from turn to turn, pointers would crowd out the weights.
+ASKEW_FN void reload_shared() {
+#if defined(__CUDA_ARCH__)
+  asm volatile("" ::: "memory");
+#endif
+}
+
 template <int count, typename Any>
 ASKEW_FN void read(const void* base, int64_t i, Any (&to)[count]) {
   constexpr int bytes = count * sizeof(Any), step = bytes < 16 ? bytes : 16;
   using Piece = typename Unit<step>::type;
   const auto* from = reinterpret_cast<const Piece*>(static_cast<const Any*>(base) + i);
+  assume_global(from);
 #pragma unroll
   for (int k = 0; k < bytes / step; ++k) {
     const Piece piece = from[k];
@@ -64,6 +118,7 @@ ASKEW_FN void write(void* base, int64_t i, const Any (&from)[count]) {
   constexpr int bytes = count * sizeof(Any), step = bytes < 16 ? bytes : 16;
   using Piece = typename Unit<step>::type;
   auto* to = reinterpret_cast<Piece*>(static_cast<Any*>(base) + i);
+  assume_global(to);
 #pragma unroll
   for (int k = 0; k < bytes / step; ++k) {
     Piece piece;
@@ -97,7 +152,7 @@ struct Runs {
   static ASKEW_FN int32_t clamped(int64_t length) { return static_cast<int32_t>(length < block_chunk ? length : block_chunk); }
 
   // The scale of a weight; `end` becomes the position where its run ends.
-  ASKEW_FN T at(int32_t position, const Span& span, int64_t begin, int32_t& end) const {
+  ASKEW_FN const T& at(int32_t position, const Span& span, int64_t begin, int32_t& end) const {
     const int32_t further = position < left ? 0 : 1 + (position - left) / run;
     end = left + further * run;
     if (further < straight) return scales[further];
@@ -154,9 +209,9 @@ struct Worker {
   static constexpr bool quantized = V::book != Book::none;
 
   const Block<V>& block;
+  const Arguments<V>& arguments;
   const Codebook& codebook;
   Hyper<T> h;
-  Dtype snapped_dtype;
 
   static ASKEW_FN uintptr_t address(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer); }
   ASKEW_FN bool aligned() const {
@@ -169,6 +224,7 @@ struct Worker {
   // `count` neighbours from a position on. All is loaded before anything is stored.
   template <int count>
   ASKEW_FN void turn(int32_t position, const Grid<T>& grid) const {
+    reload_shared();
     const Span& span = block.span;
     const int64_t i = block.begin + position;
     Storage w[count], g[count];
@@ -187,6 +243,7 @@ struct Worker {
 #pragma unroll
       for (int which = 0; which < states; ++which) narrow(state[which][k], mine[which]);
     }
+    reload_shared();
     write(span.weight, i, w);
 #pragma unroll
     for (int which = 0; which < states; ++which)
@@ -210,7 +267,7 @@ struct Worker {
     if (block.span.codes) write(block.span.codes, i, codes);
     void* to = block.span.snapped;
     if (!to) return;
-    switch (snapped_dtype) {
+    switch (arguments.snapped_dtype) {
       case Dtype::float32:
         return write_as<float>(to, i, snapped);
       case Dtype::float64:
@@ -231,7 +288,7 @@ struct Worker {
     int32_t grid_end = quantized ? 0 : size;  // the grid holds up to here
     const auto enter = [&](int32_t position) {
       if constexpr (quantized) {
-        if (position >= grid_end) grid = make_grid(block.runs.at(position, block.span, block.begin, grid_end), codebook, h);
+        if (position >= grid_end) grid = make_grid(block.runs.at(position, block.span, block.begin, grid_end), codebook, arguments.h);
       }
     };
     for (int32_t position = thread * vector; position < size; position += block_threads * vector) {
@@ -264,7 +321,7 @@ ASKEW_FN void run(const Block<V>& block, const Arguments<V>& arguments, int thre
   h.now = block.now;
   const auto work = [&](auto state) {
     using Codebook = std::decay_t<decltype(codebook)>;
-    Worker<V, decltype(state), Codebook>{block, codebook, h, arguments.snapped_dtype}.run(thread);
+    Worker<V, decltype(state), Codebook>{block, arguments, codebook, h}.run(thread);
   };
   if (sizeof(typename V::Storage) == 2 && arguments.wide_state)
     work(float{});

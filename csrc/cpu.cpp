@@ -6,6 +6,8 @@
 
 #include <type_traits>
 
+#include "variants.h"
+
 #if !defined(ASKEW_PACK_BYTES)
 #define ASKEW_PACK_BYTES 16
 #define ASKEW_CPU_STEP cpu_step_baseline

@@ -1,7 +1,7 @@
 // The CPU backend as the binding sees it; csrc/cpu.cpp is compiled once for each instruction set.
 #pragma once
 
-#include "variants.h"
+#include "spans.h"
 
 namespace askew {
 

@@ -1,6 +1,8 @@
 // The CUDA backend: one kernel template around csrc/block.h, and its launches.
 #include <cuda_runtime.h>
 
+#include <algorithm>
+
 #include "block.h"
 
 namespace askew {
@@ -49,48 +51,18 @@ cudaError_t start(void (*kernel)(Argument), int64_t blocks, const Argument& argu
                           static_cast<cudaStream_t>(stream));
 }
 
-// Spans [begin, end) of the launch; from device memory where they are all there.
-template <typename V>
-cudaError_t step_spans(Arguments<V>& arguments, const Launch& launch, const CudaCall& call, int64_t begin, int64_t end) {
-  arguments.span_count = end - begin;
-  Counters counters{call.numbers, end - begin, call.spans, {}};
-  int64_t blocks = 0;
-  for (int64_t i = begin; i < end; ++i) {
-    if (!call.spans) {
-      arguments.few[i - begin] = launch.spans[i];
-      arguments.first_few[i - begin] = blocks;
-      counters.few[i - begin] = launch.spans[i].step;
-    }
-    blocks += chunks_of(launch.spans[i].size, block_chunk);
-  }
-  if (!call.spans) arguments.first_few[end - begin] = blocks;
-  cudaError_t error = cudaSuccess;
-  if (blocks > 0) error = start(step_kernel<V>, blocks, arguments, call.stream);
-  if (error == cudaSuccess && launch.spans[begin].step)
-    error = start(count_kernel, chunks_of(end - begin, block_threads), counters, call.stream);
-  return error;
-}
-
 template <typename V>
 cudaError_t step_variant(const Launch& launch, const CudaCall& call) {
-  Arguments<V> arguments{};
-  arguments.h = hyper<typename V::T>(launch.settings);
-  arguments.settings = launch.settings;
-  arguments.numbers = call.numbers;
-  if constexpr (V::is_table) {
-    arguments.levels.count = launch.levels.count;
-    for (int k = 0; k < launch.levels.count; ++k) arguments.levels.values[k] = static_cast<float>(launch.levels.values[k]);
-  } else if constexpr (V::book == Book::uniform) {
-    arguments.levels = uniform_codebook<typename V::T>(launch.levels);
-  }
-  arguments.wide_state = launch.wide_state;
-  arguments.snapped_dtype = launch.snapped_dtype;
-  arguments.spans = call.spans;
-  arguments.first_chunk = call.first_chunk;
-  const int64_t at_a_time = call.spans ? launch.span_count : few_spans;
+  Arguments<V> arguments = arguments_of<V>(launch, call);
+  const int64_t at_a_time = spans_at_a_time(launch, call);
   for (int64_t begin = 0; begin < launch.span_count; begin += at_a_time) {
-    const int64_t end = launch.span_count - begin < at_a_time ? launch.span_count : begin + at_a_time;
-    const cudaError_t error = step_spans(arguments, launch, call, begin, end);
+    const int64_t end = std::min(launch.span_count, begin + at_a_time), blocks = set_spans(arguments, launch, begin, end);
+    cudaError_t error = blocks > 0 ? start(step_kernel<V>, blocks, arguments, call.stream) : cudaSuccess;
+    if (error == cudaSuccess && launch.spans[begin].step) {
+      Counters counters{call.numbers, end - begin, call.spans, {}};
+      for (int64_t i = begin; i < end && !call.spans; ++i) counters.few[i - begin] = launch.spans[i].step;
+      error = start(count_kernel, chunks_of(end - begin, block_threads), counters, call.stream);
+    }
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;

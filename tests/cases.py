@@ -338,6 +338,10 @@ DIRECT = (
     {"direct": Backend(*(_compiled(operator, CAPABILITIES[0]) for operator in (EXTENSION.sgd_, EXTENSION.adamw_)))} if EXTENSION else {}
 )
 
+# Where there is a GPU and the extension has kernels for it.
+ON_GPU = torch.cuda.is_available() and EXTENSION is not None and EXTENSION.build_info()["cuda"] is not None
+CUDA = {"cuda": COMPILED[f"cpu-{CAPABILITIES[0]}"]._replace(device="cuda")} if ON_GPU else {}
+
 
 def on_threads(count: int, backend: Backend) -> Backend:
     """The backend on so many threads; what surrounds it stays on one, since two that share a core wait for each other."""

@@ -25,13 +25,13 @@ INCLUDES = {
     "step.h": {"pack.h"},
     "spans.h": {"step.h"},
     "variants.h": {"spans.h"},
-    "cpu.h": {"variants.h"},
-    "cpu.cpp": {"cpu.h"},
+    "cpu.h": {"spans.h"},
+    "cpu.cpp": {"cpu.h", "variants.h"},
     "cpu_avx2.cpp": {"cpu.cpp"},
     "cpu_avx512.cpp": {"cpu.cpp"},
     "cuda.h": {"spans.h"},
     "block.h": {"cuda.h", "variants.h"},
-    "cuda.cu": {"block.h", "cuda_runtime.h"},  # CUDA stops here
+    "cuda.cu": {"algorithm", "block.h", "cuda_runtime.h"},  # CUDA stops here
 }
 # What a function that needs it may import, not the module: the package imports without.
 OPTIONAL = {"matplotlib"}

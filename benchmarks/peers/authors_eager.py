@@ -13,7 +13,7 @@ def step(
     weight: Tensor, grad: Tensor, momentum_buffer: Tensor, scale: float, *, epsilon: float, alpha: float, lr: float, momentum: float
 ) -> None:
     """One step in place. ``epsilon`` is on the unit grid, as theirs: 1/16 is unconstrained."""
-    levels = torch.arange(-8.0, 9.0)
+    levels = torch.arange(-8.0, 9.0, device=weight.device)
     p = torch.clamp(weight / scale, -8, 8)
     order = (p.unsqueeze(-1).expand(*p.shape, 17) - levels).abs().sort(dim=-1).indices
     a, b = levels[order[..., 0]], levels[order[..., 1]]
