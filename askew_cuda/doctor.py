@@ -36,6 +36,7 @@ def machine() -> dict[str, str]:
         "driver": _version_of("nvidia-smi"),
         "C++ compiler": _version_of(compiler),
         "nvcc": _version_of("nvcc"),
+        "triton": ops.triton_version() or "not installed",
         "extension": "not there" if built is None else f"built for torch {built['torch']} by {built['compiler']}, CUDA {built['cuda']}",
         "CPU kernels": "none" if built is None else f"{', '.join(ops.extension.cpu_capabilities())}; {threads}",
     }
@@ -65,9 +66,10 @@ def _step(backend: str, device: torch.device, dtype: torch.dtype, rule: str, lev
 
 
 def self_test(backend: str, device: torch.device) -> Iterator[tuple[str, bool]]:
-    """(case, whether the backend's bits are the reference's) for each dtype, rule, codebook and annealing."""
+    """(case, whether the backend's bits are the reference's) for each dtype that it has, rule, codebook and annealing."""
     books = {name: Codebook.named(name).levels for name in ("binary", "ternary", "4bit", "nf4")}
-    for dtype, rule, name, anneal in itertools.product(ops.DTYPES, ("sgd", "adamw"), books, ("capture", "interval")):
+    dtypes = [dtype for dtype in ops.DTYPES if not ops.absent(backend, device, dtype)]
+    for dtype, rule, name, anneal in itertools.product(dtypes, ("sgd", "adamw"), books, ("capture", "interval")):
         mine, wanted = (_step(each, device, dtype, rule, books[name], anneal) for each in (backend, "reference"))
         yield f"{dtype} {rule} {name} {anneal}", all(torch.equal(a, b) for a, b in zip(mine, wanted, strict=True))
 
@@ -81,7 +83,8 @@ def doctor() -> int:
     wrong = 0
     print()
     for backend in ops.BACKENDS[:-1]:
-        device = torch.device("cpu") if backend == "cpu" else gpu or torch.device("cuda")
+        interpreted = backend == "triton" and gpu is None and not ops.absent(backend, torch.device("cpu"), torch.float32)
+        device = torch.device("cpu") if backend == "cpu" or interpreted else gpu or torch.device("cuda")
         reason = ops.absent(backend, device, torch.float32)
         if reason:
             print(f"{backend:14}absent: {reason}")
@@ -89,7 +92,10 @@ def doctor() -> int:
         results = list(self_test(backend, device))
         failed = [case for case, good in results if not good]
         wrong += len(failed)
-        print(f"{backend:14}present; self-test: {len(results) - len(failed)} of {len(results)} cases equal the reference bit for bit")
+        where = " (interpreted on the CPU)" if interpreted else ""
+        print(
+            f"{backend:14}present{where}; self-test: {len(results) - len(failed)} of {len(results)} cases equal the reference bit for bit"
+        )
         for case in failed:
             print(f"{'':14}DIFFERS: {case}; please report it with the lines above")
     print(f"{'reference':14}present, on every device: pure PyTorch")

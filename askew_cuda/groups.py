@@ -159,7 +159,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
         for i, group in enumerate(self.param_groups):
             quantizer = self._quantizer(group)
             kinds = dict.fromkeys((weight.device, weight.dtype) for weight in group["params"])
-            chosen = [f"{ops.choose(group['backend'], device, dtype)} for {dtype} on {device}" for device, dtype in kinds]
+            chosen = [ops.explain(group["backend"], device, dtype) for device, dtype in kinds]
             shown = {key: value for key, value in sorted(group.items()) if key not in ("params", "param_names")}
             shown["quantizer"] = None if quantizer is None else quantizer.summary()
             lines += [f"Parameter Group {i}", *(f"    {key}: {value}" for key, value in shown.items())]

@@ -5,6 +5,8 @@ Each backend offers ``sgd_`` and ``adamw_`` with the arguments of :mod:`askew_cu
 
 import functools
 import importlib
+import os
+import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -90,6 +92,42 @@ def _cuda_absent(device: torch.device) -> str:
     return extension.cuda_problem(torch.cuda.current_device() if device.index is None else device.index)
 
 
+def triton_version() -> str:
+    """Triton's version, "" where it is not installed. It is imported when it is asked for first, not with the package."""
+    try:
+        version: str = importlib.import_module("triton").__version__
+    except ImportError:
+        return ""
+    return version
+
+
+def _triton_absent(device: torch.device, dtype: torch.dtype) -> str:
+    """absent() for Triton, which is loaded only where all else is fit for it."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if dtype == torch.float64:
+        return "its kernels compute in float32; backend='reference' steps float64 weights on any device"
+    if device.type == "cpu" and not interpreted:
+        return "it steps GPU tensors; CPU tensors too, slowly, where TRITON_INTERPRET=1 is set before Triton is loaded"
+    if device.type not in ("cpu", "cuda", "xpu"):
+        return f"it steps cuda (NVIDIA, AMD) and xpu (Intel) tensors, and the weights are on {device}"
+    version = triton_version()
+    if not version:
+        return "triton is not installed: `pip install triton`"
+    if tuple(int(number) for number in version.split(".")[:2]) < (3, 6):  # 3.5 divides with subnormal numbers flushed to zero
+        return f"triton 3.6 or newer is needed, and {version} is installed: `pip install --upgrade triton`"
+    if device.type == "cpu":
+        return ""
+    if interpreted:
+        return f"TRITON_INTERPRET=1 is set: it steps CPU tensors only, and the weights are on {device}; unset it"
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return "torch finds no GPU"
+    if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"Triton needs compute capability 8.0, and {torch.cuda.get_device_name(device)} has less"
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "Triton needs a C compiler at run time: install gcc or clang, or name one in CC"
+    return ""
+
+
 def absent(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     """Why ``backend`` can't step weights of this dtype on this device, and what helps; "" where it can."""
     if dtype not in DTYPES:
@@ -99,7 +137,7 @@ def absent(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     if backend == "cuda":
         return _extension_absent or _cuda_absent(device)
     if backend == "triton":
-        return "this version has no Triton kernels yet; backend='reference' runs on any device"
+        return _triton_absent(device, dtype)
     return ""
 
 
@@ -120,13 +158,22 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
         if reason:
             raise RuntimeError(f"backend = {backend!r} is absent: {reason}")
         return backend
-    candidates = [name for name in BACKENDS if not absent(name, device, dtype)]
-    if candidates[0] == "reference":
+    # Triton's interpreter is for tests, not for "auto".
+    chosen = next(name for name in BACKENDS if (name, device.type) != ("triton", "cpu") and not absent(name, device, dtype))
+    if chosen == "reference":
         own = "cpu" if device.type == "cpu" else "cuda"
         warnings.warn(
             f"askew_cuda steps {device.type} weights by its slow pure PyTorch reference: {absent(own, device, dtype)}", stacklevel=2
         )
-    return candidates[0]
+    return chosen
+
+
+def explain(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """What choose() says, and of which weights; for "auto" with the reasons why no other backend of the device was taken before it."""
+    chosen = choose(backend, device, dtype)
+    before = BACKENDS[: BACKENDS.index(chosen)] if backend == "auto" else ()
+    reasons = [f"{name} is absent: {absent(name, device, dtype)}" for name in before if (name == "cpu") == (device.type == "cpu")]
+    return f"{chosen} for {dtype} on {device}" + (f" ({'; '.join(reasons)})" if reasons else "")
 
 
 def scalar(value: Scalar) -> torch.Tensor | None:
@@ -165,4 +212,8 @@ def operators(backend: str) -> Operators:
     """The operators of a backend that is present."""
     if backend == "reference":
         return Operators(reference.sgd_, reference.adamw_)
+    if backend == "triton":
+        from . import triton_launch
+
+        return Operators(triton_launch.sgd_, triton_launch.adamw_)
     return Operators(_compiled("sgd_"), _compiled("adamw_"))

@@ -18,7 +18,9 @@ def test_doctor_names_what_is_here_and_why_the_rest_is_not(capsys):
     assert f"torch         {torch.__version__}" in text
     assert "self-test: 64 of 64 cases equal the reference bit for bit" in text
     for backend in ("cuda", "triton"):
-        assert any(line.startswith(backend) and "absent: " in line for line in text.splitlines())
+        expected = "absent: " if ops.absent(backend, torch.device("cuda"), torch.float32) else "present; self-test: "
+        assert any(line.startswith(backend) and expected in line for line in text.splitlines())
+    assert f"triton        {ops.triton_version() or 'not installed'}" in text
 
 
 def test_doctor_finds_a_backend_that_differs(monkeypatch, capsys):

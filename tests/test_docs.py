@@ -26,6 +26,8 @@ def test_the_python_blocks_of_a_page_run_in_order(page, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("module", [each.name for each in pkgutil.iter_modules(askew_cuda.__path__) if each.name != "_C"])
 def test_docstring_examples(module):
+    if module.startswith("triton_"):
+        pytest.importorskip("triton", reason="triton is not installed: `pip install triton`, or the dev extra")
     failed, _ = doctest.testmod(importlib.import_module(f"askew_cuda.{module}"))
     assert failed == 0
 
