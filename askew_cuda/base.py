@@ -34,6 +34,11 @@ class Staged:
             self._added[where] = (kept, make())
         return self._added[where][1]
 
+    def put(self, kept: dict[Any, Any], key: Any, value: Any) -> Any:
+        """The value, which becomes ``kept[key]`` at commit()."""
+        self._added[(id(kept), key)] = (kept, value)
+        return value
+
     def commit(self) -> None:
         """From now on the optimizer has it."""
         for (_, key), (kept, value) in self._added.items():
@@ -152,7 +157,24 @@ class QuantizedOptimizer(FinalizingOptimizer):
         for device, dtype in kinds:
             same = batch if len(kinds) == 1 else batch.pick([w.dtype == dtype and w.device == device for w in weights])
             if same.weights:
+                if device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
+                    self._check_capture(group, same)
                 yield from self._calls(group, ops.operators(ops.choose(group["backend"], device, dtype)), same)
+
+    @staticmethod
+    def _check_capture(group: Group, batch: Batch) -> None:
+        """Whether a CUDA graph that is being captured would do, when it is replayed, what a step does then."""
+        if not group.get("capturable", True):
+            raise RuntimeError("step() in a CUDA graph capture with capturable = False: the step would never be counted; pass True")
+        if group["quantizer"] is None:
+            return
+        if not isinstance(group["epsilon"], Tensor) or group["epsilon"].device.type == "cpu":
+            raise RuntimeError(
+                f"step() in a CUDA graph capture with epsilon = {group['epsilon']!r}: the graph would never anneal; "
+                "pass epsilon=torch.tensor(1.0, device=...), which Anneal fills in place"
+            )
+        if any("scale" not in state for state in batch.states):
+            raise RuntimeError("step() in a CUDA graph capture before the scales are set: call prepare(), or step once, before it")
 
     def _calls(self, group: Group, backend: ops.Operators, batch: Batch) -> Iterator[Call]:
         """The calls of a batch: operators with all their arguments. Nothing is changed."""

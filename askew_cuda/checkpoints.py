@@ -96,7 +96,7 @@ def _state(kept: dict[str, Any], weight: Tensor, group: Group, name: str) -> dic
         if key == "step":
             value = torch.as_tensor(value)
             dtype = value.dtype if value.dtype in (torch.float32, torch.float64) else counter_dtype()
-            state[key] = value.detach().to("cpu", dtype, copy=True)
+            state[key] = value.detach().to(weight.device if group.get("capturable") else "cpu", dtype, copy=True)
         elif not isinstance(value, Tensor):
             state[key] = copy.deepcopy(value)
         elif key == "scale":

@@ -92,6 +92,8 @@ class GroupedOptimizer(torch.optim.Optimizer):
                 )
             if settings["state_dtype"] is not None and weight.dtype == torch.float64:
                 raise ValueError(f"state_dtype = float32, but {name} is float64; it is for 16-bit weights")
+            if settings.get("capturable") and weight.device.type == "cpu":
+                raise ValueError(f"capturable = True, but {name} is on the CPU; it is for weights on a GPU, in CUDA graphs. Leave it False")
             if quantizer is not None:
                 quantizer.check(weight, name)
             chosen = ops.choose(settings["backend"], weight.device, weight.dtype)

@@ -27,7 +27,7 @@ _KEYWORDS = """
     max_step: cap on the pull, in units of half the distance between levels. clip: keep weights within the outermost levels.
     outputs: "codes" and "snapped" are written by the step itself, to ``optimizer.outputs[p]``.
     state_dtype: torch.float32 keeps the state of 16-bit weights in float32. backend: "auto", "cuda", "triton", "cpu" or "reference".
-    fused, foreach: accepted as torch's are; every backend is fused. capturable, differentiable: not offered.
+    fused, foreach: accepted as torch's are; every backend is fused. differentiable: not offered.
 
     State per weight: torch's, and ``scale``. Raises ValueError, TypeError or RuntimeError (a backend that is absent) with the
     argument, its value and the remedy.
@@ -132,18 +132,34 @@ class AskewAdamW(QuantizedOptimizer):
             raise ValueError(f"betas = {group['betas']!r}; two numbers in [0, 1)")
         if not group["eps"] >= 0:
             raise ValueError(f"eps = {group['eps']!r}; at least 0")
-        if group["capturable"]:
-            raise ValueError("capturable = True is not offered yet; leave it False")
 
     def _calls(self, group: Group, backend: ops.Operators, batch: Batch) -> Iterator[Call]:
-        if self._overflowed(wait=True):  # steps are counted on the host, which has to know whether this one counts
+        counted_there = self._counted_there(group)
+        if not counted_there and self._overflowed(wait=True):  # the host counts the steps, and has to know whether this one counts
             return
         scales = self._scales(group, batch)
         codes, snapped = self._outputs(group, batch)
         levels, settings = self._constraint(group, batch)
         beta1, beta2 = (float(beta) for beta in group["betas"])
-        settings |= {"beta1": beta1, "beta2": beta2, "eps": group["eps"], "amsgrad": group["amsgrad"], "found_inf": None}
+        settings |= {"beta1": beta1, "beta2": beta2, "eps": group["eps"], "amsgrad": group["amsgrad"]}
+        if not counted_there:
+            settings["found_inf"] = None
         keys = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if group["amsgrad"] else ("exp_avg", "exp_avg_sq")
         moments = [self._moments(group, batch, key) for key in keys] + [[]] * (3 - len(keys))
-        steps = batch.tensors("step", lambda weight: torch.zeros((), dtype=counter_dtype()))
+        steps = self._steps(batch, batch.weights[0].device if counted_there else torch.device("cpu"))
         yield partial(backend.adamw_, batch.weights, batch.grads, *moments, steps, scales, levels, codes, snapped, **settings)
+
+    def _counted_there(self, group: Group) -> bool:
+        """Whether the GPU counts the steps: a captured graph has to, and with AMP it alone knows which ones count."""
+        found = getattr(self, "found_inf", None)
+        return group["capturable"] or (isinstance(found, Tensor) and found.device.type != "cpu")
+
+    @staticmethod
+    def _steps(batch: Batch, where: torch.device) -> list[Tensor]:
+        """How many steps each weight has made, counted there; once a GPU counts those of a call, it goes on doing so."""
+        steps = batch.tensors("step", lambda weight: torch.zeros((), dtype=counter_dtype(), device=where))
+        device = batch.weights[0].device
+        if device.type != "cpu" and len({step.device for step in steps} | {where}) > 1:
+            pairs = zip(batch.states, steps, strict=True)
+            steps = [step if step.device == device else batch.staged.put(state, "step", step.to(device)) for state, step in pairs]
+        return steps

@@ -252,7 +252,7 @@ def test_what_capturable_differentiable_and_fused_mean(ours):
     with pytest.raises(RuntimeError, match="fused = True, but the pure PyTorch reference"):
         ours([weight], fused=True, backend="reference")
     if ours is askew.AskewAdamW:
-        with pytest.raises(ValueError, match="capturable = True is not offered yet"):
+        with pytest.raises(ValueError, match=r"capturable = True, but params\[0\] is on the CPU"):
             ours([weight], capturable=True)
 
 

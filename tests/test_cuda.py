@@ -194,6 +194,45 @@ def test_a_captured_graph_anneals_and_follows_the_schedule(kind, count):
         assert_same_bits(replayed, eager, f"weights[{i}]")
 
 
+# What is wrong when a capture begins, and the message.
+@pytest.mark.parametrize(
+    ("keywords", "prepared", "message"),
+    [
+        ({"epsilon": 1.0}, True, "epsilon = 1.0: the graph would never anneal"),
+        ({}, False, r"call prepare\(\)"),
+        ({"capturable": False}, True, "capturable = False: the step would never be counted"),
+    ],
+    ids=["epsilon", "scales", "capturable"],
+)
+def test_a_capture_that_would_go_wrong_is_refused(keywords, prepared, message):
+    optimizer = askew.AskewAdamW(parameters(2), quantizer="binary", **{"epsilon": there(1.0), "capturable": True} | keywords)
+    if prepared:
+        optimizer.prepare()
+    torch.cuda.synchronize()
+    with pytest.raises(RuntimeError, match=message), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("kind", [askew.AskewSGD, askew.AskewAdamW])
+def test_gradscaler_on_the_gpu_skips_and_counts_as_torchs_optimizer_does(kind):
+    """No step with an infinity counts, the first one included; nothing waits for the device but the scaler itself."""
+    weights = parameters(3)
+    optimizer = kind(weights, lr=0.1, quantizer="ternary")
+    scaler = torch.amp.GradScaler("cuda", init_scale=8.0)
+    taken = []
+    for overflow in (True, False, True, False):
+        before = [weight.detach().clone() for weight in weights]
+        for weight in weights:
+            weight.grad = torch.full_like(weight, math.inf if overflow else 0.5)
+        scaler.step(optimizer)
+        scaler.update()
+        taken.append([bool((weight != old).any()) for weight, old in zip(weights, before, strict=True)])
+    assert taken == [[False] * 3, [True] * 3, [False] * 3, [True] * 3]
+    if kind is askew.AskewAdamW:
+        assert [float(optimizer.state[weight]["step"]) for weight in weights] == [2.0, 2.0, 2.0]
+        assert optimizer.state[weights[0]]["step"].is_cuda
+
+
 def test_more_than_two_to_the_31_weights():
     size = (1 << 31) + 12345
     if torch.cuda.mem_get_info()[0] < 6 * size:
