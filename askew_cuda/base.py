@@ -86,8 +86,9 @@ class QuantizedOptimizer(FinalizingOptimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One step: base rule, constraint, clip and outputs in one pass over each tensor. ``p.grad`` is never written.
 
-        The step is made as a whole or not at all: all memory is there and all arguments are checked before the first weight moves, and
-        Ctrl-C waits for the last one. (The reference needs memory on its way, and stops where there is none.)
+        The step is made as a whole or not at all: state is allocated and arguments are checked before the first weight moves, and Ctrl-C
+        waits for the last one. What is left: a call that has to copy on its way - the reference, and gradients in another memory order
+        than their weights - stops where there is no memory for it.
 
         Args:
             closure: reevaluates the model and returns the loss; it sees the trained weights.
@@ -149,7 +150,7 @@ class QuantizedOptimizer(FinalizingOptimizer):
         if any([grad.is_sparse for grad in grads]):
             name = next(name for name, weight in self._named(group) if weight.grad is not None and weight.grad.is_sparse)
             raise ValueError(f"the gradient of {name} is sparse; dense gradients are needed (sparse=False in an embedding)")
-        states: list[Any] = [self.state.get(weight) for weight in weights]
+        states: list[Any] = list(map(self.state.get, weights))
         if None in states:
             states = [staged.get(self.state, weight, dict) for weight in weights]
         batch = Batch(weights, grads, states, staged)

@@ -43,7 +43,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         if "_parsed" not in self.__dict__:  # unpickled or copied; load_state_dict also comes through here
             self._start()
-        self._stepped.update((weight, True) for weight, kept in self.state.items() if kept)
+        self._stepped.update((weight, True) for weight, kept in self.state.items() if kept and isinstance(weight, Tensor))
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
