@@ -1,6 +1,5 @@
 """Weights of every kind: memory orders, shared, 0-d, empty, thousands, in threads, in forked processes, above 2^31 elements."""
 
-import itertools
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -68,10 +67,9 @@ def test_memory_order_changes_nothing(rule, backend, quantizer, shape):
         assert weight.stride() == strides
         state = {**optimizer.state[weight], **optimizer.outputs.get(weight, {})}
         results.append([weight.detach().contiguous(), *(state[key].contiguous() for key in sorted(state))])
-    for (names, result), (value, wanted) in itertools.chain.from_iterable(
-        zip(itertools.repeat(each), zip(each[1], results[0], strict=True), strict=False) for each in zip(pairs, results, strict=True)
-    ):
-        assert torch.equal(value, wanted), (names, len(result))
+    for names, result in zip(pairs, results, strict=True):
+        for value, wanted in zip(result, results[0], strict=True):
+            assert torch.equal(value, wanted), names
 
 
 @rules
