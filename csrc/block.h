@@ -260,7 +260,7 @@ struct Worker {
     T snapped[count];
 #pragma unroll
     for (int k = 0; k < count; ++k) {
-      const T index = codebook.nearest(widen(w[k]) * grid.inverse);
+      const auto index = codebook.nearest(widen(w[k]) * grid.inverse);
       codes[k] = static_cast<uint8_t>(index);
       snapped[k] = grid.unit * codebook.level(index);
     }

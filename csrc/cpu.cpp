@@ -125,7 +125,7 @@ struct Loop {
   // (E6) of the weights as they were stored, from weight i on: 16-bit storage has rounded them.
   ASKEW_FN void store_outputs(const Span& span, int64_t i, P w, const Grid<P>& grid) const {
     if constexpr (sizeof(Storage) == 2) w = load<P>(at<Storage>(span.weight, i));
-    const P index = codebook.nearest(w * grid.inverse);
+    const auto index = codebook.nearest(w * grid.inverse);
     if (span.codes) store_codes(span.codes + i, index);
     if (!span.snapped) return;
     const P snapped = grid.unit * codebook.level(index);

@@ -50,8 +50,11 @@ ASKEW_FN double ceil_index(double x) { return ::ceil(x); }
 ASKEW_FN float flip(float x, float sign) { return ::copysignf(1.0f, sign) < 0 ? -x : x; }
 ASKEW_FN double flip(double x, double sign) { return ::copysign(1.0, sign) < 0 ? -x : x; }
 
-// table[index], index holding an integer below `capacity`, the table's size.
-template <int capacity, typename T> ASKEW_FN T lookup(const T* table, T index) { return table[static_cast<int>(index)]; }
+// table[index], index below `capacity`, the table's size; with a pack of integers, lane by lane.
+template <int capacity, typename T> ASKEW_FN T lookup(const T* table, int32_t index) { return table[index]; }
+
+// `value` where the mask holds, else 0.
+ASKEW_FN int32_t where(bool mask, int32_t value) { return mask ? value : 0; }
 
 // `value` in every lane of something like the second argument.
 ASKEW_FN float broadcast(float value, float) { return value; }
@@ -72,6 +75,18 @@ template <> struct LaneOf<double> {
   using type = double;
 };
 template <typename P> using Lane = typename LaneOf<P>::type;
+
+// An index into a table for each lane: an integer, or a pack of integers as wide as the lanes.
+template <typename P> struct IndexOf {
+  using type = decltype(P{} < P{});
+};
+template <> struct IndexOf<float> {
+  using type = int32_t;
+};
+template <> struct IndexOf<double> {
+  using type = int32_t;
+};
+template <typename P> using Index = typename IndexOf<P>::type;
 
 #if !defined(__CUDACC__)
 
@@ -131,21 +146,22 @@ template <typename P> ASKEW_FN P ceil_index(P x) {
 }
 
 // A table that fills one register, or two, is shuffled; a larger one is read lane by lane.
-template <int capacity, typename T, typename P> ASKEW_FN P lookup(const T* table, P index) {
+template <int capacity, typename T, typename Integers> ASKEW_FN Pack<T, lanes<Integers>()> lookup(const T* table, Integers index) {
+  using P = Pack<T, lanes<Integers>()>;
 #if !defined(__clang__)
   constexpr int width = lanes<P>();
   if constexpr (width >= 8 && (capacity == width || capacity == 2 * width)) {
     P first, second;
     std::memcpy(&first, table, sizeof first);
     std::memcpy(&second, table + (capacity - width), sizeof second);
-    const auto which = __builtin_convertvector(index, MaskOf<P>);
-    return capacity == width ? __builtin_shuffle(first, which) : __builtin_shuffle(first, second, which);
+    return capacity == width ? __builtin_shuffle(first, index) : __builtin_shuffle(first, second, index);
   }
 #endif
   P found{};
-  for (int lane = 0; lane < lanes<P>(); ++lane) found[lane] = table[static_cast<int>(index[lane])];
+  for (int lane = 0; lane < lanes<P>(); ++lane) found[lane] = table[index[lane]];
   return found;
 }
+template <typename Mask> ASKEW_FN Mask where(Mask mask, int32_t value) { return mask & value; }
 
 #endif  // !__CUDACC__
 
@@ -238,7 +254,7 @@ template <typename P> ASKEW_FN P load(const Float16* from) { return widen_float1
 template <typename P> ASKEW_FN void store(BFloat16* to, P x) { store_halves(to, narrow_bfloat16<Pack<uint32_t, lanes<P>()>>(x)); }
 template <typename P> ASKEW_FN void store(Float16* to, P x) { store_halves(to, narrow_float16<Pack<uint32_t, lanes<P>()>>(x)); }
 
-// Level indices (integers 0 .. 255) as bytes; by way of 16 bits, since the direct way goes lane by lane.
+// Level indices (0 .. 255, integers or not) as bytes; by way of 16 bits, since the direct way goes lane by lane.
 template <typename P> ASKEW_FN void store_codes(uint8_t* to, P index) {
   const auto word = __builtin_convertvector(index, Pack<int32_t, lanes<P>()>);
   const auto half = __builtin_convertvector(word, Pack<int16_t, lanes<P>()>);

@@ -83,20 +83,17 @@ struct TableCodebook {
 
   ASKEW_FN T lowest() const { return levels[0]; }
   ASKEW_FN T highest() const { return levels[count - 1]; }
-  template <typename P> ASKEW_FN P nearest(P u) const {  // how many midpoints lie below u: a tie goes to the lower level, NaN to 0
-    P index = broadcast(T(0), u);
-    for (int half = capacity / 2; half > 0; half /= 2) {
-      const P midpoint = lookup<capacity>(midpoints, index + T(half - 1));
-      index = index + (u > midpoint ? broadcast(T(half), u) : broadcast(T(0), u));
-    }
+  template <typename P> ASKEW_FN Index<P> nearest(P u) const {  // how many midpoints lie below u: a tie goes to the lower level, NaN to 0
+    Index<P> index{};
+    for (int half = capacity / 2; half > 0; half /= 2) index = index + where(u > lookup<capacity>(midpoints, index + (half - 1)), half);
     return index;
   }
-  template <typename P> ASKEW_FN P level(P index) const { return lookup<capacity>(levels, index); }
+  template <typename Integer> ASKEW_FN auto level(Integer index) const { return lookup<capacity>(levels, index); }
   // e < 0: the weight lies above its level.
-  template <typename P> ASKEW_FN P gap(P index, P e) const {
+  template <typename Integer, typename P> ASKEW_FN P gap(Integer index, P e) const {
     return e < T(0) ? lookup<capacity>(gap_above, index) : lookup<capacity>(gap_below, index);
   }
-  template <typename P> ASKEW_FN P inverse_gap(P index, P e) const {
+  template <typename Integer, typename P> ASKEW_FN P inverse_gap(Integer index, P e) const {
     return e < T(0) ? lookup<capacity>(inverse_gap_above, index) : lookup<capacity>(inverse_gap_below, index);
   }
 };
@@ -123,18 +120,18 @@ ASKEW_FN Grid<P> make_grid(P scale, const Codebook& codebook, const Hyper<P>& h)
 }
 
 // A weight among its levels.
-template <typename P>
+template <typename P, typename IndexType>
 struct Place {
-  P index;  // of the nearest level
-  P level;  // its value, units of the codebook
-  P e;      // signed distance to it, q - w; weight units
-  P gap;    // half the distance between the two levels around the weight, units of the codebook
-  P half;   // the same in weight units: r_h
+  IndexType index;  // of the nearest level
+  P level;          // its value, units of the codebook
+  P e;              // signed distance to it, q - w; weight units
+  P gap;            // half the distance between the two levels around the weight, units of the codebook
+  P half;           // the same in weight units: r_h
 };
 
 template <typename P, typename Codebook>
-ASKEW_FN Place<P> locate(P w, const Grid<P>& grid, const Codebook& codebook) {
-  Place<P> at;
+ASKEW_FN auto locate(P w, const Grid<P>& grid, const Codebook& codebook) {
+  Place<P, decltype(codebook.nearest(w))> at;
   at.index = codebook.nearest(w * grid.inverse);
   at.level = codebook.level(at.index);
   at.e = grid.unit * at.level - w;
@@ -148,8 +145,8 @@ ASKEW_FN Place<P> locate(P w, const Grid<P>& grid, const Codebook& codebook) {
 struct Capture {
   static constexpr bool on_gradient = false;
 
-  template <typename P, typename Codebook>
-  static ASKEW_FN P skew(P d, P, const Place<P>& at, const Grid<P>&, const Codebook&, const Hyper<P>& h) {
+  template <typename P, typename At, typename Codebook>
+  static ASKEW_FN P skew(P d, P, const At& at, const Grid<P>&, const Codebook&, const Hyper<P>& h) {
     const P distance = abs(at.e);
     const P cap = h.now.max_step * at.half;
     P pull = h.now.rate * distance;
@@ -167,8 +164,8 @@ struct Capture {
 struct Interval {
   static constexpr bool on_gradient = true;  // where h.skew_gradient asks for it
 
-  template <typename P, typename Codebook>
-  static ASKEW_FN P skew(P d, P w, const Place<P>& at, const Grid<P>& grid, const Codebook& codebook, const Hyper<P>& h) {
+  template <typename P, typename At, typename Codebook>
+  static ASKEW_FN P skew(P d, P w, const At& at, const Grid<P>& grid, const Codebook& codebook, const Hyper<P>& h) {
     using T = Lane<P>;
     const P distance = abs(at.e);
     const auto outside = ((at.level == codebook.lowest()) & (at.e > T(0))) | ((at.level == codebook.highest()) & (at.e < T(0)));

@@ -1,6 +1,8 @@
 """The CUDA backend on a GPU: the reference's results bit for bit, nothing waits, one launch, graphs that anneal."""
 
+import contextlib
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -10,20 +12,22 @@ from askew_cuda import ops
 from tests.cases import CASES, CUDA, PLAIN, REFERENCE, RULES, build, call, case_id, run
 from tests.compare import assert_close, assert_same_bits
 
-pytestmark = [
-    pytest.mark.skipif(not CUDA, reason="no GPU that torch can use, or an extension without CUDA kernels"),
-    pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype"),
-]
-BACKEND = CUDA.get("cuda", REFERENCE)
+if not CUDA:
+    pytest.skip("no GPU that torch can use, or an extension without CUDA kernels", allow_module_level=True)
+
+pytestmark = pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+BACKEND = CUDA["cuda"]
 ADAMW = [name for name, rule in RULES.items() if "beta1" in rule]
 
 
-@pytest.fixture
-def waiting_is_an_error():
+@contextlib.contextmanager
+def nothing_waits() -> Iterator[None]:
     """torch raises where its own operations would wait for the device."""
     torch.cuda.set_sync_debug_mode("error")
-    yield
-    torch.cuda.set_sync_debug_mode("default")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def there(value: float, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -48,13 +52,14 @@ def test_the_gpu_does_what_the_reference_does(case):
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("annealing", ["capture", "capture_alpha", "interval", "gradient"])
-def test_numbers_may_live_on_the_device(rule, annealing, waiting_is_an_error):
+def test_numbers_may_live_on_the_device(rule, annealing):
     case = PLAIN._replace(rule=rule, annealing=annealing, grad_scale=1024.0)
     expected = run(case, REFERENCE)
     numbers = {"lr": there(case.lr, torch.float32), "epsilon": there(case.epsilon), "grad_scale": there(1024.0, torch.float32)}
     lists = build(case, "cuda").lists
-    call(case, lists, BACKEND, found_inf=None if "beta1" in RULES[rule] else there(0.0, torch.float32), **numbers)
-    torch.cuda.set_sync_debug_mode("default")
+    found_inf = None if "beta1" in RULES[rule] else there(0.0, torch.float32)
+    with nothing_waits():
+        call(case, lists, BACKEND, found_inf=found_inf, **numbers)
     for key, tensors in lists.items():
         for i, tensor in enumerate(tensors):
             if f"{key}[{i}]" in expected:
@@ -118,15 +123,14 @@ def test_one_launch_for_a_list_and_nothing_else_on_the_device(count):
 
 @pytest.mark.parametrize("count", [3, 100])
 @pytest.mark.parametrize("kind", [askew.AskewSGD, askew.AskewAdamW])
-def test_from_the_second_step_on_nothing_waits(kind, count, waiting_is_an_error):
-    torch.cuda.set_sync_debug_mode("default")
+def test_once_it_is_prepared_nothing_waits(kind, count):
     optimizer = kind(parameters(count), lr=0.1, quantizer="ternary")
     anneal = askew.Anneal(optimizer, total_steps=100)
     optimizer.prepare()
-    torch.cuda.set_sync_debug_mode("error")
-    for _ in range(3):
-        optimizer.step()
-        anneal.step()
+    with nothing_waits():
+        for _ in range(3):
+            optimizer.step()
+            anneal.step()
 
 
 @pytest.mark.parametrize("count", [3, 100])
