@@ -143,6 +143,15 @@ def test_a_wrong_call_names_the_argument_and_changes_nothing(wrong):
                 assert_same_bits(lists[key][i], tensor, f"{key}[{i}]")
 
 
+@pytest.mark.parametrize("rule", ["momentum", "amsgrad"])
+def test_arguments_are_checked_where_an_infinity_was_found(rule):
+    case = PLAIN._replace(rule=rule)
+    lists = build(case).lists
+    lists["codes"] = [codes.int() for codes in lists["codes"]]
+    with pytest.raises(TypeError, match=r"codes\[0\] is torch.int32; codes are uint8"):
+        call(case, lists, TRITON["interpreted"], found_inf=1.0)
+
+
 def test_numbers_and_weights_elsewhere_are_refused():
     lists = build(PLAIN).lists
     with pytest.raises(ValueError, match="epsilon is on meta and the weights on cpu"):
