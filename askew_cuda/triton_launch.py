@@ -67,6 +67,21 @@ class Layout(NamedTuple):
 
 
 layouts: Latest[Layout | None] = Latest(64)
+captured: list[tuple[object, ...]] = []  # what CUDA graphs go on reading, as long as the process lives
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether launches are being captured in a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def refuse_capture(device: torch.device) -> None:
+    """Copies to the device can't be captured."""
+    if capturing(device):
+        raise RuntimeError(
+            "askew_cuda: step() in a CUDA graph capture with tensors that no step has seen where they lie now; make one step before it "
+            "and keep the gradients (zero_grad(set_to_none=False)), or use backend='cuda'"
+        )
 
 
 def scale_in_order(weight: Tensor, scale: Tensor) -> Tensor:
@@ -88,6 +103,7 @@ def scale_layout(weight: Tensor, scale: Tensor) -> tuple[int, int]:
 
 def make_layout(lists: Lists) -> Layout:
     """For tensors in memory order. A block never crosses a tensor; an empty one has none."""
+    refuse_capture(lists.weights[0].device)
     scales = zip(lists.weights, lists.scales, strict=True) if lists.scales else ()
     runs = [scale_layout(weight, scale) for weight, scale in scales] or [(1, 1)] * len(lists.weights)
     sizes = torch.tensor([weight.numel() for weight in lists.weights])
@@ -105,6 +121,7 @@ def addresses_of(lists: Lists) -> tuple[tuple[int, ...], ...]:
 
 def make_table(addresses: tuple[tuple[int, ...], ...], layout: Layout) -> Tensor:
     """(tensors, COLUMNS) int64, on the device. The host waits for the copy, this once, so that any stream may use it."""
+    refuse_capture(layout.owner.device)
     columns = torch.tensor(addresses).t()
     aligned = (columns[:, :-1] % 16 == 0).all(1, keepdim=True)
     return torch.cat([columns, layout.columns, aligned], 1).to(layout.owner.device)
@@ -246,6 +263,8 @@ def launch(lists: Lists, layout: Layout | None, rule: Rule, lr: float | Tensor, 
     addresses = addresses_of(lists)
     table = layout.tables.make(addresses, functools.partial(make_table, addresses, layout))
     book, capacity = codebook(lists.levels, device)
+    if capturing(device):
+        captured.append((table, layout.owner, book))
     states = [tensors for tensors in lists.state.values() if tensors]
     kinds = (lists.weights[0].dtype, states[0][0].dtype if states else torch.float32, lists.snapped[0].dtype if lists.snapped else None)
     weight_type, state_type, snapped_type = (STORAGE[kind] for kind in kinds)

@@ -225,6 +225,23 @@ def test_what_is_kept_is_dropped_one_by_one(counted):
     assert count()[2] == 71 + 9 + 1  # a layout keeps eight tables
 
 
+def test_a_graph_captures_what_was_seen_before(counted, monkeypatch):
+    recorder, _ = counted
+    lists = build(PLAIN).lists
+    monkeypatch.setattr(LAUNCHER, "captured", [])
+    call(PLAIN, build(PLAIN).lists, TRITON["interpreted"])  # others of the same layout
+    monkeypatch.setattr(LAUNCHER, "capturing", lambda device: True)
+    for case in (PLAIN, PLAIN._replace(size=34)):
+        with pytest.raises(RuntimeError, match="no step has seen where they lie"):
+            call(case, lists if case is PLAIN else build(case).lists, TRITON["interpreted"])
+    assert len(recorder.given) == 1
+    monkeypatch.setattr(LAUNCHER, "capturing", lambda device: False)
+    call(PLAIN, lists, TRITON["interpreted"])
+    monkeypatch.setattr(LAUNCHER, "capturing", lambda device: True)
+    call(PLAIN, lists, TRITON["interpreted"])
+    assert LAUNCHER.captured[0][:2] == recorder.given[-1][1][:2]  # table and map are kept for it
+
+
 def test_nothing_is_launched_for_nothing(counted):
     recorder, _ = counted
     for operator in TRITON["interpreted"][:2]:
