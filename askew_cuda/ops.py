@@ -215,5 +215,7 @@ def operators(backend: str) -> Operators:
     if backend == "triton":
         from . import triton_launch
 
-        return Operators(triton_launch.sgd_, triton_launch.adamw_)
+        # The launch follows addresses, which a trace does not have: torch.compile breaks its graph there.
+        reason = "the Triton backend is launched outside of torch.compile's graphs"
+        return Operators(*(torch.compiler.disable(each, reason=reason) for each in (triton_launch.sgd_, triton_launch.adamw_)))
     return Operators(_compiled("sgd_"), _compiled("adamw_"))
