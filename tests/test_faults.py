@@ -225,6 +225,14 @@ def interrupted(action, at: int) -> bool:
     return False
 
 
+@pytest.fixture
+def ctrl_c_raises():
+    """As in a terminal. A shell starts what runs in its background with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.skipif(sys.gettrace() is not None, reason="a debugger or coverage traces this run; the test needs sys.settrace")
 @pytest.mark.parametrize(
     ("name", "backend", "done"),
@@ -233,7 +241,7 @@ def interrupted(action, at: int) -> bool:
         *(("load", "auto", 0), ("quantized", "auto", 1), ("finalize", "auto", 0)),
     ],
 )
-def test_ctrl_c_at_any_line(name, backend, done):
+def test_ctrl_c_at_any_line(name, backend, done, ctrl_c_raises):
     """Before or after, never between; and the next attempt does all of it."""
     action = ACTIONS[name]
     optimizer, weights = stepped("dampening", backend, done)
