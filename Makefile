@@ -6,7 +6,7 @@ export TORCH_CUDA_ARCH_LIST ?= 9.0
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test accuracy bench lint format clean
+.PHONY: demo test accuracy bench figures lint format clean
 .DELETE_ON_ERROR:
 
 demo: build/built  ## train digits at 1 bit, ternary, 2 and 4 bit, beside full precision and a straight-through estimator
@@ -18,9 +18,12 @@ test: build/built  ## all tests
 accuracy: build/built  ## the accuracy table: digits, 10 seeds
 	$(RUN) -m benchmarks.accuracy
 
-bench: build/built  ## the CPU benchmark, against torch's fused SGD, the authors' eager formula and torchao's PARQ
-	$(PIP) --no-deps torchao
-	$(RUN) -m benchmarks.bench_cpu
+bench: build/built  ## every benchmark in short, beside torch's optimizers and those of today; JSON in build/bench
+	$(PIP) --no-deps bitsandbytes flashoptim torchao
+	$(RUN) -m benchmarks --save build/bench
+
+figures: build/installed  ## every table and plot of README and docs, from benchmarks/results
+	$(RUN) -m benchmarks.report
 
 lint: build/installed
 	$(VENV)/bin/ruff check .
@@ -40,7 +43,7 @@ clean:
 build/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) setuptools wheel ninja pybind11 torch numpy
-	ASKEW_BUILD=none $(PIP) --no-build-isolation --editable '.[demo,dev]'
+	ASKEW_BUILD=none $(PIP) --no-build-isolation --editable '.[bench,demo,dev]'
 	mkdir -p build && touch $@
 
 build/built: build/installed setup.py $(wildcard csrc/*)

@@ -12,7 +12,7 @@ from concurrent.futures import ProcessPoolExecutor
 import torch
 from tqdm import tqdm
 
-from benchmarks import harness
+from benchmarks import results
 from examples import digits
 
 WIDTHS = ("binary", "ternary", "2bit", "4bit")
@@ -69,7 +69,7 @@ def main() -> None:
             print(f"{name:9}{ste_mean:7.2f}{ours_mean:8.2f}   {differences}")
     if arguments.save:
         cells = {f"{method}, H={hidden}": values for (hidden, method), values in found.items()}
-        print("written to", harness.save("accuracy", {"rows": rows, "cells": cells}))
+        print("written to", results.save("accuracy", {"rows": rows, "cells": cells}))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 #   benchmarks/gpu_session.sh [FOLDER]      FOLDER, or $OUT, or build/gpu: logs, JSON and summary.txt
 #
 # A part that fails does not stop the others; what failed is printed last, and is the exit status. Installs nothing: python must have
-# torch with CUDA, ninja, pybind11, pytest; nvcc; compute-sanitizer. PYTHON says which python.
+# torch with CUDA, ninja, pybind11, pytest, psutil, scipy; nvcc; compute-sanitizer. PYTHON says which python.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -35,12 +35,17 @@ part machine 30 nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.s
 part build 240 "$python" setup.py -q build_ext --inplace
 part doctor 120 "$python" -m askew_cuda.cli doctor
 part cuda 200 "$python" -m pytest -q tests/test_cuda.py tests/test_cuda_binary.py
-part bench 150 "$python" -m benchmarks.bench_gpu --save
+bench() { part "$1" "$2" "$python" -m "benchmarks.bench_$1" --save; }
+bench step 120
+bench tensors 60
+bench memory 40
+bench train 60
+bench scaling 60
 sanitizer memcheck
 sanitizer racecheck
 sanitizer initcheck
 part tests 240 "$python" -m pytest -q --continue-on-collection-errors --ignore tests/test_cuda.py --ignore tests/test_cuda_on_host.py tests
-cp -f benchmarks/results/gpu*.json "$out/" 2>/dev/null
+cp -f benchmarks/results/*-cuda.json "$out/" 2>/dev/null
 
 for name in "${failed[@]}"; do
   printf '\n===== %s failed; the end of its log:\n' "$name"
