@@ -4,7 +4,9 @@ Bytes per weight beyond the weights and their gradients: what an optimizer keeps
 system counts the process (a GPU: torch's allocator), one optimizer after another.
 """
 
+import functools
 import gc
+from collections.abc import Iterator
 
 import torch
 
@@ -28,7 +30,7 @@ def bytes_per_weight(make: workloads.Maker, size: int, device: torch.device) -> 
     return kept / size, (harness.peak_memory(step, device) - before) / size
 
 
-def measure(effort: script.Effort) -> list[Section]:
+def measure(effort: script.Effort) -> Iterator[Section]:
     harness.pin(1)
     harness.return_memory_at_once()
     size = effort.pick(2**21, 2**24)
@@ -37,15 +39,12 @@ def measure(effort: script.Effort) -> list[Section]:
         if name == workloads.COMPILED and not effort.full:
             absent[name] = script.TOO_LONG
             continue
-        try:
-            kept, peak = bytes_per_weight(make, size, effort.device)
-        except Exception as reason:
-            if name.startswith("Askew"):
-                raise
-            absent[name] = str(reason) or type(reason).__name__
+        found, why = workloads.attempt(name, functools.partial(bytes_per_weight, make, size, effort.device))
+        if found is None:
+            absent[name] = why
         else:
-            rows[name] = {"between steps": kept, "peak": peak}
-    return [Section("Bytes per weight", {"weights": size, "threads": 1}, "torch SGD(fused=True)", [], absent, memory=rows)]
+            rows[name] = {"between steps": found[0], "peak": found[1]}
+    yield Section("Bytes per weight", {"weights": size, "threads": 1}, "torch SGD(fused=True)", [], absent, memory=rows)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ The step of one float32 tensor from 1,024 weights to the largest that fits (--fu
 SGD; caches warm, and cold where a cache could hold the tensors; with 1, 2, 4, .. threads up to all cores.
 """
 
+from collections.abc import Iterator
+
 import psutil
 import torch
 
@@ -29,8 +31,7 @@ def thread_counts(effort: script.Effort) -> list[int]:
     return [1] if effort.device.type == "cuda" else sorted({2**k for k in range(every.bit_length()) if 2**k <= every} | {every})
 
 
-def measure(effort: script.Effort) -> list[Section]:
-    sections = []
+def measure(effort: script.Effort) -> Iterator[Section]:
     device = effort.device
     for threads in thread_counts(effort):
         harness.pin(threads)
@@ -51,8 +52,7 @@ def measure(effort: script.Effort) -> list[Section]:
                 timings = harness.compare(
                     variants, baseline="torch fused", rounds=rounds, calls=calls if caches == "warm" else 1, clock=clock
                 )
-                sections.append(Section("Cost against size", about, "torch fused", timings, absent))
-    return sections
+                yield Section("Cost against size", about, "torch fused", timings, absent)
 
 
 if __name__ == "__main__":

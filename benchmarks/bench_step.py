@@ -4,6 +4,8 @@ Backend, rule, codebook, dtype, granularity and outputs, varied one at a time, a
 then whole optimizers on equal work, today's ways among them. With one thread and with all; on a GPU where there is one.
 """
 
+from collections.abc import Iterator
+
 import torch
 
 import askew_cuda as askew
@@ -72,7 +74,7 @@ def in_cache(rule: str, effort: script.Effort) -> Section:
         tensors = Tensors(rule, size, torch.float32, torch.device("cpu"))
         sizes.append({"torch fused": tensors.torch_fused()} | ours(tensors, "cpu", everything=rule == "sgd"))
     pairs = {name: Variant(lambda pair=(few.run, sizes[1][name].run): pair) for name, few in sizes[0].items()}
-    timings = harness.compare(pairs, baseline="torch fused", rounds=effort.pick(9, 41), calls=50, clock=difference)
+    timings = harness.compare(pairs, baseline="torch fused", rounds=effort.pick(15, 61), calls=50, clock=difference)
     about = {"rule": rule, "dtype": "float32", "weights": WARM[1] - WARM[0], "threads": torch.get_num_threads(), "caches": "warm"}
     return Section(f"In a core's cache, {rule}", about, "torch fused", timings)
 
@@ -93,15 +95,13 @@ def ways_of_today(effort: script.Effort) -> Section:
     return Section("Optimizers on one matrix", about, "AskewSGD 4 bit", timings, absent, launches)
 
 
-def measure(effort: script.Effort) -> list[Section]:
-    sections = []
+def measure(effort: script.Effort) -> Iterator[Section]:
     for threads in effort.threads():
         harness.pin(threads)
-        sections += [large(rule, dtype, effort) for rule in ("sgd", "adamw") for dtype in DTYPES]
-        sections.append(ways_of_today(effort))
+        yield from (large(rule, dtype, effort) for rule in ("sgd", "adamw") for dtype in DTYPES)
+        yield ways_of_today(effort)
         if threads == 1 and effort.device.type == "cpu":
-            sections += [in_cache(rule, effort) for rule in ("sgd", "adamw")]
-    return sections
+            yield from (in_cache(rule, effort) for rule in ("sgd", "adamw"))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ optimizer.step() of whole optimizers on 1 to 2,000 tensors of 1 to 16 thousand w
 and on a GPU the device's time and that of a replayed graph. With one thread and with all.
 """
 
+from collections.abc import Iterator
+
 import torch
 
 import askew_cuda as askew
@@ -68,8 +70,7 @@ def graphs(count: int, device: torch.device) -> dict[str, Variant]:
     return found
 
 
-def measure(effort: script.Effort) -> list[Section]:
-    sections = []
+def measure(effort: script.Effort) -> Iterator[Section]:
     gpu = effort.device.type == "cuda"
     for threads in effort.threads():
         harness.pin(threads)
@@ -80,12 +81,11 @@ def measure(effort: script.Effort) -> list[Section]:
             rounds, calls = effort.pick(9, 41), max(1, 300 // count)
             timings = harness.compare(variants, baseline=BASELINE, rounds=rounds, calls=calls)
             launches = workloads.launches(variants, effort.device)
-            sections.append(Section("Host time of optimizer.step()", about, BASELINE, timings, absent | more, launches))
+            yield Section("Host time of optimizer.step()", about, BASELINE, timings, absent | more, launches)
             if gpu:
                 for title, timed in {"Device time of optimizer.step()": variants, "A replayed graph": graphs(count, effort.device)}.items():
                     timings = harness.compare(timed, baseline=BASELINE, rounds=rounds, clock=harness.device_clock())
-                    sections.append(Section(title, about, BASELINE, timings))
-    return sections
+                    yield Section(title, about, BASELINE, timings)
 
 
 if __name__ == "__main__":

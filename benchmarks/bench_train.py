@@ -4,13 +4,14 @@ Forward pass, loss, backward pass and optimizer of an MLP, a convolutional netwo
 and AdamW, AskewSGD and AskewAdamW, torch's fake-quantize operator as a straight-through estimator, torchao's PARQ. 4 bit, all threads.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 import askew_cuda as askew
-from benchmarks import harness, script
+from benchmarks import harness, script, workloads
 from benchmarks.harness import Variant
 from benchmarks.peers import installed, straight_through
 from benchmarks.results import Section
@@ -97,23 +98,22 @@ def methods(rule: str) -> dict[str, Callable[[nn.Module], torch.optim.Optimizer]
     }
 
 
-def measure(effort: script.Effort) -> list[Section]:
+def measure(effort: script.Effort) -> Iterator[Section]:
     harness.pin(harness.cores())
-    sections = []
     for network in NETWORKS:
         for rule in RULES:
             variants, absent = {}, {}
             for name, prepare in methods(rule).items():
-                try:
-                    variants[name] = Variant(training_step(network, effort.device, prepare))
-                except installed.Absent as reason:
-                    absent[name] = str(reason)
+                step, why = workloads.attempt(name, functools.partial(training_step, network, effort.device, prepare))
+                if step is None:
+                    absent[name] = why
+                else:
+                    variants[name] = Variant(step)
             baseline = f"torch {rule}(fused=True)"
             timings = harness.compare(variants, baseline=baseline, rounds=effort.pick(5, 31), clock=harness.wall_seconds)
             weights = sum(weight.numel() for weight in NETWORKS[network]()[0].parameters())
             about = {"network": network, "rule": rule, "weights": weights, "threads": torch.get_num_threads()}
-            sections.append(Section(f"A training step of the {network}", about, baseline, timings, absent))
-    return sections
+            yield Section(f"A training step of the {network}", about, baseline, timings, absent)
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def why(point: Point) -> str:
     if point.gap < 0 and point.by_bytes >= point.by_instructions:
         return "neither the copy nor the negation reaches the rate that the memory gives to more streams"
     if point.gap < 0:
-        return "in the cache, where the same lines are stored to again and again, its instructions take longer than on a long tensor"
+        return "its instructions took longer in the cache than the whole step did here: the prediction is too high"
     causes = []
     if point.outputs:
         unasked = point.measured / max(point.by_instructions, point.by_bytes * (1 + point.outputs / point.bytes)) - 1

@@ -6,6 +6,7 @@ constraint are taken. Weights move while they are timed; nothing in a step depen
 
 import dataclasses
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -122,6 +123,7 @@ class Tensors:
 
 Step = Callable[[], object]
 Maker = Callable[[list[nn.Parameter]], Step]
+Made = TypeVar("Made")
 
 
 def optimizers() -> dict[str, Maker]:
@@ -131,6 +133,10 @@ def optimizers() -> dict[str, Maker]:
 
     def stepped(make) -> Maker:
         return lambda parameters: make(parameters).step
+
+    def compiled(parameters: list[nn.Parameter]) -> Step:
+        torch._dynamo.reset()  # else the ninth one in a process would not be compiled any more
+        return torch.compile(torch.optim.SGD(parameters, foreach=True, **base).step)
 
     def straight(parameters: list[nn.Parameter]) -> Step:
         return straight_through.make_step(parameters, SCALE, torch.optim.SGD(parameters, fused=True, **base))
@@ -147,7 +153,7 @@ def optimizers() -> dict[str, Maker]:
         "torch SGD(fused=True)": stepped(lambda p: torch.optim.SGD(p, fused=True, **base)),
         "torch SGD(foreach=True)": stepped(lambda p: torch.optim.SGD(p, foreach=True, **base)),
         "torch SGD(foreach=False)": stepped(lambda p: torch.optim.SGD(p, foreach=False, **base)),
-        COMPILED: lambda p: torch.compile(torch.optim.SGD(p, foreach=True, **base).step),
+        COMPILED: compiled,
         "AskewSGD unquantized": stepped(lambda p: askew.AskewSGD(p, **base)),
         "AskewSGD 4 bit": stepped(lambda p: askew.AskewSGD(p, **base, **ours)),
         "AskewSGD 4 bit, codes": stepped(lambda p: askew.AskewSGD(p, outputs=("codes",), **base, **ours)),
@@ -163,18 +169,30 @@ def optimizers() -> dict[str, Maker]:
     }
 
 
+def attempt(name: str, make: Callable[[], Made]) -> tuple[Made | None, str]:
+    """What ``make`` makes and "", or None and why a peer can't take part on this machine. Ours have to."""
+    try:
+        return make(), ""
+    except Exception as reason:  # packages have many ways to refuse
+        if name.startswith("Askew"):
+            raise
+        return None, str(reason) or type(reason).__name__
+
+
 def build(makers: dict[str, Maker], parameters: Callable[[], list[nn.Parameter]]) -> tuple[dict[str, Variant], dict[str, str]]:
-    """Every optimizer on parameters of its own, after two steps; peers that can't take part with the reason. Ours have to."""
+    """Every optimizer on parameters of its own, after two steps; peers that can't take part with the reason."""
     variants, absent = {}, {}
     for name, make in makers.items():
-        try:
+
+        def stepped(make: Maker = make) -> Step:
             step = make(parameters())
             step()
             step()
-        except Exception as reason:  # whatever keeps a package from running on this machine
-            if name.startswith("Askew"):
-                raise
-            absent[name] = str(reason) or type(reason).__name__
+            return step
+
+        step, why = attempt(name, stepped)
+        if step is None:
+            absent[name] = why
         else:
             variants[name] = Variant(step)
     return variants, absent
