@@ -12,8 +12,16 @@ from . import checkpoints, ops
 from .finalize import FinalizingOptimizer
 from .groups import Group
 from .interrupts import deferred
+from .lost_steps import LostSteps
 
 Call = functools.partial[None]
+
+
+def next_seed(seed: Any) -> Any:
+    """The seed of the next step; a tensor is advanced in place, on its device. A congruential generator mod 2^63 (Knuth, MMIX)."""
+    if isinstance(seed, Tensor):
+        return seed.mul_(6364136223846793005).add_(1442695040888963407).bitwise_and_(2**63 - 1)
+    return (seed * 6364136223846793005 + 1442695040888963407) % 2**63
 
 
 class Staged:
@@ -115,6 +123,7 @@ class QuantizedOptimizer(FinalizingOptimizer):
     def _make(self) -> None:
         staged = Staged()
         calls = [call for group in self.param_groups for call in self._group_calls(group, staged)]
+        lost = LostSteps(self.param_groups) if staged and not torch.compiler.is_compiling() else None
         alone = not staged and len(calls) == 1 and calls[0].func not in ops.operators("reference")
         if alone or torch.compiler.is_compiling():
             self._commit(staged, calls)  # before and after, there is one compiled call between them
@@ -122,6 +131,8 @@ class QuantizedOptimizer(FinalizingOptimizer):
             self._verify(calls, anew=bool(staged))
             with deferred():
                 self._commit(staged, calls)
+            if lost is not None:
+                lost.warn()
 
     def _verify(self, calls: list[Call], anew: bool) -> None:
         """Has the operators check the arguments of all calls; not again while settings and scales stay the ones that were checked."""
@@ -136,6 +147,9 @@ class QuantizedOptimizer(FinalizingOptimizer):
         staged.commit()
         for call in calls:
             call()
+        for group in self.param_groups:
+            if group["low_precision"] == "stochastic":
+                group["seed"] = next_seed(group["seed"])
         if len(self._stepped) < sum(len(group["params"]) for group in self.param_groups):
             self._stepped.update((weight, True) for group in self.param_groups for weight in group["params"] if weight.grad is not None)
 
@@ -160,7 +174,7 @@ class QuantizedOptimizer(FinalizingOptimizer):
             if same.weights:
                 if device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
                     self._check_capture(group, same)
-                yield from self._calls(group, ops.operators(ops.choose(group["backend"], device, dtype)), same)
+                yield from self._calls(group, ops.operators(self._choose(group, device, dtype)), same)
 
     @staticmethod
     def _check_capture(group: Group, batch: Batch) -> None:
@@ -185,6 +199,18 @@ class QuantizedOptimizer(FinalizingOptimizer):
         """A state tensor of each weight; zeros where it is missing."""
         dtype = None if group["state_dtype"] is None else torch.float32
         return batch.tensors(key, lambda weight: torch.zeros_like(weight, dtype=dtype, requires_grad=False))
+
+    def _rounding(self, group: Group, batch: Batch) -> dict[str, Any]:
+        """How the weights of a batch are rounded, as the operators take it."""
+        if group["low_precision"] == "nearest" or batch.weights[0].dtype.itemsize != 2:
+            return {}
+        if group["low_precision"] == "remainder":
+            zeros = functools.partial(torch.zeros_like, dtype=torch.int16, requires_grad=False)
+            return {"remainders": batch.tensors("remainder", zeros)}
+        number = {weight: i for i, weight in enumerate(weight for each in self.param_groups for weight in each["params"])}
+        first = [self.first_elements.get(weight, 0) for weight in batch.weights]
+        seed = group["seed"] if isinstance(group["seed"], Tensor) else torch.tensor(group["seed"])
+        return {"seed": seed, "streams": [number[weight] for weight in batch.weights], "first_elements": first}
 
     def _scales(self, group: Group, batch: Batch) -> list[Tensor]:
         """The scale of each weight; estimated now where it is missing."""

@@ -137,5 +137,7 @@ class FinalizingOptimizer(GroupedOptimizer):
             for weight, snapped, scale in ready:
                 weight.copy_(snapped)
                 self.state[weight]["scale"] = scale
+                if "remainder" in self.state[weight]:
+                    self.state[weight]["remainder"].zero_()
         never = tuple(name for name, weight, *_ in found if weight not in self._stepped)
         return FinalizeReport(largest, share, never, tuple(tensors))

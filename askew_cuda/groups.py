@@ -36,6 +36,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
     def _start(self) -> None:
         """What is neither saved nor copied."""
         self.outputs: dict[Tensor, dict[str, Tensor]] = {}
+        self.first_elements: dict[Tensor, int] = {}  # of weights that are parts of larger ones, for stochastic rounding
         self._stepped: dict[Tensor, bool] = {}  # weights that received a gradient
         self._parsed: dict[int, tuple[object, Quantizer]] = {}
 
@@ -96,9 +97,15 @@ class GroupedOptimizer(torch.optim.Optimizer):
                 raise ValueError(f"capturable = True, but {name} is on the CPU; it is for weights on a GPU, in CUDA graphs. Leave it False")
             if quantizer is not None:
                 quantizer.check(weight, name)
-            chosen = ops.choose(settings["backend"], weight.device, weight.dtype)
+            chosen = GroupedOptimizer._choose(settings, weight.device, weight.dtype)
             if settings["fused"] and chosen == "reference":
                 raise RuntimeError(f"fused = True, but the pure PyTorch reference would step {name} on {weight.device}; leave it None")
+
+    @staticmethod
+    def _choose(group: Group, device: torch.device, dtype: torch.dtype) -> str:
+        """The backend of weights of a group."""
+        rounds = dtype.itemsize == 2 and group["low_precision"] != "nearest"
+        return ops.choose(group["backend"], device, dtype, rounds)
 
     def _quantizer(self, group: Group) -> Quantizer | None:
         plain = group["quantizer"]
@@ -161,7 +168,8 @@ class GroupedOptimizer(torch.optim.Optimizer):
         for i, group in enumerate(self.param_groups):
             quantizer = self._quantizer(group)
             kinds = dict.fromkeys((weight.device, weight.dtype) for weight in group["params"])
-            chosen = [ops.explain(group["backend"], device, dtype) for device, dtype in kinds]
+            rounds = group["low_precision"] != "nearest"
+            chosen = [ops.explain(group["backend"], device, dtype, rounds and dtype.itemsize == 2) for device, dtype in kinds]
             shown = {key: value for key, value in sorted(group.items()) if key not in ("params", "param_names")}
             shown["quantizer"] = None if quantizer is None else quantizer.summary()
             lines += [f"Parameter Group {i}", *(f"    {key}: {value}" for key, value in shown.items())]

@@ -20,6 +20,8 @@ CONSTRAINT = {
     "clip": True,
     "outputs": (),
     "state_dtype": None,
+    "low_precision": "nearest",
+    "seed": 0,
     "backend": "auto",
 }
 # These say how a machine computes, not what: a checkpoint does not bring them along.
@@ -77,5 +79,9 @@ def check_group(group: dict[str, Any]) -> None:
     check("outputs", not isinstance(outputs, str) and set(outputs) <= {"codes", "snapped"}, "a list of 'codes' and 'snapped'")
     check("outputs", not outputs or group["quantizer"] is not None, "outputs need a quantizer")
     check("state_dtype", group["state_dtype"] in (None, torch.float32, "float32"), "None (the weight's dtype) or torch.float32")
+    check("low_precision", group["low_precision"] in ("nearest", "remainder", "stochastic"), "'nearest', 'remainder' or 'stochastic'")
+    seed = group["seed"]
+    whole = seed.dtype == torch.int64 and seed.numel() == 1 if isinstance(seed, Tensor) else type(seed) is int and 0 <= seed < 2**63
+    check("seed", whole, "a whole number in [0, 2^63), or a 0-d int64 tensor")
     check("differentiable", not group["differentiable"], "the step is not differentiable; leave it False")
     check("foreach", not (group["foreach"] and group["fused"]), "foreach and fused exclude each other")

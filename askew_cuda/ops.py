@@ -46,8 +46,9 @@ if extension is not None:
         lists that are named must be where the weights are."""
 
         def check(weights: Tensors, *lists: Any, **settings: Any) -> None:
-            *tensors_of, _levels, codes, snapped = lists
-            for name, tensors in zip((*names, "codes", "snapped"), (*tensors_of, codes, snapped), strict=True):
+            *tensors_of, _levels, codes, snapped, remainders = lists
+            named = (*names, "codes", "snapped", "remainders")
+            for name, tensors in zip(named, (*tensors_of, codes, snapped, remainders), strict=True):
                 for index, (weight, tensor) in enumerate(zip(weights, tensors, strict=False)):
                     if name is not None and tensor.device != weight.device:
                         raise ValueError(f"askew_cuda: {name}[{index}] is on {tensor.device} but weights[{index}] is on {weight.device}")
@@ -128,8 +129,9 @@ def _triton_absent(device: torch.device, dtype: torch.dtype) -> str:
     return ""
 
 
-def absent(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Why ``backend`` can't step weights of this dtype on this device, and what helps; "" where it can."""
+def absent(backend: str, device: torch.device, dtype: torch.dtype, rounds: bool = False) -> str:
+    """Why ``backend`` can't step weights of this dtype on this device, and what helps; "" where it can. rounds: it is to round them
+    otherwise than to nearest."""
     if dtype not in DTYPES:
         return f"weights of {dtype} are not supported; float32, float64, bfloat16 and float16 are"
     if backend == "cpu":
@@ -137,12 +139,12 @@ def absent(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     if backend == "cuda":
         return _extension_absent or _cuda_absent(device)
     if backend == "triton":
-        return _triton_absent(device, dtype)
+        return "it rounds to nearest only; low_precision = 'nearest' would do" if rounds else _triton_absent(device, dtype)
     return ""
 
 
 @_once
-def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+def choose(backend: str, device: torch.device, dtype: torch.dtype, rounds: bool = False) -> str:
     """The backend that steps weights of this dtype on this device: the one asked for, or the first present one for "auto".
 
     Raises:
@@ -154,12 +156,12 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     if dtype not in DTYPES:
         raise TypeError(absent("reference", device, dtype))
     if backend != "auto":
-        reason = absent(backend, device, dtype)
+        reason = absent(backend, device, dtype, rounds)
         if reason:
             raise RuntimeError(f"backend = {backend!r} is absent: {reason}")
         return backend
     # Triton's interpreter is for tests, not for "auto".
-    chosen = next(name for name in BACKENDS if (name, device.type) != ("triton", "cpu") and not absent(name, device, dtype))
+    chosen = next(name for name in BACKENDS if (name, device.type) != ("triton", "cpu") and not absent(name, device, dtype, rounds))
     if chosen == "reference":
         own = "cpu" if device.type == "cpu" else "cuda"
         warnings.warn(
@@ -168,11 +170,11 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     return chosen
 
 
-def explain(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+def explain(backend: str, device: torch.device, dtype: torch.dtype, rounds: bool = False) -> str:
     """What choose() says, and of which weights; for "auto" with the reasons why no other backend of the device was taken before it."""
-    chosen = choose(backend, device, dtype)
+    chosen = choose(backend, device, dtype, rounds)
     before = BACKENDS[: BACKENDS.index(chosen)] if backend == "auto" else ()
-    reasons = [f"{name} is absent: {absent(name, device, dtype)}" for name in before if (name == "cpu") == (device.type == "cpu")]
+    reasons = [f"{name} is absent: {absent(name, device, dtype, rounds)}" for name in before if (name == "cpu") == (device.type == "cpu")]
     return f"{chosen} for {dtype} on {device}" + (f" ({'; '.join(reasons)})" if reasons else "")
 
 
@@ -187,15 +189,18 @@ def _compiled(name: str) -> Callable[..., None]:
     plain = (torch.Tensor, torch.nn.Parameter)
 
     def call(
-        weights: Tensors, *lists: Any, lr: Scalar, epsilon: Scalar, grad_scale: Scalar = None, found_inf: Scalar = None, **settings: Any
-    ) -> None:
+        weights: Tensors, *lists: Any, lr: Scalar, epsilon: Scalar, grad_scale: Scalar = None, found_inf: Scalar = None,
+        remainders: Tensors = (), seed: int | torch.Tensor | None = None, streams: Sequence[int] = (),
+        first_elements: Sequence[int] = (), **settings: Any,
+    ) -> None:  # fmt: skip
         scalars = {"lr": lr, "epsilon": epsilon, "grad_scale": grad_scale, "found_inf": found_inf}
         settings |= {key: scalar(value) for key, value in scalars.items()}
+        settings |= {"seed": torch.tensor(seed) if isinstance(seed, int) else seed, "streams": streams, "first_elements": first_elements}
         listening = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
         if listening or not weights or type(weights[0]) not in plain:
-            dispatched(weights, *lists, **settings)
+            dispatched(weights, *lists, remainders, **settings)
         else:
-            direct(weights, *lists, **settings)
+            direct(weights, *lists, remainders, **settings)
 
     return call
 

@@ -26,11 +26,16 @@ _KEYWORDS = """
         lr, instead of it. Default: recovery 0.5, or alpha 1 with skew_at="gradient".
     max_step: cap on the pull, in units of half the distance between levels. clip: keep weights within the outermost levels.
     outputs: "codes" and "snapped" are written by the step itself, to ``optimizer.outputs[p]``.
-    state_dtype: torch.float32 keeps the state of 16-bit weights in float32. backend: "auto", "cuda", "triton", "cpu" or "reference".
+    state_dtype: torch.float32 keeps the state of 16-bit weights in float32.
+    low_precision: what becomes of 16-bit weights' steps that are small against their last place. "nearest": they are lost.
+        "remainder": 16 more bits per weight keep them, exactly as float32 weights (float16: from 2^-16 on). "stochastic": rounded up or
+        down by chances whose mean is right; ``seed`` starts them and is advanced by every step, so that a run repeats itself, on every
+        backend and number of threads. ``optimizer.first_elements[p]`` tells where p begins when it is a part of a larger weight.
+    backend: "auto", "cuda", "triton", "cpu" or "reference".
     fused, foreach: accepted as torch's are; every backend is fused. differentiable: not offered.
 
-    State per weight: torch's, and ``scale``. Raises ValueError, TypeError or RuntimeError (a backend that is absent) with the
-    argument, its value and the remedy.
+    State per weight: torch's, ``scale``, and ``remainder`` (int16) where it is kept. Raises ValueError, TypeError or RuntimeError (a
+    backend that is absent) with the argument, its value and the remedy.
     """
 
 
@@ -92,6 +97,7 @@ class AskewSGD(QuantizedOptimizer):
         levels, settings = self._constraint(group, batch)
         settings |= {"momentum": group["momentum"], "dampening": dampening, "nesterov": group["nesterov"]}
         buffers = self._moments(group, batch, "momentum_buffer") if group["momentum"] != 0 else []
+        settings |= self._rounding(group, batch)
         return partial(backend.sgd_, batch.weights, batch.grads, buffers, scales, levels, codes, snapped, **settings)
 
 
@@ -147,6 +153,7 @@ class AskewAdamW(QuantizedOptimizer):
         keys = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if group["amsgrad"] else ("exp_avg", "exp_avg_sq")
         moments = [self._moments(group, batch, key) for key in keys] + [[]] * (3 - len(keys))
         steps = self._steps(batch, batch.weights[0].device if counted_there else torch.device("cpu"))
+        settings |= self._rounding(group, batch)
         yield partial(backend.adamw_, batch.weights, batch.grads, *moments, steps, scales, levels, codes, snapped, **settings)
 
     def _counted_there(self, group: Group) -> bool:

@@ -43,6 +43,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import rounding
+
 Tensors = Sequence[Tensor]
 Number = float | Tensor  # a tensor of one element
 
@@ -278,12 +280,11 @@ def step_weight(
     return moved, unit, book
 
 
-def store(weight: Tensor, moved: Tensor, unit: Tensor | None, book: Levels | None, codes: Tensor | None, snapped: Tensor | None) -> None:
-    """Writes the weight and, from what its storage made of it, (E6): codes and snapped weights where wanted."""
-    weight.copy_(moved)
+def write_outputs(weight: Tensor, unit: Tensor | None, book: Levels | None, codes: Tensor | None, snapped: Tensor | None) -> None:
+    """(E6), from what its storage made of the weight: codes and snapped weights where wanted."""
     if unit is None or book is None or (codes is None and snapped is None):
         return
-    index = book.nearest(weight.to(moved.dtype) * unit.reciprocal())
+    index = book.nearest(weight.to(arithmetic(weight.dtype)) * unit.reciprocal())
     if codes is not None:
         codes.copy_(index)
     if snapped is not None:
@@ -294,7 +295,8 @@ def store(weight: Tensor, moved: Tensor, unit: Tensor | None, book: Levels | Non
 def sgd_(weights: Tensors, grads: Tensors, momentum_buffers: Tensors, scales: Tensors, levels: Sequence[float], codes: Tensors,
          snapped: Tensors, *, lr: Number, momentum: float, dampening: float, weight_decay: float, nesterov: bool, maximize: bool,
          epsilon: Number, anneal: str, skew_at: str, recovery: float | None, alpha: float | None, max_step: float, clip: bool,
-         grad_scale: Number | None = None, found_inf: Number | None = None) -> None:  # fmt: skip
+         grad_scale: Number | None = None, found_inf: Number | None = None, remainders: Tensors = (), seed: Tensor | int | None = None,
+         streams: Sequence[int] = (), first_elements: Sequence[int] = ()) -> None:  # fmt: skip
     """One askew SGD step of every weight, in place: the reference of the operator ``askew_cuda::sgd_``.
 
     Args:
@@ -310,17 +312,21 @@ def sgd_(weights: Tensors, grads: Tensors, momentum_buffers: Tensors, scales: Te
         anneal: "capture" or "interval". skew_at: "velocity", or "gradient" (interval and alpha only).
         recovery, alpha: one of them. Share of the distance removed per step, or the paper's rate per unit of lr.
         max_step: cap on the pull in units of half the level distance, > 0.
+        remainders: N x (...), int16, what rounding takes from 16-bit weights; or empty. Mutated.
+        seed: int64, of stochastic rounding of 16-bit weights; or None. streams: N numbers of the weights, first_elements: N numbers of
+            their first elements, where they are parts of larger weights; random bits depend on these three and the element alone.
 
     A NaN gradient makes its own weight NaN and no other. found_inf != 0 leaves everything as it is. Empty tensors are fine.
     """
     if found_inf is not None and found_inf != 0:
         return
+    storage = rounding.Storage(remainders, seed, streams, first_elements)
     for i, weight in enumerate(weights):
-        h = hyper(weight.dtype, weight.device, levels, lr=lr, weight_decay=weight_decay, maximize=maximize, grad_scale=grad_scale,
+        h = hyper(storage.dtype(weight), weight.device, levels, lr=lr, weight_decay=weight_decay, maximize=maximize, grad_scale=grad_scale,
                   momentum=momentum, one_minus_dampening=1 - dampening, nesterov=nesterov, epsilon=epsilon, anneal=anneal,
                   skew_at=skew_at, recovery=recovery, alpha=alpha, max_step=max_step, clip=clip)  # fmt: skip
         wide = arithmetic(weight.dtype)
-        w, g = weight.to(wide), grads[i].to(wide)
+        w, g = storage.load(i, weight), grads[i].to(wide)
         buffer = [momentum_buffers[i].to(wide) if momentum_buffers else None]
 
         def displacement(g: Tensor, w: Tensor = w, h: SimpleNamespace = h, buffer: list[Tensor | None] = buffer) -> Tensor:
@@ -330,7 +336,8 @@ def sgd_(weights: Tensors, grads: Tensors, momentum_buffers: Tensors, scales: Te
         moved, unit, book = step_weight(w, g, scales[i] if scales else None, levels, h, displacement)
         if buffer[0] is not None:
             momentum_buffers[i].copy_(buffer[0])
-        store(weight, moved, unit, book, codes[i] if codes else None, snapped[i] if snapped else None)
+        storage.store(i, weight, moved)
+        write_outputs(weight, unit, book, codes[i] if codes else None, snapped[i] if snapped else None)
 
 
 @torch.no_grad()
@@ -338,7 +345,8 @@ def adamw_(weights: Tensors, grads: Tensors, exp_avgs: Tensors, exp_avg_sqs: Ten
            scales: Tensors, levels: Sequence[float], codes: Tensors, snapped: Tensors, *,
            lr: Number, beta1: float, beta2: float, eps: float, weight_decay: float, amsgrad: bool, maximize: bool,
            epsilon: Number, anneal: str, skew_at: str, recovery: float | None, alpha: float | None, max_step: float, clip: bool,
-           grad_scale: Number | None = None, found_inf: Number | None = None) -> None:  # fmt: skip
+           grad_scale: Number | None = None, found_inf: Number | None = None, remainders: Tensors = (), seed: Tensor | int | None = None,
+         streams: Sequence[int] = (), first_elements: Sequence[int] = ()) -> None:  # fmt: skip
     """One askew AdamW step (decoupled weight decay) of every weight, in place: the reference of ``askew_cuda::adamw_``.
 
     Args:
@@ -350,13 +358,14 @@ def adamw_(weights: Tensors, grads: Tensors, exp_avgs: Tensors, exp_avg_sqs: Ten
     """
     if found_inf is not None and found_inf != 0:
         return
+    storage = rounding.Storage(remainders, seed, streams, first_elements)
     for i, weight in enumerate(weights):
-        h = hyper(weight.dtype, weight.device, levels, lr=lr, weight_decay=weight_decay, maximize=maximize, grad_scale=grad_scale,
+        h = hyper(storage.dtype(weight), weight.device, levels, lr=lr, weight_decay=weight_decay, maximize=maximize, grad_scale=grad_scale,
                   beta1=beta1, one_minus_beta1=1 - beta1, beta2=beta2, one_minus_beta2=1 - beta2, adam_eps=eps, epsilon=epsilon,
                   anneal=anneal, skew_at=skew_at, recovery=recovery, alpha=alpha, max_step=max_step, clip=clip)  # fmt: skip
         h.double_beta1, h.double_beta2 = beta1, beta2
         wide = arithmetic(weight.dtype)
-        w, g = weight.to(wide), grads[i].to(wide)
+        w, g = storage.load(i, weight), grads[i].to(wide)
         lists = [exp_avgs, exp_avg_sqs, *([max_exp_avg_sqs] if amsgrad else [])]
         state = [each[i].to(wide) for each in lists]
         step = float(steps[i]) + 1
@@ -371,4 +380,5 @@ def adamw_(weights: Tensors, grads: Tensors, exp_avgs: Tensors, exp_avg_sqs: Ten
         for kept, new in zip(lists, state, strict=True):
             kept[i].copy_(new)
         steps[i].add_(1)
-        store(weight, moved, unit, book, codes[i] if codes else None, snapped[i] if snapped else None)
+        storage.store(i, weight, moved)
+        write_outputs(weight, unit, book, codes[i] if codes else None, snapped[i] if snapped else None)

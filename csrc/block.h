@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda.h"
+#include "moves.h"
 #include "variants.h"
 
 namespace askew {
@@ -25,6 +26,7 @@ struct Arguments {
   DeviceNumbers numbers;
   Argument levels;
   bool wide_state;
+  Rounding rounding;
   Dtype snapped_dtype;
   int64_t span_count;
   const Span* spans;           // in device memory; null: the lists below
@@ -47,6 +49,7 @@ ASKEW_HOST_FN Arguments<V> arguments_of(const Launch& launch, const CudaCall& ca
     arguments.levels = uniform_codebook<typename V::T>(launch.levels);
   }
   arguments.wide_state = launch.wide_state;
+  arguments.rounding = launch.rounding;
   arguments.snapped_dtype = launch.snapped_dtype;
   arguments.spans = call.spans;
   arguments.first_chunk = call.first_chunk;
@@ -70,69 +73,6 @@ ASKEW_HOST_FN int64_t set_spans(Arguments<V>& arguments, const Launch& launch, i
   if (!arguments.spans) arguments.first_few[end - begin] = blocks;
   arguments.span_count = end - begin;
   return blocks;
-}
-
-// `count` neighbouring elements between memory and registers, 16 bytes at a time. Aligned to 16 bytes, or to all of them where they are
-// fewer.
-template <int bytes> struct Unit {
-  struct __attribute__((may_alias, aligned(bytes))) type {
-    uint32_t words[bytes / 4];
-  };
-};
-template <> struct Unit<2> {
-  typedef uint16_t __attribute__((may_alias)) type;
-};
-template <> struct Unit<1> {
-  typedef uint8_t __attribute__((may_alias)) type;
-};
-
-// All of a span lies in global memory: the compiler may leave the other kinds out of account.
-ASKEW_FN void assume_global([[maybe_unused]] const void* pointer) {
-#if defined(__CUDA_ARCH__)
-  __builtin_assume(__isGlobal(pointer));
-#endif
-}
-
-// What a block shares is read again where it is needed: in registers from turn to turn, pointers would crowd out the weights.
-ASKEW_FN void reload_shared() {
-#if defined(__CUDA_ARCH__)
-  asm volatile("" ::: "memory");
-#endif
-}
-
-template <int count, typename Any>
-ASKEW_FN void read(const void* base, int64_t i, Any (&to)[count]) {
-  constexpr int bytes = count * sizeof(Any), step = bytes < 16 ? bytes : 16;
-  using Piece = typename Unit<step>::type;
-  const auto* from = reinterpret_cast<const Piece*>(static_cast<const Any*>(base) + i);
-  assume_global(from);
-#pragma unroll
-  for (int k = 0; k < bytes / step; ++k) {
-    const Piece piece = from[k];
-    std::memcpy(reinterpret_cast<char*>(to) + k * step, &piece, step);
-  }
-}
-
-template <int count, typename Any>
-ASKEW_FN void write(void* base, int64_t i, const Any (&from)[count]) {
-  constexpr int bytes = count * sizeof(Any), step = bytes < 16 ? bytes : 16;
-  using Piece = typename Unit<step>::type;
-  auto* to = reinterpret_cast<Piece*>(static_cast<Any*>(base) + i);
-  assume_global(to);
-#pragma unroll
-  for (int k = 0; k < bytes / step; ++k) {
-    Piece piece;
-    std::memcpy(&piece, reinterpret_cast<const char*>(from) + k * step, step);
-    to[k] = piece;
-  }
-}
-
-template <typename Out, int count, typename T>
-ASKEW_FN void write_as(void* base, int64_t i, const T (&from)[count]) {
-  Out out[count];
-#pragma unroll
-  for (int k = 0; k < count; ++k) narrow(out[k], static_cast<Arithmetic<Out>>(from[k]));
-  write(base, i, out);
 }
 
 // Which scale holds where in a chunk: scales come in runs of weights that share one. Positions count from the chunk's start, so that
@@ -170,6 +110,7 @@ struct Block {
   int32_t size;   // of the chunk
   Runs<T> runs;
   Now<T> now;
+  Key key;  // of the span's random bits
   std::conditional_t<V::is_table, TableCodebook<T, V::capacity>, NoCodebook> table;
 };
 
@@ -196,17 +137,20 @@ ASKEW_FN void prepare(Block<V>& block, const Arguments<V>& arguments, int64_t nu
   if (numbers.lr.at) set_lr(block.now, settings, numbers.lr.read());
   if (numbers.epsilon.at) set_epsilon(block.now, numbers.epsilon.read());
   if (numbers.grad_scale.at) set_grad_scale(block.now, settings, numbers.grad_scale.read());
+  block.key = make_key(numbers.seed ? static_cast<uint64_t>(*numbers.seed) : settings.seed, span.stream);
   if (span.step) set_steps(block.now, settings, DeviceNumber{span.step, numbers.step_is_double}.read() + 1);
 }
 
 // A thread at work on its block's chunk.
-template <typename V, typename State, typename Codebook>
+template <typename V, typename Codebook>
 struct Worker {
   using Storage = typename V::Storage;
   using T = typename V::T;
   static constexpr int states = V::RuleType::states;
-  static constexpr int vector = 16 / (sizeof(State) > sizeof(Storage) ? sizeof(State) : sizeof(Storage));  // weights that move at a time
   static constexpr bool quantized = V::book != Book::none;
+  static constexpr bool is_half = sizeof(Storage) == 2;
+  // Weights that move at a time: 16 bytes of them, or of their state.
+  template <typename State> static constexpr int vector = 16 / static_cast<int>(sizeof(State));
 
   const Block<V>& block;
   const Arguments<V>& arguments;
@@ -214,23 +158,54 @@ struct Worker {
   Hyper<T> h;
 
   static ASKEW_FN uintptr_t address(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer); }
-  ASKEW_FN bool aligned() const {
+  ASKEW_FN bool aligned(int vector) const {
     const Span& span = block.span;
-    uintptr_t all = address(span.weight) | address(span.grad) | address(span.snapped);
+    uintptr_t all = address(span.weight) | address(span.grad) | address(span.snapped) | address(span.remainder);
     for (int which = 0; which < states; ++which) all |= address(span.state[which]);
     return all % 16 == 0 && address(span.codes) % vector == 0;
   }
 
-  // `count` neighbours from a position on. All is loaded before anything is stored.
-  template <int count>
+  // A weight from its storage and back; `nearest` says that the rounding is known to be that.
+  template <bool nearest>
+  ASKEW_FN T joined(Storage w, [[maybe_unused]] uint16_t remainder) const {
+    if constexpr (!nearest) {
+      if (arguments.rounding == Rounding::remainder) return join<float>(uint32_t{w.bits}, uint32_t{remainder}, w);
+    }
+    return widen(w);
+  }
+  template <bool nearest>
+  ASKEW_FN void put(Storage& w, [[maybe_unused]] uint16_t& remainder, T x, [[maybe_unused]] int64_t i) const {
+    if constexpr (!nearest) {
+      if (arguments.rounding == Rounding::remainder) {
+        const Split<uint32_t> both = split<uint32_t>(x, w);
+        w.bits = static_cast<uint16_t>(both.half);
+        remainder = static_cast<uint16_t>(both.remainder);
+        return;
+      }
+      if (arguments.rounding == Rounding::stochastic) {
+        const uint64_t element = static_cast<uint64_t>(block.span.first_element + i);
+        const uint32_t random = random_bits(block.key, static_cast<uint32_t>(element), static_cast<uint32_t>(element >> 32));
+        w.bits = static_cast<uint16_t>(stochastic<Storage>(x, random));
+        return;
+      }
+    }
+    narrow(w, x);
+  }
+
+  // As many neighbours as make a vector, from a position on. All is loaded before anything is stored. The compiler knows the type of the
+  // state, and whether the rounding is the usual one.
+  template <typename State, bool to_nearest>
   ASKEW_FN void turn(int32_t position, const Grid<T>& grid) const {
+    constexpr int count = vector<State>;
     reload_shared();
     const Span& span = block.span;
     const int64_t i = block.begin + position;
     Storage w[count], g[count];
     State state[states][count];
+    uint16_t remainder[count];
     read(span.weight, i, w);
     read(span.grad, i, g);
+    if (!to_nearest && span.remainder) read(span.remainder, i, remainder);
 #pragma unroll
     for (int which = 0; which < states; ++which)
       if (span.state[which]) read(span.state[which], i, state[which]);
@@ -239,15 +214,49 @@ struct Worker {
       T mine[states];
 #pragma unroll
       for (int which = 0; which < states; ++which) mine[which] = span.state[which] ? T(widen(state[which][k])) : T(0);
-      narrow(w[k], step<typename V::RuleType, typename V::Annealing>(T(widen(w[k])), T(widen(g[k])), mine, grid, codebook, h));
+      const T now = joined<to_nearest>(w[k], remainder[k]), gradient = widen(g[k]);
+      put<to_nearest>(w[k], remainder[k], step<typename V::RuleType, typename V::Annealing>(now, gradient, mine, grid, codebook, h), i + k);
 #pragma unroll
       for (int which = 0; which < states; ++which) narrow(state[which][k], mine[which]);
     }
     reload_shared();
     write(span.weight, i, w);
+    if (!to_nearest && span.remainder) write(span.remainder, i, remainder);
 #pragma unroll
     for (int which = 0; which < states; ++which)
       if (span.state[which]) write(span.state[which], i, state[which]);
+    if constexpr (quantized) {
+      if (span.codes || span.snapped) write_outputs(i, w, grid);
+    }
+  }
+
+  // The weight at a position, in whatever way it is stored.
+  ASKEW_FN void one(int32_t position, const Grid<T>& grid) const {
+    constexpr bool nearest = !is_half;
+    reload_shared();
+    const Span& span = block.span;
+    const int64_t i = block.begin + position;
+    Storage w[1] = {static_cast<const Storage*>(span.weight)[i]};
+    auto* remainder = static_cast<uint16_t*>(span.remainder) + (span.remainder ? i : 0);
+    uint16_t kept = span.remainder ? *remainder : 0;
+    T mine[states];
+#pragma unroll
+    for (int which = 0; which < states; ++which) {
+      const void* from = span.state[which];
+      mine[which] = !from                  ? T(0)
+                    : arguments.wide_state ? T(static_cast<const T*>(from)[i])
+                                           : T(widen(static_cast<const Storage*>(from)[i]));
+    }
+    const T now = joined<nearest>(w[0], kept), gradient = widen(static_cast<const Storage*>(span.grad)[i]);
+    put<nearest>(w[0], kept, step<typename V::RuleType, typename V::Annealing>(now, gradient, mine, grid, codebook, h), i);
+    static_cast<Storage*>(span.weight)[i] = w[0];
+    if (span.remainder) *remainder = kept;
+#pragma unroll
+    for (int which = 0; which < states; ++which) {
+      void* to = span.state[which];
+      if (to && arguments.wide_state) static_cast<T*>(to)[i] = mine[which];
+      if (to && !arguments.wide_state) narrow(static_cast<Storage*>(to)[i], mine[which]);
+    }
     if constexpr (quantized) {
       if (span.codes || span.snapped) write_outputs(i, w, grid);
     }
@@ -282,28 +291,38 @@ struct Worker {
   // Neighbouring threads take neighbouring vectors; one by one the weights of those that are misaligned, cut off by the chunk's end or
   // don't share a scale.
   ASKEW_FN void run(int thread) const {
-    const bool whole = aligned();
-    const int32_t size = block.size;
+    const bool wide = is_half && arguments.wide_state;
+    const int32_t count = wide ? vector<float> : vector<Storage>, size = block.size;
+    const bool whole = aligned(count);
     Grid<T> grid{};
     int32_t grid_end = quantized ? 0 : size;  // the grid holds up to here
     const auto enter = [&](int32_t position) {
       if constexpr (quantized) {
-        if (position >= grid_end) grid = make_grid(block.runs.at(position, block.span, block.begin, grid_end), codebook, arguments.h);
+        if (position >= grid_end) grid = make_grid(block.runs.at(position, block.span, block.begin, grid_end), codebook, h);
       }
     };
-    for (int32_t position = thread * vector; position < size; position += block_threads * vector) {
-      const int32_t end = position + vector;
+    for (int32_t position = thread * count; position < size; position += block_threads * count) {
+      const int32_t end = position + count;
       enter(position);
       if (whole && end <= size && end <= grid_end) {
-        turn<vector>(position, grid);
+        turn_as(wide, position, grid);
         continue;
       }
 #pragma unroll 1
       for (int32_t each = position; each < end && each < size; ++each) {
         enter(each);
-        turn<1>(each, grid);
+        one(each, grid);
       }
     }
+  }
+
+  ASKEW_FN void turn_as(bool wide, int32_t position, const Grid<T>& grid) const {
+    if constexpr (is_half) {
+      const bool nearest = arguments.rounding == Rounding::nearest;
+      if (wide) return nearest ? turn<float, true>(position, grid) : turn<float, false>(position, grid);
+      if (!nearest) return turn<Storage, false>(position, grid);
+    }
+    turn<Storage, true>(position, grid);
   }
 };
 
@@ -319,14 +338,7 @@ ASKEW_FN void run(const Block<V>& block, const Arguments<V>& arguments, int thre
   }();
   Hyper<typename V::T> h = arguments.h;
   h.now = block.now;
-  const auto work = [&](auto state) {
-    using Codebook = std::decay_t<decltype(codebook)>;
-    Worker<V, decltype(state), Codebook>{block, arguments, codebook, h}.run(thread);
-  };
-  if (sizeof(typename V::Storage) == 2 && arguments.wide_state)
-    work(float{});
-  else
-    work(typename V::Storage{});
+  Worker<V, std::decay_t<decltype(codebook)>>{block, arguments, codebook, h}.run(thread);
 }
 
 }  // namespace askew

@@ -40,6 +40,8 @@ struct Loop {
   Hyper<P> h;
   bool wide_state;
   Dtype snapped_dtype;
+  Rounding rounding;
+  uint64_t seed;
 
   // Weights [begin, end) of a span.
   ASKEW_FN void run(const Span& span, int64_t begin, int64_t end) const {
@@ -78,6 +80,33 @@ struct Loop {
     return static_cast<const T*>(span.scale)[span.scale_count == 1 ? 0 : (i / span.scale_run) % span.scale_count];
   }
 
+  ASKEW_FN P load_weight(const Span& span, int64_t i) const {
+    if constexpr (sizeof(Storage) == 2) {
+      if (rounding == Rounding::remainder)
+        return join<P>(load_halves<P>(at<Storage>(span.weight, i)), load_halves<P>(at<int16_t>(span.remainder, i)), Storage{});
+    }
+    return load<P>(at<Storage>(span.weight, i));
+  }
+  ASKEW_FN void store_weight(const Span& span, int64_t i, P x) const {
+    if constexpr (sizeof(Storage) == 2) {
+      using Word = Pack<uint32_t, width>;
+      if (rounding == Rounding::remainder) {
+        const Split<Word> both = split<Word>(x, Storage{});
+        store_halves(at<Storage>(span.weight, i), both.half);
+        return store_halves(at<int16_t>(span.remainder, i), both.remainder);
+      }
+      if (rounding == Rounding::stochastic) {
+        const uint64_t first = static_cast<uint64_t>(span.first_element + i);
+        Word low{};
+        for (int lane = 0; lane < width; ++lane) low[lane] = static_cast<uint32_t>(first + lane);
+        const Word high = Word{} + static_cast<uint32_t>(first >> 32) + (low < static_cast<uint32_t>(first) ? Word{} + 1 : Word{});
+        const Word random = random_bits(make_key(seed, span.stream), low, high);
+        return store_halves(at<Storage>(span.weight, i), stochastic<Storage>(x, random));
+      }
+    }
+    store(at<Storage>(span.weight, i), x);
+  }
+
   ASKEW_FN P load_state(const Span& span, int which, int64_t i) const {
     if constexpr (sizeof(Storage) == 2) {
       if (wide_state) return load<P>(at<T>(span.state[which], i));
@@ -99,7 +128,7 @@ struct Loop {
 #pragma GCC unroll 4
     for (int k = 0; k < count; ++k) {
       const int64_t j = i + k * width;
-      w[k] = load<P>(at<Storage>(span.weight, j));
+      w[k] = load_weight(span, j);
       g[k] = load<P>(at<Storage>(span.grad, j));
 #pragma GCC unroll 4
       for (int which = 0; which < states; ++which) state[k][which] = span.state[which] ? load_state(span, which, j) : P{};
@@ -109,7 +138,7 @@ struct Loop {
 #pragma GCC unroll 4
     for (int k = 0; k < count; ++k) {
       const int64_t j = i + k * width;
-      store(at<Storage>(span.weight, j), w[k]);
+      store_weight(span, j, w[k]);
 #pragma GCC unroll 4
       for (int which = 0; which < states; ++which)
         if (span.state[which]) store_state(span, which, j, state[k][which]);
@@ -140,6 +169,7 @@ struct Loop {
   void part(const Span& span, int64_t i, int count, const Grid<P>& grid) const {
     alignas(64) char weight[width * sizeof(Storage)] = {}, grad[width * sizeof(Storage)] = {}, state[states][width * sizeof(T)] = {};
     alignas(64) char snapped[width * sizeof(double)];
+    uint16_t remainder[width] = {};
     uint8_t codes[width];
     const size_t state_size = wide_state ? sizeof(T) : sizeof(Storage);
     const size_t snapped_size = snapped_dtype == Dtype::float64 ? 8 : snapped_dtype == Dtype::float32 ? 4 : 2;
@@ -148,6 +178,9 @@ struct Loop {
     Span copy = span;
     copy.weight = weight;
     copy.grad = grad;
+    copy.first_element += i;
+    if (span.remainder) std::memcpy(remainder, at<uint16_t>(span.remainder, i), count * sizeof(uint16_t));
+    copy.remainder = remainder;
     if (span.codes) copy.codes = codes;
     if (span.snapped) copy.snapped = snapped;
     for (int which = 0; which < states; ++which) {
@@ -157,6 +190,7 @@ struct Loop {
     }
     turn<1>(copy, 0, grid);
     std::memcpy(at<Storage>(span.weight, i), weight, count * sizeof(Storage));
+    if (span.remainder) std::memcpy(at<uint16_t>(span.remainder, i), remainder, count * sizeof(uint16_t));
     for (int which = 0; which < states; ++which) {
       if (span.state[which]) std::memcpy(at<char>(span.state[which], i * state_size), state[which], count * state_size);
     }
@@ -193,7 +227,8 @@ template <typename V>
 void run_chunks(const Launch& launch, const int64_t* first_chunk, int64_t begin, int64_t end) {
   const auto codebook = make_codebook<V>(launch.levels);
   using Run = Loop<typename V::Storage, typename V::RuleType, typename V::Annealing, std::decay_t<decltype(codebook)>>;
-  const Run loop{codebook, hyper<typename Run::P>(launch.settings), launch.wide_state, launch.snapped_dtype};
+  const Run loop{
+      codebook, hyper<typename Run::P>(launch.settings), launch.wide_state, launch.snapped_dtype, launch.rounding, launch.settings.seed};
   int64_t which = span_of_chunk(first_chunk, launch.span_count, begin);
   for (int64_t chunk = begin; chunk < end; ++which) {
     const int64_t first = first_chunk[which], next = first_chunk[which + 1];

@@ -8,12 +8,13 @@
 namespace askew {
 namespace {
 
-// Blocks that a multiprocessor holds at a time: 4 leave a thread 64 registers, 3 leave it 80, 2 leave it 128. AdamW under interval
-// annealing needs up to 76, float64 more: its numbers take two each. They move more bytes a weight, so enough stay in flight.
+// Blocks that a multiprocessor holds at a time: 4 leave a thread 64 registers, 3 leave it 80, 2 leave it 128. AdamW needs up to 80
+// under interval annealing and with 16-bit weights, float64 more: its numbers take two each. Enough bytes stay in flight.
 template <typename V>
 constexpr int resident_blocks() {
   if (sizeof(typename V::Storage) == 8) return 2;
-  return V::RuleType::states > 1 && std::is_same_v<typename V::Annealing, Interval> ? 3 : 4;
+  const bool is_long = std::is_same_v<typename V::Annealing, Interval> || sizeof(typename V::Storage) == 2;
+  return V::RuleType::states > 1 && is_long ? 3 : 4;
 }
 
 template <typename V>

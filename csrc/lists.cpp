@@ -25,8 +25,8 @@ Dtype dtype_of(const Tensor& tensor, const char* name) {
   }
 }
 
-const Tensor& Layout::weight(const Tensor& tensor) {
-  if (tensor.is_non_overlapping_and_dense()) return tensor;
+const Tensor& Layout::weight(const Tensor& tensor, bool in_order) {
+  if (in_order ? tensor.is_contiguous() : tensor.is_non_overlapping_and_dense()) return tensor;
   return copied(tensor, at::empty_like(tensor, at::MemoryFormat::Contiguous), true);
 }
 
@@ -117,6 +117,7 @@ void check(const Lists& lists) {
   check_list("grads", lists.grads, weights, false);
   check_list("codes", lists.codes, weights, true);
   check_list("snapped", lists.snapped, weights, true);
+  check_list("remainders", lists.remainders, weights, true);
   for (auto& [name, list] : lists.state) check_list(name, list, weights, true);
   const auto scalar_type = weights[0].scalar_type();
   for (size_t i = 0; i < weights.size(); ++i) {
@@ -125,6 +126,9 @@ void check(const Lists& lists) {
     if (!lists.codes.empty())
       TORCH_CHECK_TYPE(lists.codes[i].scalar_type() == at::kByte, "askew_cuda: codes[", i, "] is ", lists.codes[i].scalar_type(),
                        "; codes are uint8");
+    if (!lists.remainders.empty())
+      TORCH_CHECK_TYPE(lists.remainders[i].scalar_type() == at::kShort, "askew_cuda: remainders[", i, "] is ",
+                       lists.remainders[i].scalar_type(), "; remainders are int16");
     if (!lists.snapped.empty())
       TORCH_CHECK_TYPE(lists.snapped[i].scalar_type() == lists.snapped[0].scalar_type(), "askew_cuda: snapped[", i, "] is ",
                        lists.snapped[i].scalar_type(), " but snapped[0] is ", lists.snapped[0].scalar_type());
@@ -155,11 +159,11 @@ void check(const Lists& lists) {
   TORCH_CHECK_VALUE(!levels.empty() || (lists.codes.empty() && lists.snapped.empty()), "askew_cuda: codes and snapped need levels");
 }
 
-std::vector<Span> spans_of(const Lists& lists, Layout& layout) {
+std::vector<Span> spans_of(const Lists& lists, bool in_order, Layout& layout) {
   std::vector<Span> spans(lists.weights.size());
   for (size_t i = 0; i < spans.size(); ++i) {
     Span& span = spans[i];
-    const Tensor& weight = layout.weight(lists.weights[i]);
+    const Tensor& weight = layout.weight(lists.weights[i], in_order);
     span = Span{};
     span.weight = weight.mutable_data_ptr();
     span.grad = layout.like(weight, lists.grads[i], false).const_data_ptr();
@@ -168,6 +172,7 @@ std::vector<Span> spans_of(const Lists& lists, Layout& layout) {
     }
     if (!lists.codes.empty()) span.codes = static_cast<uint8_t*>(layout.like(weight, lists.codes[i], true).mutable_data_ptr());
     if (!lists.snapped.empty()) span.snapped = layout.like(weight, lists.snapped[i], true).mutable_data_ptr();
+    if (!lists.remainders.empty()) span.remainder = layout.like(weight, lists.remainders[i], true).mutable_data_ptr();
     span.size = weight.numel();
     if (!lists.levels.empty()) set_scale(span, weight, lists.scales[i], layout);
   }
@@ -175,7 +180,7 @@ std::vector<Span> spans_of(const Lists& lists, Layout& layout) {
 }
 
 void bump_versions(const Lists& lists) {
-  for (TensorList list : {lists.weights, lists.codes, lists.snapped}) {
+  for (TensorList list : {lists.weights, lists.codes, lists.snapped, lists.remainders}) {
     for (const Tensor& tensor : list)
       if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
   }

@@ -15,7 +15,7 @@ namespace askew {
 struct Lists {
   at::TensorList weights, grads;
   std::vector<std::pair<const char*, at::TensorList>> state;
-  at::TensorList scales, codes, snapped;
+  at::TensorList scales, codes, snapped, remainders;
   at::ArrayRef<double> levels;
 };
 
@@ -27,7 +27,7 @@ Dtype dtype_of(const at::Tensor& tensor, const char* name);
 // Tensors in the memory order of their weight. One that lies otherwise is copied, and copied back if it is written to.
 class Layout {
  public:
-  const at::Tensor& weight(const at::Tensor& tensor);
+  const at::Tensor& weight(const at::Tensor& tensor, bool in_order);
   const at::Tensor& like(const at::Tensor& weight, const at::Tensor& tensor, bool written);
   void* keep(at::Tensor tensor);
   void write_back();
@@ -38,8 +38,8 @@ class Layout {
   std::vector<std::pair<const at::Tensor*, const at::Tensor*>> written_;
 };
 
-// One span for each weight; the layout keeps what they point to.
-std::vector<Span> spans_of(const Lists& lists, Layout& layout);
+// One span for each weight; the layout keeps what they point to. in_order: weights in the order of their elements' numbers.
+std::vector<Span> spans_of(const Lists& lists, bool in_order, Layout& layout);
 
 // Autograd must see what changed: a backward pass over a graph from before the step is an error, as with torch's optimizers.
 void bump_versions(const Lists& lists);

@@ -37,7 +37,8 @@ void run_cpu(const Launch& launch) {
 // One operator call on its way: all that both rules share.
 class Call {
  public:
-  Call(const Lists& lists, Rule rule) : lists_(lists), device_(lists.weights[0].device()) {
+  Call(const Lists& lists, Rule rule, const std::optional<Tensor>& seed, at::IntArrayRef streams, at::IntArrayRef first_elements)
+      : lists_(lists), device_(lists.weights[0].device()), streams_(streams), first_elements_(first_elements) {
     launch_.rule = rule;
     launch_.levels = {lists.levels.data(), static_cast<int>(lists.levels.size())};
     check(lists);
@@ -46,6 +47,7 @@ class Call {
 #else
     TORCH_CHECK_VALUE(device_.is_cpu(), "askew_cuda: weights[0] is on ", device_, " and the extension was built for the CPU only");
 #endif
+    take_rounding(seed);
   }
 
   Settings& settings() { return launch_.settings; }
@@ -94,14 +96,17 @@ class Call {
   // The step. steps: those of each weight, for AdamW, where the host keeps them; else empty. counters: where the device does.
   void run(const std::vector<double>& steps, TensorList counters) {
     Layout layout;
-    std::vector<Span> spans = spans_of(lists_, layout);
+    std::vector<Span> spans = spans_of(lists_, launch_.rounding == Rounding::stochastic, layout);
+    for (size_t i = 0; i < streams_.size(); ++i) spans[i].stream = static_cast<uint64_t>(streams_[i]);
+    for (size_t i = 0; i < first_elements_.size(); ++i) spans[i].first_element = first_elements_[i];
     for (size_t i = 0; i < counters.size(); ++i) spans[i].step = counters[i].mutable_data_ptr();
     if (!counters.empty()) numbers_.step_is_double = counters[0].scalar_type() == at::kDouble;
     const TensorList state = lists_.state[0].second, snapped = lists_.snapped;
     launch_.dtype = dtype_of(lists_.weights[0], "weights[0]");
     launch_.wide_state = !state.empty() && state[0].scalar_type() != lists_.weights[0].scalar_type();
     launch_.snapped_dtype = snapped.empty() ? Dtype::float32 : dtype_of(snapped[0], "snapped[0]");
-    launch_.settings.snap_unit = snap_unit(launch_.dtype, launch_.levels);
+    // With a remainder a weight is a float32 number.
+    launch_.settings.snap_unit = snap_unit(launch_.rounding == Rounding::remainder ? Dtype::float32 : launch_.dtype, launch_.levels);
     if (std::adjacent_find(steps.begin(), steps.end(), std::not_equal_to<>()) == steps.end())
       run_together(spans, steps.empty() ? 0 : steps[0]);
     else
@@ -111,6 +116,30 @@ class Call {
   }
 
  private:
+  // How 16-bit weights are rounded; others are as exact as the arithmetic.
+  void take_rounding(const std::optional<Tensor>& seed) {
+    if (lists_.weights[0].element_size() != 2) {
+      TORCH_CHECK_VALUE(!seed && lists_.remainders.empty(), "askew_cuda: weights[0] is ", lists_.weights[0].scalar_type(),
+                        "; remainders and seed are for bfloat16 and float16");
+      return;
+    }
+    TORCH_CHECK_VALUE(!seed || lists_.remainders.empty(), "askew_cuda: give remainders or a seed, not both");
+    for (const auto& [name, list] : {std::pair{"streams", streams_}, std::pair{"first_elements", first_elements_}})
+      TORCH_CHECK_VALUE(list.empty() || list.size() == lists_.weights.size(), "askew_cuda: ", name, " has ", list.size(), " entries for ",
+                        lists_.weights.size(), " weights");
+    if (!lists_.remainders.empty()) launch_.rounding = Rounding::remainder;
+    if (!seed) return;
+    launch_.rounding = Rounding::stochastic;
+    TORCH_CHECK_TYPE(seed->numel() == 1 && seed->scalar_type() == at::kLong, "askew_cuda: seed is ", seed->toString(), " of shape ",
+                     seed->sizes(), "; one int64 number is needed");
+    TORCH_CHECK_VALUE(seed->is_cpu() || seed->device() == device_, "askew_cuda: seed is on ", seed->device(), " but weights[0] is on ",
+                      device_);
+    if (seed->is_cpu())
+      launch_.settings.seed = static_cast<uint64_t>(seed->item<int64_t>());
+    else
+      numbers_.seed = seed->const_data_ptr<int64_t>();
+  }
+
   static bool one_of(const char* name, c10::string_view value, const char* yes, const char* no) {
     TORCH_CHECK_VALUE(value == yes || value == no, "askew_cuda: ", name, " = '", value, "'; '", yes, "' or '", no, "'");
     return value == yes;
@@ -134,6 +163,7 @@ class Call {
 
   const Lists& lists_;
   const at::Device device_;
+  const at::IntArrayRef streams_, first_elements_;
   Launch launch_{};
   DeviceNumbers numbers_{};
 };
@@ -154,13 +184,14 @@ void check_steps(TensorList steps, TensorList weights, bool on_device) {
 }  // namespace
 
 void sgd_(TensorList weights, TensorList grads, TensorList momentum_buffers, TensorList scales, at::ArrayRef<double> levels,
-          TensorList codes, TensorList snapped, const Tensor& lr, double momentum, double dampening, double weight_decay, bool nesterov,
-          bool maximize, const Tensor& epsilon, c10::string_view anneal, c10::string_view skew_at, std::optional<double> recovery,
-          std::optional<double> alpha, double max_step, bool clip, const std::optional<Tensor>& grad_scale,
-          const std::optional<Tensor>& found_inf) {
+          TensorList codes, TensorList snapped, TensorList remainders, const Tensor& lr, double momentum, double dampening,
+          double weight_decay, bool nesterov, bool maximize, const Tensor& epsilon, c10::string_view anneal, c10::string_view skew_at,
+          std::optional<double> recovery, std::optional<double> alpha, double max_step, bool clip, const std::optional<Tensor>& grad_scale,
+          const std::optional<Tensor>& found_inf, const std::optional<Tensor>& seed, at::IntArrayRef streams,
+          at::IntArrayRef first_elements) {
   if (weights.empty()) return;
-  const Lists lists{weights, grads, {{"momentum_buffers", momentum_buffers}}, scales, codes, snapped, levels};
-  Call call(lists, Rule::sgd);
+  const Lists lists{weights, grads, {{"momentum_buffers", momentum_buffers}}, scales, codes, snapped, remainders, levels};
+  Call call(lists, Rule::sgd, seed, streams, first_elements);
   TORCH_CHECK_VALUE(momentum == 0 || !momentum_buffers.empty(), "askew_cuda: momentum = ", momentum, " needs momentum_buffers");
   Settings& settings = call.settings();
   settings.momentum = momentum;
@@ -171,16 +202,17 @@ void sgd_(TensorList weights, TensorList grads, TensorList momentum_buffers, Ten
 }
 
 void adamw_(TensorList weights, TensorList grads, TensorList exp_avgs, TensorList exp_avg_sqs, TensorList max_exp_avg_sqs, TensorList steps,
-            TensorList scales, at::ArrayRef<double> levels, TensorList codes, TensorList snapped, const Tensor& lr, double beta1,
-            double beta2, double eps, double weight_decay, bool amsgrad, bool maximize, const Tensor& epsilon, c10::string_view anneal,
-            c10::string_view skew_at, std::optional<double> recovery, std::optional<double> alpha, double max_step, bool clip,
-            const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf) {
+            TensorList scales, at::ArrayRef<double> levels, TensorList codes, TensorList snapped, TensorList remainders, const Tensor& lr,
+            double beta1, double beta2, double eps, double weight_decay, bool amsgrad, bool maximize, const Tensor& epsilon,
+            c10::string_view anneal, c10::string_view skew_at, std::optional<double> recovery, std::optional<double> alpha, double max_step,
+            bool clip, const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf, const std::optional<Tensor>& seed,
+            at::IntArrayRef streams, at::IntArrayRef first_elements) {
   if (weights.empty()) return;
-  const Lists lists{weights, grads, {{"exp_avgs", exp_avgs}, {"exp_avg_sqs", exp_avg_sqs}, {"max_exp_avg_sqs", max_exp_avg_sqs}},
-                    scales,  codes, snapped,
-                    levels};
+  const Lists lists{weights,    grads, {{"exp_avgs", exp_avgs}, {"exp_avg_sqs", exp_avg_sqs}, {"max_exp_avg_sqs", max_exp_avg_sqs}},
+                    scales,     codes, snapped,
+                    remainders, levels};
   TORCH_CHECK_VALUE(!exp_avgs.empty() && !exp_avg_sqs.empty(), "askew_cuda: adamw_ needs exp_avgs and exp_avg_sqs");
-  Call call(lists, Rule::adamw);
+  Call call(lists, Rule::adamw, seed, streams, first_elements);
   TORCH_CHECK_VALUE(amsgrad == !max_exp_avg_sqs.empty(), "askew_cuda: amsgrad = ", amsgrad, " but max_exp_avg_sqs has ",
                     max_exp_avg_sqs.size(), " tensors");
   const bool on_device = !steps.empty() && call.on_device(steps[0]);
@@ -207,17 +239,17 @@ void adamw_(TensorList weights, TensorList grads, TensorList exp_avgs, TensorLis
 
 #define ASKEW_CONSTRAINT                                                                                                                 \
   "Tensor epsilon, str anneal, str skew_at, float? recovery, float? alpha, float max_step, bool clip, Tensor? grad_scale=None, Tensor? " \
-  "found_inf=None"
+  "found_inf=None, Tensor? seed=None, int[] streams=[], int[] first_elements=[]"
 
 TORCH_LIBRARY(askew_cuda, m) {
   m.def(
       "sgd_(Tensor(a!)[] weights, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor[] scales, float[] levels, Tensor(c!)[] codes, "
-      "Tensor(d!)[] snapped, *, "
+      "Tensor(d!)[] snapped, Tensor(e!)[] remainders, *, "
       "Tensor lr, float momentum, float dampening, float weight_decay, bool nesterov, bool maximize, " ASKEW_CONSTRAINT ") -> ()");
   m.def(
       "adamw_(Tensor(a!)[] weights, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] max_exp_avg_sqs, "
       "Tensor(e!)[] steps, "
-      "Tensor[] scales, float[] levels, Tensor(f!)[] codes, Tensor(g!)[] snapped, *, "
+      "Tensor[] scales, float[] levels, Tensor(f!)[] codes, Tensor(g!)[] snapped, Tensor(h!)[] remainders, *, "
       "Tensor lr, float beta1, float beta2, float eps, float weight_decay, bool amsgrad, bool maximize, " ASKEW_CONSTRAINT ") -> ()");
 }
 

@@ -14,6 +14,8 @@
 #define ASKEW_HOST_FN inline __attribute__((always_inline))
 #if defined(__CUDACC__)
 #define ASKEW_FN __host__ __device__ __forceinline__
+#elif defined(ASKEW_NOT_INLINED)  // sanitizers take minutes over large functions
+#define ASKEW_FN inline
 #else
 #define ASKEW_FN ASKEW_HOST_FN
 #endif
@@ -95,7 +97,12 @@ template <typename T, int N> struct PackOf {
 };
 template <typename T, int N> using Pack = typename PackOf<T, N>::type;
 
-template <typename P> constexpr int lanes() { return sizeof(P) / sizeof(P{}[0]); }
+template <typename P> constexpr int lanes() {
+  if constexpr (std::is_arithmetic_v<P>)
+    return 1;
+  else
+    return sizeof(P) / sizeof(P{}[0]);
+}
 template <typename P> using MaskOf = decltype(P{} < P{});  // integers as wide as the lanes
 
 template <typename P> constexpr auto sign_bit() {
@@ -205,6 +212,10 @@ template <typename Word, typename P> ASKEW_FN Word narrow_float16(P x) {
   return (x == x ? magnitude : Word{} + 0x7e00) | ((bits >> 16) & 0x8000);
 }
 
+// Floats that hold integers to words of 32 bits and back.
+ASKEW_FN uint32_t to_word(float x) { return static_cast<uint32_t>(static_cast<int32_t>(x)); }
+ASKEW_FN float of_word(uint32_t word) { return static_cast<float>(static_cast<int32_t>(word)); }
+
 // One number to storage and back.
 ASKEW_FN float widen(float x) { return x; }
 ASKEW_FN double widen(double x) { return x; }
@@ -238,6 +249,13 @@ template <typename P, typename T> ASKEW_FN P load(const T* from) {
 template <typename P, typename T> ASKEW_FN void store(T* to, P x) {
   static_assert(sizeof(T) == sizeof(x[0]), "a number is stored as it is");
   std::memcpy(to, &x, sizeof x);
+}
+
+template <typename P> ASKEW_FN Pack<uint32_t, lanes<P>()> to_word(P x) {
+  return (Pack<uint32_t, lanes<P>()>)__builtin_convertvector(x, Pack<int32_t, lanes<P>()>);
+}
+template <typename Word> ASKEW_FN Pack<float, lanes<Word>()> of_word(Word word) {
+  return __builtin_convertvector((Pack<int32_t, lanes<Word>()>)word, Pack<float, lanes<Word>()>);
 }
 
 template <typename P> ASKEW_FN Pack<uint32_t, lanes<P>()> load_halves(const void* from) {

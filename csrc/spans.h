@@ -2,6 +2,7 @@
 // from a chunk's number to the span and the offset where it starts. Plain data, for host and device.
 #pragma once
 
+#include "rounding.h"
 #include "step.h"
 
 namespace askew {
@@ -25,6 +26,7 @@ struct Settings {
   double rate = 0;             // alpha or recovery
   double max_step = 0;
   double snap_unit = 0;  // snap_unit() below
+  uint64_t seed = 0;     // of stochastic rounding
 };
 
 // What follows from each of the four numbers that change from step to step, and that may be known to the device only.
@@ -108,7 +110,10 @@ struct Span {
   const void* scale;  // of the arithmetic type; weight i has scale[(i / scale_run) % scale_count]
   int64_t scale_run, scale_count;
   int64_t size;
-  void* step;  // AdamW: steps made so far, where only the device knows them; else Settings.steps holds
+  void* step;             // AdamW: steps made so far, where only the device knows them; else Settings.steps holds
+  void* remainder;        // 16 bits for each weight
+  uint64_t stream;        // of random bits
+  int64_t first_element;  // number of the first weight, where the tensor is a part of a larger one
 };
 
 // A list of levels, as the caller gave it.
@@ -155,8 +160,9 @@ ASKEW_FN void fill_entry(TableCodebook<T, capacity>& book, const Number* levels,
 
 // All that a backend needs for one call.
 struct Launch {
-  Dtype dtype;      // of weights and gradients
-  bool wide_state;  // 16-bit weights with float32 state
+  Dtype dtype;        // of weights and gradients
+  bool wide_state;    // 16-bit weights with float32 state
+  Rounding rounding;  // of 16-bit weights
   Rule rule;
   Settings settings;
   Levels levels;

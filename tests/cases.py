@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from askew_cuda import reference
+from askew_cuda import reference, rounding
 from tests.tensors import Guarded, draw_gradient, draw_weight, guarded, same_layout
 
 # Tests of the compiled operators need them: no extension is an error, unless the build was told to make none.
@@ -94,6 +94,7 @@ class Case(NamedTuple):
     grad_scale: float | None
     values: str  # "finite", or "hostile": with NaN and infinities
     lr: float
+    rounding: str = "nearest"  # of 16-bit weights
     seed: int = 0
 
     @property
@@ -130,11 +131,13 @@ FACTORS: dict[str, tuple] = {
     "grad_scale": (None, 1024.0, 3.0),
     "values": ("finite", "hostile"),
     "lr": (0.25, 0.037),
+    "rounding": ("nearest", "remainder", "stochastic"),
 }
 TRIPLES = (("dtype", "codebook", "annealing"), ("dtype", "rule", "annealing"), ("codebook", "annealing", "epsilon"))
 # Pairs of values that can't go together.
 FORBIDDEN: tuple[tuple[str, Callable, str, Callable], ...] = (
     ("dtype", lambda dtype: dtype.itemsize > 2, "wide_state", lambda wide: wide),
+    ("dtype", lambda dtype: dtype.itemsize > 2, "rounding", lambda rounding: rounding != "nearest"),
     ("codebook", lambda name: name == "none", "granularity", lambda granularity: granularity != "tensor"),
     ("codebook", lambda name: name == "none", "outputs", lambda outputs: outputs != ()),
 )
@@ -205,11 +208,12 @@ def case_id(case: Case) -> str:
         word for word, there in (("noclip", not case.clip), ("wide", case.wide_state), ("hostile", case.values == "hostile")) if there
     ]
     words += [f"scaled{case.grad_scale:g}"] if case.grad_scale else []
+    words += [case.rounding] if case.rounding != "nearest" else []
     return "-".join(map(str, [*words, f"lr{case.lr:g}", case.seed]))
 
 
 COVERING = covering()
-# One small case without surprises, for tests of something else.
+# A small case without surprises.
 PLAIN = Case(
     dtype=torch.float32, layout="contiguous", size=33, rule="momentum", codebook="ternary", granularity="channel", annealing="capture",
     epsilon=0.3, outputs=("codes", torch.float32), clip=True, wide_state=False, grad_scale=None, values="finite", lr=0.25,
@@ -271,6 +275,8 @@ def draw(case: Case) -> tuple[list[Drawn], list[Tensor]]:
         for name in case.states:
             moment = torch.randn(shape, generator=generator, dtype=torch.float64) * 0.3
             values[name] = (moment.square() if name.endswith("sqs") else moment).to(torch.float32 if case.wide_state else case.dtype)
+        if case.rounding == "remainder":  # the weights are those of a float32 training
+            values["weights"], values["remainders"] = rounding.split(values["weights"].float() * (1 + 2**-12), case.dtype)
         if "codes" in case.outputs:
             values["codes"] = torch.full(shape, 77, dtype=torch.uint8)
         if len(case.outputs) > 1:
@@ -290,7 +296,7 @@ class Built(NamedTuple):
 def build(case: Case, device: str = "cpu") -> Built:
     """Fresh tensors."""
     drawn, scales = draw(case)
-    lists = {name: [] for name in ("weights", "grads", *STATES, "steps", "codes", "snapped")}
+    lists = {name: [] for name in ("weights", "grads", *STATES, "steps", "codes", "snapped", "remainders")}
     lists["scales"] = [scale.clone().to(device) for scale in scales]
     buffers = []
     for name, values, layout in drawn:
@@ -317,9 +323,12 @@ def _compiled(operator: Callable[..., None], capability: str) -> Callable[..., N
     def call(*lists, lr, epsilon, grad_scale=None, found_inf=None, **settings) -> None:
         scalars = {"lr": lr, "epsilon": epsilon, "grad_scale": grad_scale, "found_inf": found_inf}
         tensors = {key: torch.tensor(value, dtype=torch.float64) if isinstance(value, float) else value for key, value in scalars.items()}
+        remainders = settings.pop("remainders", ())
+        rounds = {"seed": None, "streams": [], "first_elements": []}
+        rounds |= {key: settings.pop(key) for key in rounds if key in settings}
         before = EXTENSION.set_cpu_capability(capability)
         try:
-            operator(*lists, **tensors, **settings)
+            operator(*lists, remainders, **tensors, **settings, **rounds)
         finally:
             EXTENSION.set_cpu_capability(before)
 
@@ -363,6 +372,10 @@ def on_threads(count: int, backend: Backend) -> Backend:
 def call(case: Case, lists: dict[str, list[Tensor]], backend: Backend, **changes: object) -> None:
     """One step of the case's tensors."""
     settings = {"lr": case.lr, "epsilon": case.epsilon, "clip": case.clip, "grad_scale": case.grad_scale}
+    if lists["remainders"]:
+        settings["remainders"] = lists["remainders"]
+    if case.rounding == "stochastic":  # weights numbered, and parts of larger ones, one across 2^32
+        settings |= {"seed": torch.tensor(case.seed), "streams": [7, 8, 9], "first_elements": [2**32 - 20, 0, 5]}
     settings |= {"levels": case.levels} | RULES[case.rule] | ANNEALINGS[case.annealing] | changes
     operator, names = (backend.adamw_, [*STATES[1:], "steps"]) if case.is_adamw else (backend.sgd_, STATES[:1])
     state = [lists[name] for name in names]

@@ -62,7 +62,7 @@ template <typename Any> bool alike(const char* a, const char* b) {
 struct Tensor {
   int64_t size, run, count;
   std::vector<std::pair<Dtype, Buffer>> numbers;  // weight, grad, state .., snapped
-  std::vector<Buffer> codes;
+  std::vector<Buffer> codes, remainders;
   std::vector<double> steps;
   std::vector<Buffer> scale;
 };
@@ -97,6 +97,8 @@ Setup draw_setup() {
   launch.dtype = pick({Dtype::float32, Dtype::float64, Dtype::bfloat16, Dtype::float16});
   launch.rule = pick({Rule::sgd, Rule::adamw});
   launch.wide_state = size_of(launch.dtype) == 2 && chance(0.5);
+  if (size_of(launch.dtype) == 2) launch.rounding = pick({Rounding::nearest, Rounding::remainder, Rounding::stochastic});
+  s.seed = source();
   setup.levels = draw_levels();
   launch.levels = {setup.levels.data(), static_cast<int>(setup.levels.size())};
   s.lr = pick({0.0, 0.25, static_cast<double>(0.037f)});
@@ -134,8 +136,14 @@ Setup draw_setup() {
 Tensor draw_tensor(const Setup& setup) {
   const Launch& launch = setup.launch;
   const bool is_double = launch.dtype == Dtype::float64;
-  Tensor tensor{
-      pick<int64_t>({0, 1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 127, 1000, 8191, 8192, 8193, 16391}), 0, 1, {}, {}, {}, {}};
+  Tensor tensor{pick<int64_t>({0, 1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 127, 1000, 8191, 8192, 8193, 16391}),
+                0,
+                1,
+                {},
+                {},
+                {},
+                {},
+                {}};
   tensor.run = tensor.size > 0 ? tensor.size : 1;
   if (chance(0.6) && tensor.size > 1) {  // per channel or group, in memory order or across it
     tensor.run = pick<int64_t>({1, 2, 8, 9, 27, 32, tensor.size / 2, tensor.size});
@@ -165,6 +173,10 @@ Tensor draw_tensor(const Setup& setup) {
     add(launch.wide_state ? Dtype::float32 : launch.dtype, [&](int64_t) { return k > 0 ? normal() * normal() : std::fabs(normal()); });
   }
   if (setup.has_snapped) add(launch.snapped_dtype, [](int64_t) { return 77.0; });
+  if (setup.launch.rounding == Rounding::remainder) {
+    tensor.remainders.emplace_back(tensor.size * 2, misaligned ? below(8) * 2 : 0);
+    for (int64_t i = 0; i < tensor.size * 2; ++i) tensor.remainders[0].data()[i] = static_cast<char>(source());
+  }
   if (setup.has_codes) tensor.codes.emplace_back(tensor.size, misaligned ? below(16) : 0);
   if (setup.steps_there) tensor.steps.push_back(2);
   return tensor;
@@ -177,6 +189,9 @@ Span span_of(Tensor& tensor, const Setup& setup) {
   for (int k = 0; k < setup.states; ++k) span.state[k] = tensor.numbers[2 + k].second.data();
   if (setup.has_snapped) span.snapped = tensor.numbers.back().second.data();
   if (setup.has_codes) span.codes = reinterpret_cast<uint8_t*>(tensor.codes[0].data());
+  if (!tensor.remainders.empty()) span.remainder = tensor.remainders[0].data();
+  span.stream = static_cast<uint64_t>(tensor.size);
+  span.first_element = tensor.size % 2 ? (int64_t{1} << 32) - 20 : 0;
   if (!setup.levels.empty()) span.scale = tensor.scale[0].data();
   span.scale_run = tensor.run;
   span.scale_count = tensor.count;
@@ -235,9 +250,11 @@ void compare(const std::vector<Tensor>& expected, const std::vector<Tensor>& act
         if (!same) fail("another value than the CPU's: list, weight", static_cast<int64_t>(k), i);
       }
     }
-    for (size_t k = 0; k < expected[t].codes.size(); ++k) {
-      const Buffer &wanted = expected[t].codes[k], &found = actual[t].codes[k];
-      if (std::memcmp(wanted.memory.get(), found.memory.get(), wanted.bytes + wanted.offset) != 0) fail("other codes", t, k);
+    for (const auto& [wanted, found] :
+         {std::pair{&expected[t].codes, &actual[t].codes}, {&expected[t].remainders, &actual[t].remainders}}) {
+      if (wanted->empty()) continue;
+      const Buffer &a = wanted->front(), &b = found->front();
+      if (std::memcmp(a.memory.get(), b.memory.get(), a.bytes + a.offset) != 0) fail("another value than the CPU's: bytes of tensor", t, 0);
     }
   }
 }
@@ -273,6 +290,11 @@ bool run_case() {
   hide(launch.settings.lr, call.numbers.lr, &lr, true);
   hide(launch.settings.epsilon, call.numbers.epsilon, &epsilon, true);
   hide(launch.settings.grad_scale, call.numbers.grad_scale, &grad_scale, false);
+  const int64_t seed = static_cast<int64_t>(launch.settings.seed);
+  if (chance(0.3)) {
+    call.numbers.seed = &seed;
+    launch.settings.seed = 0;
+  }
   if (setup.steps_there) launch.settings.steps = 55;
   call.numbers.step_is_double = true;
   for (size_t t = 0; t < tensors.size(); ++t) spans[t] = span_of(tensors[t], setup);

@@ -129,7 +129,7 @@ weights, grads = ([torch.ones(30000) for _ in range(8)] for _ in range(2))  # a 
 base = {"momentum": 0.0, "dampening": 0.0, "weight_decay": 0.0, "nesterov": False, "maximize": False}
 constraint = {"anneal": "capture", "skew_at": "velocity", "recovery": 0.5, "alpha": None, "max_step": 0.5, "clip": True}
 number, before = torch.tensor(0.1, dtype=torch.float64), tasks()
-torch.ops.askew_cuda.sgd_(weights, grads, [], [], [], [], [], lr=number, epsilon=number, **base, **constraint)
+torch.ops.askew_cuda.sgd_(weights, grads, [], [], [], [], [], [], lr=number, epsilon=number, **base, **constraint)
 print(tasks() - before)
 """
 
@@ -263,14 +263,15 @@ def test_autograd_sees_that_weights_and_outputs_changed(rule, name):
 
 @compiled
 @pytest.mark.parametrize("utility", ["test_schema", "test_faketensor"])
+@pytest.mark.parametrize("rounding", ["nearest", "remainder", "stochastic"])
 @pytest.mark.parametrize("rule", ["momentum", "amsgrad"])
-def test_opcheck(rule, utility):
-    case = PLAIN._replace(rule=rule)
+def test_opcheck(rule, rounding, utility):
+    case = PLAIN._replace(rule=rule, rounding=rounding, dtype=torch.float32 if rounding == "nearest" else torch.bfloat16)
 
-    def check(*lists, lr, epsilon, grad_scale, **settings) -> None:
+    def check(*lists, lr, epsilon, grad_scale, remainders=(), **settings) -> None:
         scalars = {key: torch.tensor(value, dtype=torch.float64) for key, value in (("lr", lr), ("epsilon", epsilon))}
         operator = getattr(torch.ops.askew_cuda, "adamw_" if case.is_adamw else "sgd_").default
-        torch.library.opcheck(operator, lists, settings | scalars, test_utils=utility)
+        torch.library.opcheck(operator, (*lists, list(remainders)), settings | scalars, test_utils=utility)
 
     call(case, build(case).lists, REFERENCE._replace(sgd_=check, adamw_=check))
 

@@ -72,7 +72,8 @@ def test_every_variant_is_there():
 @pytest.mark.parametrize("storage", STORAGES)
 def test_registers_are_few_and_none_is_spilled(storage):
     for name in kernels(storage):
-        allowed = 128 if storage == "double" else 80 if "AdamW" in name and "Interval" in name else 64
+        long = "AdamW" in name and ("Interval" in name or "Float16" in name)
+        allowed = 128 if storage == "double" else 80 if long else 64
         used = resources()[name]
         assert used["REG"] <= allowed, name
         assert used["STACK"] == 0, name

@@ -23,14 +23,16 @@ TORCH = {"lists.h", "lists.cpp", "ops.h", "ops.cpp", "cuda_call.cpp", "module.cp
 INCLUDES = {
     "pack.h": set(),
     "step.h": {"pack.h"},
-    "spans.h": {"step.h"},
+    "rounding.h": {"pack.h"},
+    "spans.h": {"rounding.h", "step.h"},
     "variants.h": {"spans.h"},
     "cpu.h": {"spans.h"},
     "cpu.cpp": {"cpu.h", "variants.h"},
     "cpu_avx2.cpp": {"cpu.cpp"},
     "cpu_avx512.cpp": {"cpu.cpp"},
     "cuda.h": {"spans.h"},
-    "block.h": {"cuda.h", "variants.h"},
+    "moves.h": {"pack.h"},
+    "block.h": {"cuda.h", "moves.h", "variants.h"},
     "cuda.cu": {"algorithm", "block.h", "cuda_runtime.h"},  # CUDA stops here
 }
 # What a function that needs it may import, not the module: the package imports without.
@@ -39,7 +41,8 @@ OPTIONAL = {"matplotlib", "numpy"}
 # and Triton by the modules that only its backend loads.
 TRITON = {"triton_step", "triton_launch"}
 IMPORTS = {
-    "reference": set(),
+    "rounding": set(),
+    "reference": {"rounding"},
     "quantizer": {"reference"},
     "scales": {"reference", "quantizer"},
     "triton_checks": set(),
@@ -54,7 +57,8 @@ IMPORTS = {
     "groups": {"interrupts", "keywords", "ops", "quantizer", "scales"},
     "finalize": {"groups", "interrupts", "quantizer"},
     "checkpoints": {"groups", "keywords", "quantizer", "reference"},
-    "base": {"checkpoints", "finalize", "groups", "interrupts", "ops"},
+    "base": {"lost_steps", "checkpoints", "finalize", "groups", "interrupts", "ops"},
+    "lost_steps": {"groups"},
     "optimizers": {"base", "groups", "ops"},
     "monitor": {"base", "quantizer"},
     "doctor": {"ops", "quantizer"},

@@ -32,7 +32,7 @@ def smaller(case: Case) -> Case:
 
 
 @on_all
-@pytest.mark.parametrize("case", [smaller(case) for case in CASES if case.dtype in DTYPES], ids=case_id)
+@pytest.mark.parametrize("case", [smaller(case) for case in CASES if case.dtype in DTYPES and case.rounding == "nearest"], ids=case_id)
 def test_triton_does_what_the_reference_does(case, name):
     expected, actual = run(case, REFERENCE), run(case, TRITON[name])
     assert actual.keys() == expected.keys()
