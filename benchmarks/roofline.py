@@ -66,6 +66,8 @@ def points(device: str = "cpu") -> Iterator[Point]:
 def why(point: Point) -> str:
     """What explains a gap, from what is known of the variant; UNEXPLAINED where nothing here does."""
     low, high = sorted((point.by_bytes, point.by_instructions))
+    if point.instructions is None and low <= 0.4 * high and point.gap > 0:
+        return "a peer's step, whose instructions are not counted: what it waits for is not known here"
     if point.gap < 0 and point.by_bytes >= point.by_instructions:
         return "neither the copy nor the negation reaches the rate that the memory gives to more streams"
     if point.gap < 0:
