@@ -8,13 +8,15 @@
 namespace askew {
 namespace {
 
-// Blocks that a multiprocessor holds at a time: 4 leave a thread 64 registers, 3 leave it 80, 2 leave it 128. AdamW needs up to 80
-// under interval annealing and with 16-bit weights, float64 more: its numbers take two each. Enough bytes stay in flight.
+// Blocks that a multiprocessor holds at a time: 4 leave a thread 64 registers, 3 leave it 80, 2 leave it 128. AdamW needs more than 64
+// under interval annealing or with 16-bit weights, with both more than 80; float64, whose numbers take two each, too. Enough bytes stay
+// in flight.
 template <typename V>
 constexpr int resident_blocks() {
-  if (sizeof(typename V::Storage) == 8) return 2;
-  const bool is_long = std::is_same_v<typename V::Annealing, Interval> || sizeof(typename V::Storage) == 2;
-  return V::RuleType::states > 1 && is_long ? 3 : 4;
+  constexpr bool is_adamw = V::RuleType::states > 1, is_interval = std::is_same_v<typename V::Annealing, Interval>;
+  constexpr size_t bytes = sizeof(typename V::Storage);
+  if (bytes == 8 || (is_adamw && is_interval && bytes == 2)) return 2;
+  return is_adamw && (is_interval || bytes == 2) ? 3 : 4;
 }
 
 template <typename V>
