@@ -123,7 +123,7 @@ class QuantizedOptimizer(FinalizingOptimizer):
     def _make(self) -> None:
         staged = Staged()
         calls = [call for group in self.param_groups for call in self._group_calls(group, staged)]
-        lost = LostSteps(self.param_groups) if staged and not torch.compiler.is_compiling() else None
+        lost = LostSteps(self.param_groups, self._stepped) if staged and not torch.compiler.is_compiling() else None
         alone = not staged and len(calls) == 1 and calls[0].func not in ops.operators("reference")
         if alone or torch.compiler.is_compiling():
             self._commit(staged, calls)  # before and after, there is one compiled call between them
@@ -131,7 +131,7 @@ class QuantizedOptimizer(FinalizingOptimizer):
             self._verify(calls, anew=bool(staged))
             with deferred():
                 self._commit(staged, calls)
-            if lost is not None:
+            if lost and not self._overflowed(wait=True):  # nothing moves then
                 lost.warn()
 
     def _verify(self, calls: list[Call], anew: bool) -> None:

@@ -99,17 +99,14 @@ def _state(kept: dict[str, Any], weight: Tensor, group: Group, name: str) -> dic
             state[key] = value.detach().to(weight.device if group.get("capturable") else "cpu", dtype, copy=True)
         elif not isinstance(value, Tensor):
             state[key] = copy.deepcopy(value)
-        elif key == "remainder":
-            _check_shape(value, weight.shape, key, name)
-            like = torch.empty_like(weight, dtype=torch.int16, requires_grad=False)
-            state[key] = like.copy_(value.detach())
         elif key == "scale":
             wanted = () if group["quantizer"] is None else Quantizer.parse(group["quantizer"]).scale_shape(weight)
             _check_shape(value, wanted, key, name)
             state[key] = value.detach().to(weight.device, reference.arithmetic(weight.dtype), copy=True)
         else:
             _check_shape(value, weight.shape, key, name)
-            like = torch.empty_like(weight, dtype=torch.float32 if wide else None, requires_grad=False)
+            dtype = torch.int16 if key == "remainder" else torch.float32 if wide else weight.dtype
+            like = torch.empty_like(weight, dtype=dtype, requires_grad=False)
             state[key] = like.copy_(value.detach())
     return state
 

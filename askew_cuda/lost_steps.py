@@ -1,6 +1,7 @@
 """Steps that 16-bit weights lose to rounding: looked at once, in a weight's first step, and told with figures."""
 
 import warnings
+from collections.abc import Container
 
 from torch import Tensor
 
@@ -19,13 +20,17 @@ class LostSteps:
     Reads from the weights' device, which a first step may.
     """
 
-    def __init__(self, groups: list[Group]):
+    def __init__(self, groups: list[Group], stepped: Container[Tensor]):
         self._seen: list[tuple[Tensor, Tensor, Tensor]] = []
         for group in groups:
             if group["low_precision"] == "nearest" and float(group["lr"]) != 0:
                 for weight in group["params"]:
-                    if weight.dtype.itemsize == 2 and weight.grad is not None and weight.numel():
+                    if weight.dtype.itemsize == 2 and weight.grad is not None and weight.numel() and weight not in stepped:
                         self._seen.append((weight, _sample(weight), _sample(weight.grad)))
+
+    def __bool__(self) -> bool:
+        """Whether there are any."""
+        return bool(self._seen)
 
     def warn(self) -> None:
         """Warns where more than half of the weights that have a gradient did not move."""

@@ -35,12 +35,13 @@ class Effort:
 def main(name: str, measure: Callable[[Effort], Iterable[Section]], description: str) -> None:
     """Measures, prints and, where wanted, writes <folder>/<name>-<device>.json."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
-    parser.add_argument("--full", action="store_true", help="larger tensors and more rounds: what the README's figures are made with")
+    parser.add_argument("--full", action="store_true", help="larger tensors, more peers and more rounds")
     where = f"write {name}-cpu.json, or -cuda.json on a GPU, there; default: benchmarks/results, what README shows"
     parser.add_argument("--save", type=Path, nargs="?", const=results.RESULTS, metavar="FOLDER", help=where)
     parser.add_argument("--device", type=torch.device, default=workloads.default_device(), help="default: the GPU where there is one")
     arguments = parser.parse_args()
-    warnings.filterwarnings("ignore", "the first clip moves")  # weights are random here, and nothing is learned
+    # Weights are random here, and nothing is learned.
+    warnings.filterwarnings("ignore", ".*(clipping to the outermost levels|did not move in the first step)")
     sections = []
     for section in measure(Effort(arguments.full, arguments.device)):
         print(results.text(section), end="\n\n", flush=True)

@@ -129,6 +129,17 @@ def test_lost_steps_are_told_with_figures():
             askew.AskewSGD([other], **keywords).step()
 
 
+def test_lost_steps_of_a_weight_are_looked_at_in_its_first_step_only():
+    weights = [nn.Parameter(torch.ones(size, dtype=torch.bfloat16)) for size in (300, 100)]
+    optimizer = askew.AskewSGD(weights, lr=0.1)
+    weights[0].grad = torch.full_like(weights[0], 1.0)
+    optimizer.step()
+    weights[0].grad, weights[1].grad = torch.full_like(weights[0], 1e-6), torch.full_like(weights[1], 1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+
+
 def stochastic(weight: Tensor, grads: list[Tensor], threads: int = 1, seed: int = 11, **keywords) -> Tensor:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)

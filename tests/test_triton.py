@@ -14,7 +14,7 @@ from askew_cuda import doctor, ops
 from tests import test_backends, test_by_hand, test_golden
 from tests.cases import BACKENDS, CASES, PLAIN, REFERENCE, Backend, Case, build, call, case_id, run
 from tests.compare import assert_close, assert_same_bits
-from tests.test_wrong_calls import WRONG
+from tests.test_wrong_calls import WRONG, assert_refused
 from tests.triton_copies import Recorder, load, on_gpu, triton
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -129,18 +129,7 @@ def renamed(message: str) -> str:
 
 @pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG.keys())
 def test_a_wrong_call_names_the_argument_and_changes_nothing(wrong):
-    rule, changes, settings, error, message = wrong
-    case = PLAIN._replace(rule=rule)
-    lists = build(case).lists
-    for key, change in changes.items():
-        lists[key] = change(lists[key])
-    before = {key: [tensor.clone() for tensor in tensors] for key, tensors in lists.items()}
-    with pytest.raises(error, match=re.compile(renamed(message), re.IGNORECASE)):
-        call(case, lists, TRITON["interpreted"], **settings)
-    for key, tensors in before.items():
-        for i, tensor in enumerate(tensors):
-            if not tensor.is_meta:
-                assert_same_bits(lists[key][i], tensor, f"{key}[{i}]")
+    assert_refused(wrong, TRITON["interpreted"], lambda message: re.compile(renamed(message), re.IGNORECASE))
 
 
 @pytest.mark.parametrize("rule", ["momentum", "amsgrad"])
