@@ -20,8 +20,8 @@ CUDA_SOURCES = ["csrc/cuda_call.cpp", "csrc/cuda.cu"]
 # at::parallel_for is a plain call in a file that is compiled without OpenMP. On Linux torch brings the same libgomp under its own name.
 OPENMP = ["-fopenmp"] if sys.platform == "linux" else []
 # Every operation rounds once and none is fused; without errno and traps the compiler may vectorise sqrt and selects.
-FLAGS = "-std=c++17 -O3 -g0 -ffp-contract=off -fno-math-errno -fno-trapping-math -Wall -Wextra -Werror -Wno-psabi".split()
-NVCC_FLAGS = "-std=c++17 -O3 -fmad=false --Werror all-warnings -Xcompiler -ffp-contract=off".split()
+FLAGS = "-std=c++20 -O3 -g0 -ffp-contract=off -fno-math-errno -fno-trapping-math -Wall -Wextra -Werror -Wno-psabi".split()
+NVCC_FLAGS = "-std=c++20 -O3 -fmad=false --Werror all-warnings -Xcompiler -ffp-contract=off".split()
 ARCHITECTURES = ("8.0", "9.0", "10.0")  # the newest one that nvcc knows also as PTX, for GPUs to come
 
 
@@ -70,7 +70,7 @@ def extension():
         return [], {}
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     found, cuda = find_torch(), find_cuda() if mode in ("auto", "cuda") else None
-    wanted = {"a C++17 compiler": compiler and shutil.which(compiler.split()[0]), "torch": found}
+    wanted = {"a C++20 compiler": compiler and shutil.which(compiler.split()[0]), "torch": found}
     if mode == "cuda":
         wanted["the CUDA toolkit (nvcc; CUDA_HOME says where)"] = cuda
     missing = " and ".join(name for name, there in wanted.items() if not there)

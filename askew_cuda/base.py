@@ -30,8 +30,10 @@ class Staged:
     def __init__(self) -> None:
         self._added: dict[tuple[int, Any], tuple[dict[Any, Any], Any]] = {}
 
-    def __bool__(self) -> bool:
-        return bool(self._added)
+    @property
+    def is_empty(self) -> bool:
+        """Whether the step adds nothing."""
+        return not self._added
 
     def get(self, kept: dict[Any, Any], key: Any, make: Callable[[], Any]) -> Any:
         """``kept[key]``, or what ``make`` makes, once, which becomes it at commit()."""
@@ -123,12 +125,12 @@ class QuantizedOptimizer(FinalizingOptimizer):
     def _make(self) -> None:
         staged = Staged()
         calls = [call for group in self.param_groups for call in self._group_calls(group, staged)]
-        lost = LostSteps(self.param_groups, self._stepped) if staged and not torch.compiler.is_compiling() else None
-        alone = not staged and len(calls) == 1 and calls[0].func not in ops.operators("reference")
+        lost = LostSteps(self.param_groups, self._stepped) if not (staged.is_empty or torch.compiler.is_compiling()) else None
+        alone = staged.is_empty and len(calls) == 1 and calls[0].func not in ops.operators("reference")
         if alone or torch.compiler.is_compiling():
             self._commit(staged, calls)  # before and after, there is one compiled call between them
         else:
-            self._verify(calls, anew=bool(staged))
+            self._verify(calls, anew=not staged.is_empty)
             with deferred():
                 self._commit(staged, calls)
             if lost and not self._overflowed(wait=True):  # nothing moves then

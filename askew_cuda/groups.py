@@ -38,7 +38,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
         self.outputs: dict[Tensor, dict[str, Tensor]] = {}
         self.first_elements: dict[Tensor, int] = {}  # of weights that are parts of larger ones, for stochastic rounding
         self._stepped: dict[Tensor, bool] = {}  # weights that received a gradient
-        self._parsed: dict[int, tuple[object, Quantizer]] = {}
+        self._parsed: list[tuple[object, Quantizer]] = []
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -111,10 +111,11 @@ class GroupedOptimizer(torch.optim.Optimizer):
         plain = group["quantizer"]
         if plain is None:
             return None
-        known = self._parsed.get(id(group))
-        if known is None or known[0] != plain:
-            known = self._parsed[id(group)] = (plain, Quantizer.parse(plain))
-        return known[1]
+        for known, quantizer in self._parsed:
+            if known == plain:
+                return quantizer
+        self._parsed.append((plain, Quantizer.parse(plain)))
+        return self._parsed[-1][1]
 
     def _named(self, group: Group) -> Iterator[tuple[str, Tensor]]:
         names = group.get("param_names")

@@ -32,7 +32,7 @@ def _load() -> tuple[Any, str]:
     try:
         return importlib.import_module(f"{__package__}._C"), ""
     except ModuleNotFoundError:
-        return None, f"the package was installed without its compiled extension; with a C++17 compiler and torch in place, {_REINSTALL}"
+        return None, f"the package was installed without its compiled extension; with a C++20 compiler and torch in place, {_REINSTALL}"
     except ImportError as error:  # built for another torch, most of the time
         return None, f"the compiled extension does not load under torch {torch.__version__} ({error}); {_REINSTALL}"
 

@@ -57,7 +57,7 @@ struct Loop {
         grid = make_grid(broadcast(scale_of(span, i), P{}), codebook, h);
       }
       for (; i + packs * width <= run_end; i += packs * width) turn<packs>(span, i, grid);
-      for (; i + width <= run_end; i += width) turn<1>(span, i, grid);
+      for (; i + width <= run_end; i += width) one(span, i, grid);
       if (i < run_end) {  // the run ends inside a pack: fill it up with what follows
         const int count = end - i < width ? static_cast<int>(end - i) : width;
         if constexpr (Codebook::quantized) {
@@ -68,7 +68,7 @@ struct Loop {
           }
         }
         if (count == width)
-          turn<1>(span, i, grid);
+          one(span, i, grid);
         else
           part(span, i, count, grid);
         i += count;
@@ -151,6 +151,9 @@ struct Loop {
     }
   }
 
+  // A pack by itself, as a function: rare, and a third of the code otherwise.
+  __attribute__((noinline)) void one(const Span& span, int64_t i, const Grid<P>& grid) const { turn<1>(span, i, grid); }
+
   // (E6) of the weights as they were stored, from weight i on: 16-bit storage has rounded them.
   ASKEW_FN void store_outputs(const Span& span, int64_t i, P w, const Grid<P>& grid) const {
     if constexpr (sizeof(Storage) == 2) w = load<P>(at<Storage>(span.weight, i));
@@ -188,7 +191,7 @@ struct Loop {
       std::memcpy(state[which], at<char>(span.state[which], i * state_size), count * state_size);
       copy.state[which] = state[which];
     }
-    turn<1>(copy, 0, grid);
+    one(copy, 0, grid);
     std::memcpy(at<Storage>(span.weight, i), weight, count * sizeof(Storage));
     if (span.remainder) std::memcpy(at<uint16_t>(span.remainder, i), remainder, count * sizeof(uint16_t));
     for (int which = 0; which < states; ++which) {

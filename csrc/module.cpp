@@ -23,7 +23,7 @@ std::vector<Capability> capabilities() {  // widest first
       {"avx512", cpu_step_avx512,
        __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512vl")},
-      {"avx2", cpu_step_avx2, static_cast<bool>(__builtin_cpu_supports("avx2"))},
+      {"avx2", cpu_step_avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")},
 #endif
       {"baseline", cpu_step_baseline, true},
   };

@@ -9,6 +9,9 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#if defined(__x86_64__) && !defined(__CUDACC__)
+#include <immintrin.h>
+#endif
 
 // always_inline: no copy compiled for one instruction set may stand in for another.
 #define ASKEW_HOST_FN inline __attribute__((always_inline))
@@ -193,8 +196,43 @@ template <typename Word, typename P> ASKEW_FN Word narrow_bfloat16(P x) {
   return x == x ? rounded : Word{} + 0x7fc0;
 }
 
+#if !defined(__CUDACC__)
+
+// F16C and AVX-512 convert a pack of binary16 by an instruction, to nearest even. Of a NaN it would keep more than torch does.
+template <typename P> constexpr bool converts_float16() {
+#if defined(__x86_64__)
+  return sizeof(P) >= 32;
+#else
+  return false;
+#endif
+}
+template <typename P> using PackOfHalves = Pack<uint16_t, lanes<P>()>;
+template <typename P> ASKEW_FN P widen_by_instruction([[maybe_unused]] PackOfHalves<P> half) {
+#if defined(__x86_64__)
+  if constexpr (sizeof(P) == 32)
+    return (P)_mm256_cvtph_ps((__m128i)half);
+  else
+    return (P)_mm512_maskz_cvtph_ps(0xffff, (__m256i)half);
+#endif
+}
+template <typename P> ASKEW_FN PackOfHalves<P> narrow_by_instruction([[maybe_unused]] P x) {
+#if defined(__x86_64__)
+  const P nan = (P)(((MaskOf<P>)x & sign_bit<P>()) | 0x7fc00000);
+  x = x == x ? x : nan;
+  if constexpr (sizeof(P) == 32)
+    return (PackOfHalves<P>)_mm256_cvtps_ph((__m256)x, 0);
+  else
+    return (PackOfHalves<P>)_mm512_maskz_cvtps_ph(0xffff, (__m512)x, 0);
+#endif
+}
+
+#endif  // !__CUDACC__
+
 // 2^112 moves a binary16's exponent, set into a binary32's field, to its value; subnormals come out right by themselves.
 template <typename P, typename Word> ASKEW_FN P widen_float16(Word half) {
+#if !defined(__CUDACC__)
+  if constexpr (converts_float16<P>()) return widen_by_instruction<P>(__builtin_convertvector(half, PackOfHalves<P>));
+#endif
   const Word magnitude = half & 0x7fff;
   const Word finite = bits_of<Word>(of_bits<P>(magnitude << 13) * 0x1p112f);
   const Word special = (magnitude << 13) | 0x7f800000;
@@ -203,6 +241,9 @@ template <typename P, typename Word> ASKEW_FN P widen_float16(Word half) {
 // Round to nearest even, by adding a power of two that leaves the ten bits of a binary16's mantissa room and no more.
 // The two products saturate what is too large to infinity.
 template <typename Word, typename P> ASKEW_FN Word narrow_float16(P x) {
+#if !defined(__CUDACC__)
+  if constexpr (converts_float16<P>()) return __builtin_convertvector(narrow_by_instruction(x), Word);
+#endif
   const Word bits = bits_of<Word>(x);
   const Word exponent = (bits + bits) & 0xff000000u;  // the sign bit is shifted out
   const Word bias = exponent < 0x71000000u ? Word{} + 0x71000000u : exponent;
@@ -268,9 +309,15 @@ template <typename Word> ASKEW_FN void store_halves(void* to, Word word) {
   std::memcpy(to, &half, sizeof half);
 }
 template <typename P> ASKEW_FN P load(const BFloat16* from) { return widen_bfloat16<P>(load_halves<P>(from)); }
-template <typename P> ASKEW_FN P load(const Float16* from) { return widen_float16<P>(load_halves<P>(from)); }
+template <typename P> ASKEW_FN P load(const Float16* from) {
+  if constexpr (converts_float16<P>()) return widen_by_instruction<P>(load<PackOfHalves<P>>(reinterpret_cast<const uint16_t*>(from)));
+  return widen_float16<P>(load_halves<P>(from));
+}
 template <typename P> ASKEW_FN void store(BFloat16* to, P x) { store_halves(to, narrow_bfloat16<Pack<uint32_t, lanes<P>()>>(x)); }
-template <typename P> ASKEW_FN void store(Float16* to, P x) { store_halves(to, narrow_float16<Pack<uint32_t, lanes<P>()>>(x)); }
+template <typename P> ASKEW_FN void store(Float16* to, P x) {
+  if constexpr (converts_float16<P>()) return store(reinterpret_cast<uint16_t*>(to), narrow_by_instruction(x));
+  store_halves(to, narrow_float16<Pack<uint32_t, lanes<P>()>>(x));
+}
 
 // Level indices (0 .. 255, integers or not) as bytes; by way of 16 bits, since the direct way goes lane by lane.
 template <typename P> ASKEW_FN void store_codes(uint8_t* to, P index) {

@@ -67,6 +67,7 @@ def test_the_trajectory_is_torchs(ours, torchs, keywords, flag, contiguous):
 
 @pytest.mark.parametrize(("ours", "torchs", "keywords"), INPUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.filterwarnings("ignore:.*did not move in the first step")  # lr = 0.01 is small for some of the bfloat16 weights
 def test_a_quantized_run_goes_in_the_right_direction(ours, torchs, keywords, dtype):
     params, closure = problem(dtype)
     keywords = fresh(keywords) | {"lr": 0.01}
@@ -217,7 +218,7 @@ def test_zero_grad(ours, quantizer):
 def test_the_profiler_shows_the_step_by_its_name(ours, quantizer):
     params, closure = problem()
     optimizer = ours(params, quantizer=quantizer, pretrained=True)
-    with torch.profiler.profile() as profile:
+    with torch.profiler.profile(acc_events=True) as profile:
         run(optimizer, closure, 1)
     names = {event.key for event in profile.key_averages()}
     kernel = "askew_cuda::sgd_" if ours is askew.AskewSGD else "askew_cuda::adamw_"

@@ -164,7 +164,7 @@ def test_without_the_compiled_extension_the_reference_steps_and_says_so():
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     absent, warned, representation, weights = run.stdout.splitlines()
     assert "backend = 'cpu' is absent" in absent
-    assert "C++17 compiler" in absent
+    assert "C++20 compiler" in absent
     assert "pip install" in absent
     assert warned.startswith("1 ")
     assert "slow pure PyTorch reference" in warned
