@@ -15,8 +15,9 @@ from pathlib import Path
 from setuptools import setup
 
 MODES = ("auto", "cuda", "cpu", "none")
-SOURCES = ["csrc/module.cpp", "csrc/ops.cpp", "csrc/lists.cpp", "csrc/cpu.cpp", "csrc/cpu_avx2.cpp", "csrc/cpu_avx512.cpp"]
-CUDA_SOURCES = ["csrc/cuda_call.cpp", "csrc/cuda.cu"]
+# What takes longest comes first, so that no core waits for it at the end.
+CUDA_SOURCES = ["csrc/cuda.cu", "csrc/cuda_call.cpp"]
+SOURCES = ["csrc/cpu_avx512.cpp", "csrc/cpu.cpp", "csrc/cpu_avx2.cpp", "csrc/module.cpp", "csrc/ops.cpp", "csrc/lists.cpp"]
 # at::parallel_for is a plain call in a file that is compiled without OpenMP. On Linux torch brings the same libgomp under its own name.
 OPENMP = ["-fopenmp"] if sys.platform == "linux" else []
 # Every operation rounds once and none is fused; without errno and traps the compiler may vectorise sqrt and selects.
@@ -55,7 +56,7 @@ def add_cuda(module, cpp_extension, cuda: Path) -> None:
     known = subprocess.run([cuda / "bin/nvcc", "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
     default = ";".join(each for each in ARCHITECTURES if f"compute_{each.replace('.', '')}" in known) + "+PTX"
     architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", default)
-    module.sources += CUDA_SOURCES
+    module.sources = CUDA_SOURCES + module.sources
     module.define_macros += [("ASKEW_WITH_CUDA", None), ("ASKEW_CUDA_ARCHITECTURES", f'"{architectures}"')]
     module.library_dirs += [str(cuda / folder) for folder in ("lib64", "lib") if (cuda / folder).is_dir()]
     module.libraries += ["cudart_static", "dl", "rt", "pthread"]

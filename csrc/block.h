@@ -165,17 +165,15 @@ struct Worker {
     return all % 16 == 0 && address(span.codes) % vector == 0;
   }
 
-  // A weight from its storage and back; `nearest` says that the rounding is known to be that.
-  template <bool nearest>
+  // A weight from its storage and back; i is its number in the span.
   ASKEW_FN T joined(Storage w, [[maybe_unused]] uint16_t remainder) const {
-    if constexpr (!nearest) {
+    if constexpr (is_half) {
       if (arguments.rounding == Rounding::remainder) return join<float>(uint32_t{w.bits}, uint32_t{remainder}, w);
     }
     return widen(w);
   }
-  template <bool nearest>
   ASKEW_FN void put(Storage& w, [[maybe_unused]] uint16_t& remainder, T x, [[maybe_unused]] int64_t i) const {
-    if constexpr (!nearest) {
+    if constexpr (is_half) {
       if (arguments.rounding == Rounding::remainder) {
         const Split<uint32_t> both = split<uint32_t>(x, w);
         w.bits = static_cast<uint16_t>(both.half);
@@ -193,8 +191,8 @@ struct Worker {
   }
 
   // As many neighbours as make a vector, from a position on. All is loaded before anything is stored. The compiler knows the type of the
-  // state, and whether the rounding is the usual one.
-  template <typename State, bool to_nearest>
+  // state.
+  template <typename State>
   ASKEW_FN void turn(int32_t position, const Grid<T>& grid) const {
     constexpr int count = vector<State>;
     reload_shared();
@@ -205,7 +203,7 @@ struct Worker {
     uint16_t remainder[count];
     read(span.weight, i, w);
     read(span.grad, i, g);
-    if (!to_nearest && span.remainder) read(span.remainder, i, remainder);
+    if (is_half && span.remainder) read(span.remainder, i, remainder);
 #pragma unroll
     for (int which = 0; which < states; ++which)
       if (span.state[which]) read(span.state[which], i, state[which]);
@@ -214,14 +212,14 @@ struct Worker {
       T mine[states];
 #pragma unroll
       for (int which = 0; which < states; ++which) mine[which] = span.state[which] ? T(widen(state[which][k])) : T(0);
-      const T now = joined<to_nearest>(w[k], remainder[k]), gradient = widen(g[k]);
-      put<to_nearest>(w[k], remainder[k], step<typename V::RuleType, typename V::Annealing>(now, gradient, mine, grid, codebook, h), i + k);
+      const T now = joined(w[k], remainder[k]);
+      put(w[k], remainder[k], step<typename V::RuleType, typename V::Annealing>(now, widen(g[k]), mine, grid, codebook, h), i + k);
 #pragma unroll
       for (int which = 0; which < states; ++which) narrow(state[which][k], mine[which]);
     }
     reload_shared();
     write(span.weight, i, w);
-    if (!to_nearest && span.remainder) write(span.remainder, i, remainder);
+    if (is_half && span.remainder) write(span.remainder, i, remainder);
 #pragma unroll
     for (int which = 0; which < states; ++which)
       if (span.state[which]) write(span.state[which], i, state[which]);
@@ -232,7 +230,6 @@ struct Worker {
 
   // The weight at a position, in whatever way it is stored.
   ASKEW_FN void one(int32_t position, const Grid<T>& grid) const {
-    constexpr bool nearest = !is_half;
     reload_shared();
     const Span& span = block.span;
     const int64_t i = block.begin + position;
@@ -247,8 +244,8 @@ struct Worker {
                     : arguments.wide_state ? T(static_cast<const T*>(from)[i])
                                            : T(widen(static_cast<const Storage*>(from)[i]));
     }
-    const T now = joined<nearest>(w[0], kept), gradient = widen(static_cast<const Storage*>(span.grad)[i]);
-    put<nearest>(w[0], kept, step<typename V::RuleType, typename V::Annealing>(now, gradient, mine, grid, codebook, h), i);
+    const T now = joined(w[0], kept), gradient = widen(static_cast<const Storage*>(span.grad)[i]);
+    put(w[0], kept, step<typename V::RuleType, typename V::Annealing>(now, gradient, mine, grid, codebook, h), i);
     static_cast<Storage*>(span.weight)[i] = w[0];
     if (span.remainder) *remainder = kept;
 #pragma unroll
@@ -318,11 +315,9 @@ struct Worker {
 
   ASKEW_FN void turn_as(bool wide, int32_t position, const Grid<T>& grid) const {
     if constexpr (is_half) {
-      const bool nearest = arguments.rounding == Rounding::nearest;
-      if (wide) return nearest ? turn<float, true>(position, grid) : turn<float, false>(position, grid);
-      if (!nearest) return turn<Storage, false>(position, grid);
+      if (wide) return turn<float>(position, grid);
     }
-    turn<Storage, true>(position, grid);
+    turn<Storage>(position, grid);
   }
 };
 

@@ -21,7 +21,7 @@ STANDARD = {"cmath", "cstdint", "cstring", "string", "type_traits"}
 TORCH = {"lists.h", "lists.cpp", "ops.h", "ops.cpp", "cuda_call.cpp", "module.cpp"}  # torch stops here
 # What a C++ file may include beyond the standard headers that kernels use.
 INCLUDES = {
-    "pack.h": set(),
+    "pack.h": {"immintrin.h"},
     "step.h": {"pack.h"},
     "rounding.h": {"pack.h"},
     "spans.h": {"rounding.h", "step.h"},
