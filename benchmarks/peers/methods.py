@@ -69,11 +69,11 @@ class Run:
         return latent
 
     def input(self, x: Tensor) -> Tensor:
-        """Applied to the input of every quantized layer."""
+        """Applied to the input (S, ..) of every quantized layer."""
         return x
 
     def output(self, y: Tensor) -> Tensor:
-        """Applied to the output of every quantized layer."""
+        """Applied to the output (S, ..) of every quantized layer."""
         return y
 
     def stepped(self) -> None:
@@ -145,19 +145,22 @@ class Grid:
         return level.clamp_(0, len(self) - 1).mul_(self.gap).add_(self.lowest).mul_(scale)
 
     def absmean(self, rows: Tensor) -> Tensor:
-        """(rows, 1): mean|w| / mean|level|."""
-        return rows.abs().mean(1, keepdim=True) / self.codebook.mean_abs
+        """(rows, 1): mean|w|, for up to three levels -1, (0,) 1."""
+        return rows.abs().mean(1, keepdim=True)
 
     def min_mse(self, rows: Tensor) -> Tensor:
         """(rows, 1): the scale of the least squared error. Sorts: for the start of a training, not for each step."""
         return scales.min_mse(rows, self.codebook).to(rows.dtype).unsqueeze(1)
 
-    def refit(self, rows: Tensor, scale: Tensor) -> Tensor:
-        """(rows, 1): the least-squares scale of the assignment that ``scale`` gives; one step of the alternating minimisation towards
-        min-MSE. For two levels that is mean|w|. Where every weight has gone to zero the scale stays."""
+    def refit(self, rows: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """(levels (rows, n) that are nearest under ``scale``, the scale (rows, 1) that fits them best by least squares).
+
+        One step of the alternating minimisation of the squared error; for two levels the scale is mean|w|. If all are zero it stays.
+        """
         level = self.nearest(rows, scale).div_(scale)
         square = (level * level).sum(1, keepdim=True)
-        return torch.where(square > 0, (rows * level).sum(1, keepdim=True) / square, scale).clamp_(min=torch.finfo(rows.dtype).tiny)
+        fitted = (rows * level).sum(1, keepdim=True) / square
+        return level, torch.where(square > 0, fitted, scale).clamp_(min=torch.finfo(rows.dtype).tiny)
 
 
 def as_rows(stacked: Tensor, granularity: str) -> Tensor:
@@ -201,7 +204,7 @@ class Latent(Run):
         return self.grid.min_mse(rows)
 
     def look(self, latent: nn.Parameter, rows: Tensor) -> Tensor:
-        """(rows, n): what the forward pass sees after ``steps_done`` steps. May set ``self.scale[latent]``, and change the rows in place."""
+        """(rows, n): what the forward pass sees after ``steps_done`` steps. May set ``self.scale[latent]``, and change rows in place."""
         raise NotImplementedError
 
     def settle(self, latent: nn.Parameter, rows: Tensor) -> Tensor:
@@ -231,13 +234,15 @@ class Latent(Run):
 
 
 class _StraightThrough(Latent):
-    def look(self, latent, rows):
-        grid = self.grid
-        self.scale[latent] = grid.absmean(rows) if len(grid) <= 3 else grid.refit(rows, self.scale[latent])
-        return grid.nearest(rows, self.scale[latent])
-
     def first_scale(self, rows):
         return self.grid.absmean(rows) if len(self.grid) <= 3 else self.grid.min_mse(rows)
+
+    def look(self, latent, rows):
+        if len(self.grid) <= 3:
+            self.scale[latent] = self.grid.absmean(rows)
+            return self.grid.nearest(rows, self.scale[latent])
+        level, self.scale[latent] = self.grid.refit(rows, self.scale[latent])
+        return level.mul_(self.scale[latent])
 
 
 class StraightThrough(Method):
@@ -265,11 +270,10 @@ class OursRun(Run):
             self.parts[stacked] = [nn.Parameter(each) for each in stacked.detach()]
             for part, grad in zip(self.parts[stacked], stacked.grad, strict=True):
                 part.grad = grad
-        groups = [
-            {"params": [part for stacked in group["params"] for part in self.parts[stacked]], "weight_decay": group["weight_decay"]}
-            | keywords
-            for group in base.groups(quantized)
-        ]
+        groups = base.groups(quantized)
+        for group in groups:
+            group["params"] = [part for stacked in group["params"] for part in self.parts[stacked]]
+            group.update(keywords)
         rule = askew.AskewSGD if base.rule == "sgd" else askew.AskewAdamW
         super().__init__(rule(groups + base.groups(rest), **base.keywords))
         self.optimizer.zero_grad = self._zero_grad  # torch's would cut the views off
