@@ -9,7 +9,7 @@ from torch.nn.utils import parametrize
 
 import askew_cuda as askew
 from askew_cuda.quantizer import Codebook
-from benchmarks.peers import ada_ste, binary_connect, binary_relax, luq, parq, prox_quant
+from benchmarks.peers import ada_ste, binary_connect, binary_relax, cage, luq, parq, prox_quant
 from benchmarks.peers.methods import WIDTHS, Base, FullPrecision, Grid, Method, Ours, Run, StraightThrough
 from benchmarks.peers.registry import METHODS
 from examples import digits
@@ -119,6 +119,24 @@ def test_straight_through_is_that_of_the_example(width):
     task.train(StraightThrough(), width, base)
     latent = network[0].parametrizations.weight.original
     torch.testing.assert_close(task.quantized[0][0], latent, rtol=1e-4, atol=1e-5)
+
+
+def test_cage_pulls_late_and_by_the_learning_rate():
+    """Without gradients: nothing moves for 80 % of the steps, then the distance to the level shrinks by 1 - lr lambda ramp."""
+    task = Task([0])
+    run = cage.Cage().start(task.quantized, [], Base("sgd", 0.1, momentum=0.0), "binary", 4.0, total_steps=10, pretrained=False)
+    latent, scale = task.quantized[0], task.quantized[0].detach().abs().mean()
+    scheduler = torch.optim.lr_scheduler.LambdaLR(run.optimizer, lambda step: 1 - step / 10)
+    for step in range(1, 11):
+        before, level = latent.detach().clone(), scale * latent.detach().sign()
+        for each in task.quantized:
+            each.grad = torch.zeros_like(each)
+        run.optimizer.step()
+        scheduler.step()
+        run.stepped()
+        pull = 0.1 * (1 - (step - 1) / 10) * 4 * max(step / 10 - 0.8, 0) / 0.2
+        torch.testing.assert_close(latent.detach(), before + pull * (level - before))
+        assert torch.equal(latent.detach(), before) == (step <= 8)
 
 
 @pytest.mark.parametrize("base", [SGD, ADAMW], ids=["sgd", "adamw"])

@@ -233,7 +233,9 @@ class Latent(Run):
             self.seen[latent].copy_(self.settle(latent, rows))
 
 
-class _StraightThrough(Latent):
+class StraightThroughRun(Latent):
+    """What is seen is the latent weight rounded under a scale that is estimated anew."""
+
     def first_scale(self, rows):
         return self.grid.absmean(rows) if len(self.grid) <= 3 else self.grid.min_mse(rows)
 
@@ -256,7 +258,7 @@ class StraightThrough(Method):
     name = "STE"
 
     def start(self, quantized, rest, base, width, knob, *, total_steps, pretrained, granularity="tensor"):
-        return _StraightThrough(quantized, rest, base, width, granularity, total_steps)
+        return StraightThroughRun(quantized, rest, base, width, granularity, total_steps)
 
 
 class OursRun(Run):

@@ -3,6 +3,7 @@
 from .ada_ste import AdaSte
 from .binary_connect import BinaryConnect, StraightThroughInOurBox
 from .binary_relax import BinaryRelax
+from .cage import Cage
 from .interval import Interval
 from .luq import Luq
 from .methods import FullPrecision, Method, Ours, StraightThrough
@@ -18,6 +19,7 @@ METHODS: tuple[Method, ...] = (
     ProxQuant(),
     BinaryRelax(),
     Parq(),
+    Cage(),
     Luq(),
     AdaSte(),
     Interval(),
