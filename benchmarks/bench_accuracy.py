@@ -23,16 +23,16 @@ QUICK_CHOICE = {"tasks": ["digits-16", "digits-bn", "lm-gpt2"], "starts": ["scra
 
 
 def measure(task: str, start: str, width: str, method: str, effort: Effort) -> tuple[float, str]:
-    """Seconds of one cell and, where it could not be measured, why; in a process of its own, on one thread."""
+    """Seconds of a core that one cell took and, where it could not be measured, why; in a process of its own, on one thread."""
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", ".*(clipping to the outermost levels)")
     (plan,) = cells.plans([task], [start], [width], [method])
-    begun = time.perf_counter()
+    begun = time.process_time()
     try:
         cells.measure(plan, effort)
     except Exception as error:  # the other cells don't depend on it, and the table says "not run"
-        return time.perf_counter() - begun, f"{type(error).__name__}: {error}"
-    return time.perf_counter() - begun, ""
+        return time.process_time() - begun, f"{type(error).__name__}: {error}"
+    return time.process_time() - begun, ""
 
 
 def parse() -> argparse.Namespace:
