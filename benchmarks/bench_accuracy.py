@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.peers.methods import WIDTHS
 from benchmarks.referee import cells, table
 from benchmarks.referee.cells import Effort
 from benchmarks.referee.tasks import STARTS, TASKS
@@ -40,10 +41,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="ten minutes: few tasks, widths and seeds, half the steps; not for the table")
     parser.add_argument("--again", action="store_true", help="measure cells that are there already once more")
     parser.add_argument("--workers", type=int, default=2, help="processes, one thread each; default: 2")
-    for name, known in (("tasks", list(TASKS)), ("starts", STARTS), ("widths", cells.WIDTHS), ("methods", cells.names())):
+    for name, known in (("tasks", list(TASKS)), ("starts", STARTS), ("widths", WIDTHS), ("methods", cells.names())):
         parser.add_argument(f"--{name}", nargs="+", choices=known, metavar=name[:-1].upper(), help=f"of {', '.join(known)}; default: all")
     arguments = parser.parse_args()
-    for name, known in (("tasks", list(TASKS)), ("starts", STARTS), ("widths", cells.WIDTHS), ("methods", cells.names())):
+    for name, known in (("tasks", list(TASKS)), ("starts", STARTS), ("widths", WIDTHS), ("methods", cells.names())):
         if getattr(arguments, name) is None:
             setattr(arguments, name, QUICK_CHOICE.get(name, list(known)) if arguments.quick else list(known))
     return arguments

@@ -14,7 +14,9 @@ from benchmarks.referee import table, targets
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 BLOCK = re.compile(r"(<!-- figure: ([\w-]+) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
-EVERY = FIGURES | table.FIGURES | {
+EVERY = {
+    **FIGURES,
+    **table.FIGURES,
     "accuracy-targets": targets.targets,
     "roofline": roofline.roofline,
     "roofline-gpu": lambda: roofline.roofline("cuda"),

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-for name in ("psutil", "scipy", "sklearn"):
-    pytest.importorskip(name, reason="the benchmarks' extra is not installed: pip install '.[bench]'")
+pytest.importorskip("psutil", reason="the benchmarks' extra is not installed: pip install '.[bench]'")
+pytest.importorskip("sklearn", reason="the benchmarks' extra is not installed: pip install '.[bench]'")
 
-from benchmarks.peers.methods import Base, FullPrecision, Grid, Ours, StraightThrough
+from benchmarks.peers.methods import WIDTHS, Base, FullPrecision, Grid, Ours, StraightThrough
 from benchmarks.peers.registry import METHODS
 from benchmarks.referee import cells, data, networks, stacked, table, targets, tasks, train
 from benchmarks.referee.train import FULL, Plan, Setting
@@ -125,7 +125,8 @@ def test_tuning_and_reporting_never_meet():
     text = [data.documentation(8)((0,), tuning) for tuning in (True, False)]
     whole = data._help_topics()
     assert torch.equal(torch.cat([text[0].train, text[0].held, text[1].held]), whole)
-    assert whole.min() >= 0 and whole.max() < data.SYMBOLS
+    assert whole.min() >= 0
+    assert whole.max() < data.SYMBOLS
 
 
 def test_text_batches_are_windows_and_their_next_characters():
@@ -189,7 +190,8 @@ def made_up(task: str, width: str, method: str, scores: list[float], start: str 
     environment = {"commit": "0" * 40, "date": "2026-01-01", "processor": "a", "torch": "2", "python": "3"}
     seeds = [*range(len(scores))]
     cell = {"task": task, "start": start, "width": width, "method": method, "unit": tasks.TASKS[task].unit, "scores": scores}
-    return cell | {"seeds": seeds, "seconds": 1.0, "environment": environment, "robustness": dict.fromkeys(("0.3", "1", "3"), scores)} | more
+    cell |= {"seeds": seeds, "seconds": 1.0, "environment": environment}
+    return cell | {"robustness": dict.fromkeys(("0.3", "1", "3"), scores)} | more
 
 
 def test_the_tables_by_hand(tmp_path):
@@ -267,7 +269,8 @@ def test_every_method_makes_three_steps_and_ends_on_its_levels(method, width, gr
 
 
 def test_names_of_files_are_different():
-    paths = {cells.path(cells.FOLDER, *cells.key(plan)) for plan in cells.plans(list(tasks.TASKS), tasks.STARTS, cells.WIDTHS, cells.names())}
+    every = cells.plans(list(tasks.TASKS), tasks.STARTS, WIDTHS, cells.names())
+    paths = {cells.path(cells.FOLDER, *cells.key(plan)) for plan in every}
     count = sum(len(cells.widths_of(method)) for method in METHODS)
     assert len(paths) == len(tasks.EVERY) * 2 * count
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks import results
-from benchmarks.peers.methods import WIDTHS, FullPrecision, Method
+from benchmarks.peers.methods import FullPrecision, Method
 from benchmarks.peers.registry import METHODS
 from benchmarks.referee import train
 from benchmarks.referee.tasks import EVERY, STARTS, TASKS, Task
@@ -152,4 +152,3 @@ def _start(plan: Plan, effort: Effort, tuning: bool) -> State | None:
 def names(methods: Sequence[Method] = METHODS) -> list[str]:
     """Of the rows of the table."""
     return [method.name for method in methods]
-

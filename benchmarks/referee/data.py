@@ -1,4 +1,7 @@
-"""What the networks learn from, one sample per seed, stacked: training data, and what judges - validation for tuning, test for reporting."""
+"""What the networks learn from, one sample per seed, stacked: training data, and what judges.
+
+What judges is a validation part where a method is tuned, test data where it is reported.
+"""
 
 import functools
 from collections.abc import Callable, Iterator, Sequence

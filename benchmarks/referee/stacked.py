@@ -50,7 +50,7 @@ class Conv2d(Quantizable):
         super().__init__()
         first = layers[0]
         if first.groups != 1 or first.padding_mode != "zeros":
-            raise ValueError(f"stacked.Conv2d: groups = {first.groups}, padding_mode = {first.padding_mode!r}; only 1 and 'zeros' are written")
+            raise ValueError(f"stacked.Conv2d: groups = {first.groups}, padding_mode = {first.padding_mode!r}; only 1 and 'zeros'")
         self.weight, self.bias = _stacked(layers, "weight"), _stacked(layers, "bias")
         self.settings = {"stride": first.stride, "padding": first.padding, "dilation": first.dilation, "groups": len(layers)}
 

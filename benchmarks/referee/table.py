@@ -127,8 +127,8 @@ def gains(folder: Path = cells.FOLDER) -> dict[str, dict[str, list[float]]]:
             ours = found.get((task, "scratch", width, OURS))
             theirs = {peer: found.get((task, "scratch", width, peer)) for peer in PEERS if width in CAN[peer]}
             there = {peer: list(gain(ours, cell)) for peer, cell in theirs.items() if ours and cell}
-            title = f"{task}, {width}, {TASKS[task].unit}" + ("" if len(there) == len(theirs) else f": {len(theirs) - len(there)} {NOT_RUN}")
-            panels[title] = there
+            missing = len(theirs) - len(there)
+            panels[f"{task}, {width}, {TASKS[task].unit}" + (f": {missing} {NOT_RUN}" if missing else "")] = there
     return panels
 
 
@@ -143,7 +143,8 @@ def provenance(found: Cells) -> str:
     if not found:
         return "Nothing was run."
     seen = {name: sorted({str(cell["environment"][name]) for cell in found.values()}) for name in ("processor", "torch", "python", "date")}
-    commits = sorted({commit[:7] + " with changes" * ("changes" in commit) for commit in (c["environment"]["commit"] for c in found.values())})
+    made = {cell["environment"]["commit"] for cell in found.values()}
+    commits = sorted(commit[:7] + " with changes" * ("changes" in commit) for commit in made)
     hours = sum(cell["seconds"] for cell in found.values()) / 3600
     where = f"{', '.join(seen['processor'])}, torch {', '.join(seen['torch'])}, Python {', '.join(seen['python'])}"
     return f"{len(found)} cells in {hours:.1f} hours of one core: {where}, commit {', '.join(commits)}, {', '.join(seen['date'])}."
