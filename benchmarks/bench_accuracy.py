@@ -19,7 +19,7 @@ from benchmarks.referee import cells, table
 from benchmarks.referee.cells import Effort
 from benchmarks.referee.tasks import STARTS, TASKS
 
-QUICK = Effort(Path("build/accuracy-quick"), seeds=(0, 1, 2), tuning=1, length=0.5)
+QUICK = Effort(Path("build/accuracy-quick"), seeds=(0, 1, 2, 3, 4), tuning=1, length=0.5)
 QUICK_CHOICE = {"tasks": ["digits-16", "digits-bn", "lm-gpt2"], "starts": ["scratch"], "widths": ["binary", "ternary"]}
 
 

@@ -75,7 +75,7 @@ def _digits(hidden: int) -> Task:
 def _transformer(name: str, init: str, gpt2: bool) -> Task:
     make = functools.partial(networks.Transformer, gpt2=gpt2, **SHAPE)
     title = f"characters of Python's help, transformer of 2 layers, {init}"
-    bases, sample = rates("adamw", 0.003, 0.01, **TEXT), data.documentation(SHAPE["context"])
+    bases, sample = rates("adamw", 0.005, 0.01, **TEXT), data.documentation(SHAPE["context"])
     settings = {"quantized": "blocks.", "granularity": "channel", "tuning_seeds": 2, "unit": "nats", "warmup": 0.08}
     return Task(name, title, make, sample, 1000, 16, bases, Base("adamw", 0.01, **TEXT), **settings)
 
