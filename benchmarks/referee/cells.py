@@ -73,7 +73,8 @@ def write(where: Path, data: dict[str, Any]) -> None:
     """The whole file or none."""
     where.parent.mkdir(parents=True, exist_ok=True)
     unfinished = where.with_suffix(f".{os.getpid()}")
-    unfinished.write_text(json.dumps(data, indent=1, default=dataclasses.asdict) + "\n")
+    lines = (f"{json.dumps(name)}: {json.dumps(value, default=dataclasses.asdict)}" for name, value in data.items())
+    unfinished.write_text("{\n" + ",\n".join(lines) + "\n}\n")  # a line each: changes are seen
     unfinished.replace(where)
 
 
@@ -108,7 +109,7 @@ def measure(plan: Plan, effort: Effort) -> dict[str, Any]:
                 scores[f"{factor:g}"] = report(dataclasses.replace(chosen, base=base)).scores
     cell = dict(zip(("task", "start", "width", "method"), key(plan), strict=True)) | {
         "unit": plan.task.unit,
-        "steps": plan.task.budget(plan.start),
+        "budget": plan.task.budget(plan.start),
         "tuning seeds": train.tuning_seeds(plan.task) if tried else [],
         "tried": [{"setting": setting, "validation": values} for setting, values in tried],
         "chosen": chosen,
