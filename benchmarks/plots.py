@@ -13,8 +13,9 @@ from typing import Any
 
 from benchmarks import results
 from benchmarks.figures import plural
+from benchmarks.referee import table
 
-Series = dict[str, dict[str, list[float]]]  # title of a panel -> name of a line -> x, y alternating
+Series = dict[str, dict[str, list[float]]]  # title of a panel -> name of a line -> x, y alternating; or one number; or it and its error
 
 
 def scaling() -> Series:
@@ -37,27 +38,18 @@ def today() -> Series:
 
 
 def draw(panels: Series) -> str:
-    """SVG text: lines where there are points, bars where there is one number each."""
+    """SVG text: lines where there are points, bars where there is one number each, points with two standard errors where there are two."""
     import matplotlib
 
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    bars = all(len(line) == 1 for lines in panels.values() for line in lines.values())
     with matplotlib.rc_context({"svg.hashsalt": "askew_cuda", "svg.fonttype": "none", "font.size": 9}):
         across = min(2, len(panels))
         figure, axes = pyplot.subplots(-(-len(panels) // across), across, figsize=(9, 3.2 * -(-len(panels) // across)), squeeze=False)
         for axis, (title, lines) in zip(axes.flat, panels.items(), strict=False):
             axis.set_title(title)
-            if bars:
-                axis.barh(list(lines), [line[0] for line in lines.values()])
-                axis.set_xscale("log")
-                axis.invert_yaxis()
-            else:
-                for name, line in lines.items():
-                    axis.loglog(line[::2], line[1::2], marker=".", label=name)
-                axis.set(xlabel="weights", ylabel="ns per weight")
-                axis.legend()
+            _fill(axis, lines)
             axis.grid(alpha=0.3)
         figure.tight_layout()
         text = io.StringIO()
@@ -66,9 +58,26 @@ def draw(panels: Series) -> str:
     return re.sub(r"[ \t]+$", "", text.getvalue(), flags=re.MULTILINE)
 
 
+def _fill(axis: Any, lines: dict[str, list[float]]) -> None:
+    longest = max(map(len, lines.values()), default=0)
+    if longest == 1:
+        axis.barh(list(lines), [line[0] for line in lines.values()])
+        axis.set_xscale("log")
+        axis.invert_yaxis()
+    elif longest == 2:
+        axis.errorbar([line[0] for line in lines.values()], list(lines), xerr=[2 * line[1] for line in lines.values()], fmt="o")
+        axis.axvline(0, color="grey")
+        axis.invert_yaxis()
+    elif longest > 2:
+        for name, line in lines.items():
+            axis.loglog(line[::2], line[1::2], marker=".", label=name)
+        axis.set(xlabel="weights", ylabel="ns per weight")
+        axis.legend()
+
+
 def digest(data: Any) -> str:
     """Of the numbers that a plot shows."""
     return "data sha256 " + hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
-PLOTS: dict[str, Callable[[], Series]] = {"docs/scaling.svg": scaling, "docs/today.svg": today}
+PLOTS: dict[str, Callable[[], Series]] = {"docs/scaling.svg": scaling, "docs/today.svg": today, "docs/accuracy.svg": table.gains}

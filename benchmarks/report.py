@@ -9,11 +9,15 @@ from pathlib import Path
 from benchmarks import roofline
 from benchmarks.figures import FIGURES
 from benchmarks.plots import PLOTS, digest, draw
+from benchmarks.referee import table, targets
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 BLOCK = re.compile(r"(<!-- figure: ([\w-]+) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
-EVERY = FIGURES | {
+EVERY = {
+    **FIGURES,
+    **table.FIGURES,
+    "accuracy-targets": targets.targets,
     "roofline": roofline.roofline,
     "roofline-gpu": lambda: roofline.roofline("cuda"),
     "explanations": roofline.explanations,

@@ -6,6 +6,7 @@ import pytest
 
 pytest.importorskip("scipy", reason="the benchmarks' extra is not installed: pip install '.[bench]'")
 pytest.importorskip("psutil", reason="the benchmarks' extra is not installed: pip install '.[bench]'")
+pytest.importorskip("sklearn", reason="the benchmarks' extra is not installed: pip install '.[bench]'")
 
 from benchmarks import report, roofline
 

@@ -1,0 +1,27 @@
+"""Every row of the accuracy table."""
+
+from .ada_ste import AdaSte
+from .binary_connect import BinaryConnect, StraightThroughInOurBox
+from .binary_relax import BinaryRelax
+from .cage import Cage
+from .interval import Interval
+from .luq import Luq
+from .methods import FullPrecision, Method, Ours, StraightThrough
+from .parq import Parq
+from .prox_quant import ProxQuant
+
+METHODS: tuple[Method, ...] = (
+    FullPrecision(),
+    BinaryConnect(stochastic=False),
+    BinaryConnect(stochastic=True),
+    StraightThrough(),
+    StraightThroughInOurBox(),
+    ProxQuant(),
+    BinaryRelax(),
+    Parq(),
+    Cage(),
+    Luq(),
+    AdaSte(),
+    Interval(),
+    Ours(),
+)

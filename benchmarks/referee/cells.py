@@ -1,0 +1,155 @@
+"""The cells of the accuracy table: which there are, their measurement, and their files, one each, written when it is done."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import results
+from benchmarks.peers.methods import FullPrecision, Method
+from benchmarks.peers.registry import METHODS
+from benchmarks.referee import train
+from benchmarks.referee.tasks import EVERY, STARTS, TASKS, Task
+from benchmarks.referee.train import FULL, Plan, Setting, State
+
+FOLDER = results.RESULTS / "accuracy"
+NETWORKS = Path("build/accuracy")  # full-precision networks to fine-tune; made again where they are missing
+FACTORS = (0.3, 1.0, 3.0)  # of askew_cuda's learning rate, for the robustness rows
+Seeds = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is measured. ``seeds``: reporting; ``tuning``: at most so many tuning seeds; ``bases``: at most so many base rules."""
+
+    folder: Path = FOLDER
+    networks: Path = NETWORKS
+    seeds: Seeds = train.REPORTING_SEEDS
+    tuning: int | None = None
+    length: float = 1.0
+
+    def shortened(self, task: Task) -> Task:
+        """The task on this effort."""
+        tuning = task.tuning_seeds if self.tuning is None else min(self.tuning, task.tuning_seeds)
+        return dataclasses.replace(task, tuning_seeds=tuning, length=max(1, round(self.length * task.length)))
+
+
+def widths_of(method: Method) -> tuple[str, ...]:
+    """Full precision has one column of its own."""
+    return (FULL,) if isinstance(method, FullPrecision) else tuple(method.widths)
+
+
+def plans(tasks: Sequence[str], starts: Sequence[str], widths: Sequence[str], methods: Sequence[str]) -> Iterator[Plan]:
+    """Every cell of the choice, in the order of measurement: the cheap tasks first, from scratch before fine-tuning."""
+    for task in EVERY:
+        for start in STARTS:
+            if task.name not in tasks or start not in starts:
+                continue
+            for method in METHODS:
+                if method.name in methods:
+                    yield from (Plan(task, start, width, method) for width in widths_of(method) if width in (FULL, *widths))
+
+
+def key(plan: Plan) -> tuple[str, str, str, str]:
+    """What names a cell: task, start, width, method."""
+    return plan.task.name, plan.start, plan.width, plan.method.name
+
+
+def path(folder: Path, task: str, start: str, width: str, method: str) -> Path:
+    """The file of a cell."""
+    plain = "".join(letter if letter.isalnum() else "-" for letter in method.lower())
+    return folder / f"{task}_{start}_{width}_{plain}.json"
+
+
+def write(where: Path, data: dict[str, Any]) -> None:
+    """The whole file or none."""
+    where.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = where.with_suffix(f".{os.getpid()}")
+    lines = (f"{json.dumps(name)}: {json.dumps(value, default=dataclasses.asdict)}" for name, value in data.items())
+    unfinished.write_text("{\n" + ",\n".join(lines) + "\n}\n")  # a line each: changes are seen
+    unfinished.replace(where)
+
+
+def read(folder: Path) -> dict[tuple[str, str, str, str], dict[str, Any]]:
+    """All cells that are there, by key()."""
+    found = {}
+    for each in sorted(folder.glob("*.json")):
+        cell = json.loads(each.read_text())
+        found[cell["task"], cell["start"], cell["width"], cell["method"]] = cell
+    return found
+
+
+def measure(plan: Plan, effort: Effort) -> dict[str, Any]:
+    """The cell, read where it is there, else measured and written."""
+    where = path(effort.folder, *key(plan))
+    if where.exists():
+        return json.loads(where.read_text())
+    begun = time.process_time()
+    plan = dataclasses.replace(plan, task=effort.shortened(plan.task))
+    settings, tried = plan.settings(), []
+    start = functools.partial(_start, plan, effort)
+    for setting in settings if plan.tuned else []:
+        tuned = train.train(plan, setting, train.tuning_seeds(plan.task), tuning=True, state=start(True))
+        tried.append((setting, tuned.scores))
+    chosen = train.best(plan.task, tried) if tried else settings[0]
+    report = functools.partial(train.train, plan, seeds=effort.seeds, tuning=False, state=start(False))
+    scores = {"1": report(chosen).scores}
+    if not plan.tuned:
+        for factor in FACTORS:
+            if factor != 1:
+                base = dataclasses.replace(chosen.base, lr=factor * chosen.base.lr)
+                scores[f"{factor:g}"] = report(dataclasses.replace(chosen, base=base)).scores
+    cell = dict(zip(("task", "start", "width", "method"), key(plan), strict=True)) | {
+        "unit": plan.task.unit,
+        "budget": plan.task.budget(plan.start),
+        "tuning seeds": train.tuning_seeds(plan.task) if tried else [],
+        "tried": [{"setting": setting, "validation": values} for setting, values in tried],
+        "chosen": chosen,
+        "seeds": effort.seeds,
+        "scores": scores["1"],
+        "robustness": scores if len(scores) > 1 else {},
+        "seconds": time.process_time() - begun,  # of one core, whatever else the machine does
+        "environment": environment(),
+    }
+    write(where, cell)
+    return json.loads(where.read_text())
+
+
+@functools.cache
+def environment() -> dict[str, object]:
+    """What the scores may depend on; as it was when this process measured its first cell."""
+    known = results.environment()
+    return {name: known[name] for name in ("commit", "date", "processor", "cores", "cpu_kernel", "torch", "python")}
+
+
+def _start(plan: Plan, effort: Effort, tuning: bool) -> State | None:
+    """The weights that a training starts from: None from scratch, else those of full precision, of the same seeds on the same data."""
+    if plan.start == "scratch":
+        return None
+    scratch = Plan(TASKS[plan.task.name], "scratch", FULL, FullPrecision())
+    chosen = measure(scratch, effort)["chosen"]
+    setting = Setting(type(plan.task.ours)(**chosen["base"]), chosen["knob"])
+    scratch = dataclasses.replace(scratch, task=plan.task)
+    seeds = train.tuning_seeds(plan.task) if tuning else effort.seeds
+    description = f"{plan.task!r} {setting!r} {seeds!r} {tuning}"
+    where = effort.networks / f"{plan.task.name}-{hashlib.sha256(description.encode()).hexdigest()[:16]}.pt"
+    if not where.exists():
+        trained = train.train(scratch, setting, seeds, tuning=tuning)
+        where.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = where.with_suffix(f".{os.getpid()}")
+        torch.save(trained.state, unfinished)
+        unfinished.replace(where)
+    return torch.load(where)
+
+
+def names(methods: Sequence[Method] = METHODS) -> list[str]:
+    """Of the rows of the table."""
+    return [method.name for method in methods]

@@ -1,0 +1,97 @@
+"""The tasks of the accuracy table, the cheap ones first: network, data, budget, and the base rules that are tried."""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from benchmarks.peers.methods import Base
+from benchmarks.referee import data, networks
+from examples import digits
+
+FINE_TUNING = 0.3  # share of the budget
+STARTS = ("scratch", "fine-tuned")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One network on one kind of data.
+
+    network: makes one, under the seed that was set. sample: seeds, tuning -> data. length: epochs of images, steps of text.
+    bases: what every peer tries. ours: the base rule of askew_cuda, which tries nothing.
+    quantized: names of quantized layers begin so. granularity: of the scales. tuning_seeds: how many. unit: of the scores.
+    warmup: share of the steps in which the learning rate rises.
+    """
+
+    name: str
+    title: str
+    network: Callable[[], nn.Module]
+    sample: Callable[[Sequence[int], bool], data.Data]
+    length: int
+    batch: int
+    bases: tuple[Base, ...]
+    ours: Base
+    quantized: str = ""
+    granularity: str = "tensor"
+    tuning_seeds: int = 4
+    unit: str = "%"
+    warmup: float = 0.0
+
+    @property
+    def sign(self) -> int:
+        """+1 where a higher score is better, -1 where a lower one is."""
+        return 1 if self.unit == "%" else -1
+
+    def plain(self, seed: int) -> nn.Module:
+        """The network that a user would get after torch.manual_seed(seed)."""
+        torch.manual_seed(seed)
+        return self.network()
+
+    def budget(self, start: str) -> int:
+        """``length`` for this start."""
+        return self.length if start == "scratch" else max(1, round(FINE_TUNING * self.length))
+
+
+def rates(rule: str, *lrs: float, **keywords: float) -> tuple[Base, ...]:
+    """The same rule at several learning rates."""
+    return tuple(Base(rule, lr, **keywords) for lr in lrs)
+
+
+EITHER = rates("sgd", 0.03, 0.1, 0.3) + rates("adamw", 0.003, 0.01, 0.03)
+TEXT = {"weight_decay": 0.1, "betas": (0.9, 0.95)}
+SHAPE = {"symbols": data.SYMBOLS, "context": 32, "width": 32, "layers": 2, "heads": 2}
+
+
+def _digits(hidden: int) -> Task:
+    title = f"digits, MLP 64-{hidden}-{hidden}-10"
+    make = functools.partial(digits.mlp, hidden)
+    seeds = 8 if hidden < 256 else 4
+    ours = Base("sgd", 0.3)
+    return Task(f"digits-{hidden}", title, make, data.handwritten, digits.EPOCHS, digits.BATCH, EITHER, ours, tuning_seeds=seeds)
+
+
+def _transformer(name: str, init: str, gpt2: bool) -> Task:
+    make = functools.partial(networks.Transformer, gpt2=gpt2, **SHAPE)
+    title = f"characters of Python's help, transformer of 2 layers, {init}"
+    bases, sample = rates("adamw", 0.005, 0.01, **TEXT), data.documentation(SHAPE["context"])
+    settings = {"quantized": "blocks.", "granularity": "channel", "tuning_seeds": 2, "unit": "nats", "warmup": 0.08}
+    return Task(name, title, make, sample, 1000, 16, bases, Base("adamw", 0.01, **TEXT), **settings)
+
+
+EVERY = (
+    *map(_digits, (16, 24, 32, 64)),
+    Task(
+        "digits-bn", "digits, MLP 64-64-64-10 with BatchNorm", functools.partial(networks.mlp_batchnorm, 64),
+        data.handwritten, digits.EPOCHS, digits.BATCH, EITHER, Base("sgd", 0.1), tuning_seeds=8,
+    ),
+    Task(
+        "cnn", "MNIST (5,000 images), CNN with BatchNorm", functools.partial(networks.cnn, 8),
+        data.mnist, 8, 64, EITHER[:-1], Base("sgd", 0.1), tuning_seeds=2,
+    ),
+    _digits(256),
+    _transformer("lm-gpt2", "GPT-2's init", True),
+    _transformer("lm-default", "torch's default Linear init", False),
+)  # fmt: skip
+TASKS = {task.name: task for task in EVERY}
