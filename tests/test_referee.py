@@ -1,8 +1,11 @@
 """The accuracy table's referee: stacked networks are the plain ones, the loop, the tuning rule, cells and the arithmetic of the tables."""
 
 import dataclasses
+import functools
 import json
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -185,6 +188,17 @@ def test_fine_tuning_starts_from_full_precision_and_ours_tries_nothing(watched):
     before = len(seen)
     cells.measure(Plan(small(), "fine-tuned", "2bit", Ours("askew_cuda")), effort)
     assert len(seen) == before + 3  # the network to start from is kept
+
+
+def test_networks_to_start_from_are_found_again_by_other_processes():
+    code = (
+        "from benchmarks.referee import cells, tasks, train; from benchmarks.peers.methods import Base; "
+        "print(cells.fingerprint(tasks.TASKS['cnn'], train.Setting(Base('sgd', {lr})), (0, 1), True))"
+    )
+    run = functools.partial(subprocess.run, capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent)
+    here = [cells.fingerprint(tasks.TASKS["cnn"], Setting(Base("sgd", lr)), (0, 1), True) for lr in (0.1, 0.2)]
+    assert run([sys.executable, "-c", code.format(lr=0.1)]).stdout.split() == here[:1]
+    assert here[0] != here[1]
 
 
 def made_up(task: str, width: str, method: str, scores: list[float], start: str = "scratch", **more: object) -> dict[str, object]:

@@ -139,8 +139,7 @@ def _start(plan: Plan, effort: Effort, tuning: bool) -> State | None:
     setting = Setting(type(plan.task.ours)(**chosen["base"]), chosen["knob"])
     scratch = dataclasses.replace(scratch, task=plan.task)
     seeds = train.tuning_seeds(plan.task) if tuning else effort.seeds
-    description = f"{plan.task!r} {setting!r} {seeds!r} {tuning}"
-    where = effort.networks / f"{plan.task.name}-{hashlib.sha256(description.encode()).hexdigest()[:16]}.pt"
+    where = effort.networks / f"{plan.task.name}-{fingerprint(plan.task, setting, seeds, tuning)}.pt"
     if not where.exists():
         trained = train.train(scratch, setting, seeds, tuning=tuning)
         where.parent.mkdir(parents=True, exist_ok=True)
@@ -148,6 +147,13 @@ def _start(plan: Plan, effort: Effort, tuning: bool) -> State | None:
         torch.save(trained.state, unfinished)
         unfinished.replace(where)
     return torch.load(where)
+
+
+def fingerprint(task: Task, setting: Setting, seeds: Sequence[int], tuning: bool) -> str:
+    """Of all that a network to start from depends on, in any process: numbers, and the code that makes and trains it."""
+    numbers = (task.name, task.length, task.batch, task.warmup, setting, tuple(seeds), tuning)
+    code = [(Path(__file__).parent / f"{name}.py").read_text() for name in ("data", "networks", "stacked", "tasks", "train")]
+    return hashlib.sha256("\n".join([repr(numbers), *code]).encode()).hexdigest()[:16]
 
 
 def names(methods: Sequence[Method] = METHODS) -> list[str]:
