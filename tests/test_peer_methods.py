@@ -218,6 +218,36 @@ def test_the_proximal_map_of_proxquant_is_the_minimum(strength):
         assert x == pytest.approx(best, abs=fine)
 
 
+def test_proxquant_holds_rounded_weights_while_the_rest_trains():
+    task = Task([0])
+    run = prox_quant.ProxQuant().start(task.quantized, task.rest, SGD, "2bit", 0.1, total_steps=STEPS, pretrained=False)
+    seen = []
+    for _ in range(STEPS):
+        run.optimizer.zero_grad()
+        task.loss(run).sum().backward()
+        run.optimizer.step()
+        run.stepped()
+        seen.append([each.detach().clone() for each in (*task.quantized, *task.rest)])
+    hard = math.ceil(prox_quant.HARD * STEPS) - 1  # the step after which they are rounded
+    for weight, before, after, last in zip(task.quantized, seen[hard - 1], seen[hard], seen[-1], strict=False):
+        assert len(before.unique()) > 4
+        assert len(after.unique()) <= 4
+        assert torch.equal(after, last)
+        assert torch.equal(run.weight(weight), last)
+    assert not torch.equal(seen[hard][-1], seen[-1][-1])
+
+
+@pytest.mark.parametrize(
+    "method", [binary_connect.BinaryConnect(False), binary_connect.BinaryConnect(True), binary_connect.StraightThroughInOurBox()]
+)
+def test_latent_weights_stay_in_their_box(method):
+    task = Task([0, 1])
+    run = task.train(method, "binary", Base("sgd", 1.0))
+    for latent in task.quantized:
+        share = latent.detach().flatten(1).abs() / run.scale[latent]
+        assert share.max().item() == pytest.approx(1, abs=1e-6)
+
+
 @pytest.mark.parametrize("strength", [0.0, 0.3, 5.0])
 def test_the_relaxed_weight_is_the_minimum(strength):
     for w, level in ((0.3, 1.0), (-1.7, -1.0), (0.9, 1.0)):
@@ -307,12 +337,13 @@ def test_gradients_of_luq_are_unbiased_powers_of_two():
     within_chance(draws, grad)
     size = draws.abs() / grad.abs().amax(1, keepdim=True)
     assert set(size.unique().tolist()) <= {0.0, *(2.0**-k for k in range(8))}
+    assert set(size[:, 0, [0, 1, 3]].unique().tolist()) == {0.0, 2.0**-7}  # what is below the smallest size
     assert (draws[0].sign() * grad.sign() >= 0).all()
     assert torch.equal(luq.quantize_gradient(torch.zeros(2, 3), torch.rand(2, 3)), torch.zeros(2, 3))
 
 
 def test_activations_of_luq_by_hand():
-    x = torch.tensor([[0.0, 1.0, 2.0, 30.0], [-4.0, 0.1, 1.0, 2.0]])
+    x = torch.tensor([[0.0, 1.0, 2.0, 30.0], [-5.0, -4.0, 3.0, 4.0]])
     found = luq.quantize_activation(x)
     for row, out, low, high in zip(x, found, (0, -8), (15, 7), strict=True):
         clip = 12.68 * row.square().mean().sqrt() - 12.80 * row.abs().mean()
