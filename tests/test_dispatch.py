@@ -54,7 +54,7 @@ def test_the_operator_can_be_compiled_into_a_graph():
 
 
 def test_a_profiler_sees_the_operator():
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
         ops.operators("cpu").sgd_(*lists(), **SETTINGS)
     assert "askew_cuda::sgd_" in {event.name for event in profile.events()}
 
