@@ -36,10 +36,12 @@ SHAPES = {"quadratic": quadratic, "geometric": geometric}
 
 
 def default_phase(levels: int, pretrained: bool | str) -> tuple[float, float]:
-    """(hold, end) as fractions of the training: the measured defaults of algorithm.md, section 3."""
+    """(hold, end) as fractions of the training, as measured (docs/recipes.md): the more levels, the later they need to be chosen."""
     if levels >= 8:
         return 0.7, 0.9
-    return (0.0 if pretrained is True else 0.5), 0.95
+    if pretrained is True:
+        return 0.0, 0.95
+    return (0.5 if levels <= 2 else 0.6), 0.95
 
 
 class Anneal:

@@ -127,14 +127,21 @@ class GroupedOptimizer(torch.optim.Optimizer):
         """The weight's scale, if it is set."""
         return self.state[weight].get("scale") if weight in self.state else None
 
-    @staticmethod
-    def _estimate(group: Group, quantizer: Quantizer, name: str, weight: Tensor) -> Tensor:
-        return scales.estimate(weight.detach(), quantizer, pretrained=group["pretrained"], name=name)
+    def _has_fresh_norms(self) -> bool:
+        """Whether the optimizer has weights of normalisation layers, as they are before a training."""
+        return any(scales.is_fresh_gain(weight.detach()) for group in self.param_groups for weight in group["params"])
+
+    def _estimate(self, group: Group, quantizer: Quantizer, name: str, weight: Tensor) -> Tensor:
+        normalized = group["normalized"]
+        if normalized is None and not group["pretrained"]:
+            normalized = self._has_fresh_norms()
+        return scales.estimate(weight.detach(), quantizer, pretrained=group["pretrained"], normalized=bool(normalized), name=name)
 
     def _new_scale(self, group: Group, quantizer: Quantizer, name: str, weight: Tensor) -> Tensor:
         """A weight's scale, to be set for ever; warns when the first clip would tear a trained network apart."""
         scale = self._estimate(group, quantizer, name, weight)
-        if group["clip"] and not group["pretrained"] and not scales.is_torch_default(weight):
+        fresh = scales.is_torch_default(weight) or self._has_fresh_norms()
+        if group["clip"] and not group["pretrained"] and not fresh:
             outside = scales.share_outside(weight.detach(), scale, quantizer.codebook.levels)
             if outside > 0.25:
                 warnings.warn(

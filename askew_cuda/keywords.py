@@ -11,6 +11,7 @@ from torch import Tensor
 CONSTRAINT = {
     "quantizer": None,
     "pretrained": False,
+    "normalized": None,
     "epsilon": 1.0,
     "recovery": None,
     "alpha": None,
@@ -73,6 +74,7 @@ def check_group(group: dict[str, Any]) -> None:
         number("alpha", lambda x: 0 < x < math.inf, "a finite rate above 0 per unit of lr")
     check("skew_at", group["skew_at"] == "velocity" or group["anneal"] == "interval", "skew_at = 'gradient' needs anneal = 'interval'")
     check("pretrained", group["pretrained"] in (False, True, "packed"), "False, True or 'packed'")
+    check("normalized", group["normalized"] in (None, False, True), "None, False or True")
     check("clip", isinstance(group["clip"], bool), "True or False")
     check("maximize", isinstance(group["maximize"], bool), "True or False")
     outputs = group["outputs"]

@@ -118,7 +118,7 @@ def param_groups(
         pretrained: True where the network is trained already, "packed" where it was read from a packed file.
         include, exclude: with one specification: names or "re:..." patterns that are added to it, or taken out.
         verbose: print the table.
-        keywords: go into every quantized group, such as anneal="interval".
+        keywords: go into every quantized group, such as anneal="interval". ``normalized`` says what is seen in the model, else.
 
     Returns:
         Groups with named parameters, quantized ones first.
@@ -145,11 +145,13 @@ def param_groups(
             "param_groups: no weight is left to quantize; one specification leaves out embeddings, norms, the first and the last layer. "
             f"Give a dictionary, such as {{'*': 'ternary'}}, or include=. Names: {', '.join(named)}"
         )
+    normalized = any(map(_is_norm, model.modules()))
     groups: dict[Quantizer, dict[str, Any]] = {}
     for name, spec in chosen.items():
         quantizer = Quantizer.parse(spec)
         quantizer.check(named[name], name)
-        group = groups.setdefault(quantizer, {"params": [], "quantizer": quantizer.plain(), "pretrained": pretrained, **keywords})
+        settings = {"quantizer": quantizer.plain(), "pretrained": pretrained, "normalized": normalized, **keywords}
+        group = groups.setdefault(quantizer, {"params": [], **settings})
         group["params"].append((name, named[name]))
     rest = [(name, weight) for name, weight in named.items() if name not in chosen]
     if verbose:

@@ -20,7 +20,7 @@ _COARSE, _FINE, _REFITS = 64, 128, 3  # of the min-MSE search: scales 16 % apart
 _CHUNK = 2**20  # numbers that min-MSE works on at a time, at least one row: 8 MiB per float64 temporary
 
 
-def estimate(weight: Tensor, quantizer: Quantizer, *, pretrained: bool | str, name: str) -> Tensor:
+def estimate(weight: Tensor, quantizer: Quantizer, *, pretrained: bool | str, name: str, normalized: bool = False) -> Tensor:
     """The scale that a weight gets, by the quantizer's rule.
 
     Args:
@@ -28,6 +28,7 @@ def estimate(weight: Tensor, quantizer: Quantizer, *, pretrained: bool | str, na
         quantizer: levels, rule and granularity.
         pretrained: True or "packed" where the weights are trained already; it matters to "auto".
         name: of the weight, for messages.
+        normalized: whether the network has normalisation layers; it matters to "auto".
 
     Returns:
         () | (channels, 1, ..) | (rows, groups), float32 (float64 for float64 weights), > 0; weight units per level unit. A row of
@@ -51,7 +52,10 @@ def estimate(weight: Tensor, quantizer: Quantizer, *, pretrained: bool | str, na
         bad = int((~weight.isfinite()).sum())
         raise ValueError(f"{name} holds {bad} NaN or infinite weights: no scale can be estimated; repair them, or give Quantizer(scale=..)")
     rows = weight.detach().reshape(math.prod(shape), -1).to(dtype)  # in logical order, whatever the layout
-    scale = _by_rule(rows, weight, quantizer, pretrained, name)
+    if quantizer.scale == "auto":
+        scale = _auto(rows, weight, quantizer.codebook, pretrained, normalized)
+    else:
+        scale = _by_rule(rows, quantizer.codebook, quantizer.scale, name)
     # A dead row, of zeros or of what weight decay left of it, says nothing.
     alive = (scale >= torch.finfo(dtype).tiny) & weight.any()
     if not alive.any():
@@ -80,6 +84,11 @@ def is_torch_default(weight: Tensor) -> bool:
     return inside and abs(rms - wanted) <= (0.05 + 2 / math.sqrt(weight.numel())) * wanted
 
 
+def is_fresh_gain(weight: Tensor) -> bool:
+    """Whether a weight looks like the gain of a normalisation layer before the training: a vector of ones."""
+    return weight.dim() == 1 and weight.numel() > 1 and bool((weight == 1).all())
+
+
 def share_outside(weight: Tensor, scale: Tensor, levels: Sequence[float]) -> float:
     """Share of weights that lie outside of the outermost levels: what a clip would move. 0 for an empty tensor."""
     if weight.numel() == 0:
@@ -88,15 +97,22 @@ def share_outside(weight: Tensor, scale: Tensor, levels: Sequence[float]) -> flo
     return float(((w < wide * levels[0]) | (w > wide * levels[-1])).double().mean())
 
 
-def _by_rule(rows: Tensor, weight: Tensor, quantizer: Quantizer, pretrained: bool | str, name: str) -> Tensor:
+def _auto(rows: Tensor, weight: Tensor, codebook: Codebook, pretrained: bool | str, normalized: bool) -> Tensor:
+    """(rows,) float64; 0 for a row of zeros. Measured: docs/accuracy.md.
+
+    A trained network says its scale itself, and so does a deliberate init. torch's default init says nothing about it: the shape does.
+    Between normalisation layers no init says anything.
+    """
+    if not pretrained and weight.dim() >= 2 and (normalized or is_torch_default(weight)):
+        scale = _of_torch_default(weight, codebook) if normalized else _by_shape(weight, codebook)
+        return torch.full((len(rows),), scale, dtype=torch.float64, device=rows.device)
+    if not pretrained and len(codebook) <= 3:
+        return 1.1 * _mean_abs(rows)
+    return min_mse(rows, codebook)
+
+
+def _by_rule(rows: Tensor, codebook: Codebook, rule: str, name: str) -> Tensor:
     """(rows,) float64; 0 for a row of zeros."""
-    codebook, rule = quantizer.codebook, quantizer.scale
-    if rule == "auto":
-        if not pretrained and is_torch_default(weight):
-            return torch.full((len(rows),), _by_shape(weight, codebook), dtype=torch.float64, device=rows.device)
-        if not pretrained and len(codebook) <= 3:
-            return 1.1 * _mean_abs(rows)
-        rule = "mse"
     if rule == "absmean":
         return _mean_abs(rows) / codebook.mean_abs
     if rule == "absmax":
@@ -123,6 +139,11 @@ def _fans(weight: Tensor) -> tuple[int, int]:
     """fan_in and fan_out as torch.nn.init counts them."""
     field = math.prod(weight.shape[2:])
     return weight.shape[1] * field, weight.shape[0] * field
+
+
+def _of_torch_default(weight: Tensor, codebook: Codebook) -> float:
+    """1 / sqrt(3 fan_in) / rms(levels): levels as large as the weights of torch's default init are."""
+    return 1 / math.sqrt(3 * _fans(weight)[0]) / codebook.rms
 
 
 def _by_shape(weight: Tensor, codebook: Codebook) -> float:

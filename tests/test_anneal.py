@@ -50,9 +50,10 @@ def test_the_other_groups_are_left_alone():
     ("levels", "pretrained", "phase"),
     [
         (2, False, (0.5, 0.95)),
-        (7, False, (0.5, 0.95)),
+        (3, False, (0.6, 0.95)),
+        (7, False, (0.6, 0.95)),
         (7, True, (0.0, 0.95)),
-        (7, "packed", (0.5, 0.95)),
+        (7, "packed", (0.6, 0.95)),
         (8, False, (0.7, 0.9)),
         (256, True, (0.7, 0.9)),
     ],
@@ -64,7 +65,7 @@ def test_default_phases(levels, pretrained, phase):
 def test_each_group_has_its_own_default_phase():
     annealed = optimizer("ternary", "4bit")
     anneal = askew.Anneal(annealed, total_steps=100)
-    for _ in range(60):
+    for _ in range(65):
         anneal.step()
     assert annealed.param_groups[0]["epsilon"] < 1
     assert annealed.param_groups[1]["epsilon"] == 1

@@ -105,7 +105,9 @@ def parameters(count: int, size: int = 1000) -> list[torch.nn.Parameter]:
 
 
 def kernels(work) -> list[str]:
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU], acc_events=True
+    ) as profile:
         work()
         torch.cuda.synchronize()
     return [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA and "kernel" in event.name]

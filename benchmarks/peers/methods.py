@@ -273,6 +273,8 @@ class OursRun(Run):
             for part, grad in zip(self.parts[stacked], stacked.grad, strict=True):
                 part.grad = grad
         groups = base.groups(quantized)
+        gains = [each for p in rest for each in p.detach() if p.dim() == 2]  # what the optimizer finds by itself in a plain network
+        keywords = {"normalized": any(map(scales.is_fresh_gain, gains)), **keywords}
         for group in groups:
             group["params"] = [part for stacked in group["params"] for part in self.parts[stacked]]
             group.update(keywords)

@@ -1,0 +1,67 @@
+"""The scale between normalisation layers, and who knows of them."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import askew_cuda as askew
+from askew_cuda.quantizer import Quantizer
+from askew_cuda.scales import estimate
+from tests.compare import assert_close, assert_same_bits
+
+
+@pytest.mark.parametrize("init", ["torch", "normal(.02)", "He"])
+@pytest.mark.parametrize("shape", [(48, 32), (8, 3, 3, 3)], ids=str)
+@pytest.mark.parametrize("quantizer", ["binary", "ternary/channel", "4bit"])
+def test_between_normalisation_layers_the_levels_are_as_large_as_torchs_init_whatever_the_init(init, shape, quantizer):
+    fan_in = math.prod(shape[1:])
+    size = {"torch": 1 / math.sqrt(3 * fan_in), "normal(.02)": 0.02, "He": math.sqrt(2 / fan_in)}[init]
+    generator = torch.Generator().manual_seed(0)
+    uniform = torch.rand(shape, generator=generator) * 2 - 1
+    weight = size * (math.sqrt(3) * uniform if init == "torch" else torch.randn(shape, generator=generator))
+    quantizer = Quantizer.parse(quantizer)
+    found = estimate(weight, quantizer, pretrained=False, normalized=True, name="w")
+    wanted = torch.full_like(found, 1 / math.sqrt(3 * fan_in) / quantizer.codebook.rms)
+    assert_close(found, wanted, 1e-6 * wanted.max().item(), "scale")
+    trained = estimate(weight, quantizer, pretrained=True, normalized=True, name="w")
+    assert_same_bits(trained, estimate(weight, quantizer, pretrained=True, name="w"), "trained weights say it themselves")
+
+
+def normalized_network(norm: nn.Module | None) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(6, 6), *([] if norm is None else [norm]), nn.Linear(6, 6))
+
+
+@pytest.mark.parametrize("norm", [None, nn.LayerNorm(6), nn.BatchNorm1d(6), nn.BatchNorm1d(6, affine=False)], ids=str)
+def test_who_knows_that_a_network_is_normalised(norm):
+    """param_groups looks at the modules, an optimizer by itself for gains of 1, and the keyword tells both."""
+    model = normalized_network(norm)
+    by_norm, by_shape = 1 / math.sqrt(3 * 6), estimate(model[0].weight, Quantizer("binary"), pretrained=False, name="w").item()
+    assert abs(by_norm - by_shape) > 0.1
+
+    def scale(groups: object, **keywords: object) -> float:
+        optimizer = askew.AskewSGD(groups, lr=0.1, **keywords)
+        optimizer.prepare()
+        return optimizer.state[model[0].weight]["scale"].item()
+
+    seen, has_gain = norm is not None, norm is not None and norm.weight is not None
+    assert scale(askew.param_groups(model, {"*": "binary"}, verbose=False)) == pytest.approx(by_norm if seen else by_shape)
+    matrices = [{"params": [model[0].weight], "quantizer": "binary"}, {"params": [p for p in model.parameters() if p.dim() == 1]}]
+    assert scale(matrices) == pytest.approx(by_norm if has_gain else by_shape)
+    for told in (True, False):
+        groups = askew.param_groups(model, {"*": "binary"}, verbose=False, normalized=told)
+        assert scale(groups) == pytest.approx(by_norm if told else by_shape)
+        assert scale(matrices, normalized=told) == pytest.approx(by_norm if told else by_shape)
+
+
+def test_only_a_trained_network_is_warned_that_the_first_clip_tears_it():
+    """A fresh one, whose gains are 1 still, may have any init."""
+    model = normalized_network(nn.LayerNorm(6))
+    with torch.no_grad():
+        model[0].weight.normal_(0, 5)
+    askew.AskewSGD(askew.param_groups(model, {"0.weight": "binary"}, verbose=False), lr=0.1).prepare()  # warnings are errors here
+    with torch.no_grad():
+        model[1].weight.uniform_(0.5, 1.5)
+    with pytest.warns(UserWarning, match="pretrained=True"):
+        askew.AskewSGD(askew.param_groups(model, {"0.weight": "binary"}, verbose=False), lr=0.1).prepare()
