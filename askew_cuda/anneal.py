@@ -41,7 +41,7 @@ def default_phase(levels: int, pretrained: bool | str) -> tuple[float, float]:
         return 0.7, 0.9
     if pretrained is True:
         return 0.0, 0.95
-    return (0.5 if levels <= 2 else 0.6), 0.95
+    return (0.5 if levels <= 2 or pretrained == "packed" else 0.6), 0.95
 
 
 class Anneal:

@@ -53,7 +53,7 @@ def test_the_other_groups_are_left_alone():
         (3, False, (0.6, 0.95)),
         (7, False, (0.6, 0.95)),
         (7, True, (0.0, 0.95)),
-        (7, "packed", (0.6, 0.95)),
+        (7, "packed", (0.5, 0.95)),
         (8, False, (0.7, 0.9)),
         (256, True, (0.7, 0.9)),
     ],
