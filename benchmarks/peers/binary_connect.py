@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from askew_cuda.quantizer import Quantizer
 from askew_cuda.scales import estimate
 
-from .methods import Base, Latent, Method, Parameters
+from .methods import Base, Latent, Method, Parameters, are_normalized
 
 
 class _Boxed(Latent):
@@ -67,9 +67,8 @@ class _OurBox(_Boxed):
         self, quantized: Parameters, rest: Parameters, base: Base, width: str, granularity: str, total_steps: int, pretrained: bool
     ):
         quantizer = Quantizer(width, granularity=granularity)
-        scales = [
-            torch.stack([estimate(each, quantizer, pretrained=pretrained, name="a weight") for each in p.detach()]) for p in quantized
-        ]
+        settings = {"pretrained": pretrained, "normalized": are_normalized(rest), "name": "a weight"}
+        scales = [torch.stack([estimate(each, quantizer, **settings) for each in p.detach()]) for p in quantized]
         self.rest_of_scales = iter(scale.view(-1, 1) for scale in scales)
         super().__init__(quantized, rest, base, width, granularity, total_steps)
 

@@ -261,6 +261,11 @@ class StraightThrough(Method):
         return StraightThroughRun(quantized, rest, base, width, granularity, total_steps)
 
 
+def are_normalized(rest: Parameters) -> bool:
+    """Whether the networks have normalisation layers, whose gains are 1: what our optimizer finds by itself in a plain network."""
+    return any(scales.is_fresh_gain(each) for p in rest if p.dim() == 2 for each in p.detach())
+
+
 class OursRun(Run):
     """askew_cuda on stacked weights: one parameter per network, a view of the stacked one, so that the real optimizer with its own scale
     rules steps. ``parts[stacked]`` are these parameters; ``keywords`` go to the quantized param groups."""
@@ -273,8 +278,7 @@ class OursRun(Run):
             for part, grad in zip(self.parts[stacked], stacked.grad, strict=True):
                 part.grad = grad
         groups = base.groups(quantized)
-        gains = [each for p in rest for each in p.detach() if p.dim() == 2]  # what the optimizer finds by itself in a plain network
-        keywords = {"normalized": any(map(scales.is_fresh_gain, gains)), **keywords}
+        keywords = {"normalized": are_normalized(rest), **keywords}
         for group in groups:
             group["params"] = [part for stacked in group["params"] for part in self.parts[stacked]]
             group.update(keywords)
