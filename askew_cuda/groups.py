@@ -39,6 +39,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
         self.first_elements: dict[Tensor, int] = {}  # of weights that are parts of larger ones, for stochastic rounding
         self._stepped: dict[Tensor, bool] = {}  # weights that received a gradient
         self._parsed: list[tuple[object, Quantizer]] = []
+        self._fresh_norms: bool | None = None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -66,6 +67,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
         group["outputs"] = list(group.get("outputs", self.defaults["outputs"]))
         group["state_dtype"] = None if group.get("state_dtype", self.defaults["state_dtype"]) is None else "float32"
         super().add_param_group(group)
+        self._fresh_norms = None
         unique = {weight: i for i, weight in reversed(list(enumerate(group["params"])))}  # torch has warned of others
         for key in {"params", "param_names"} & set(group):
             group[key] = [group[key][i] for i in reversed(unique.values())]
@@ -128,8 +130,10 @@ class GroupedOptimizer(torch.optim.Optimizer):
         return self.state[weight].get("scale") if weight in self.state else None
 
     def _has_fresh_norms(self) -> bool:
-        """Whether the optimizer has weights of normalisation layers, as they are before a training."""
-        return any(scales.is_fresh_gain(weight.detach()) for group in self.param_groups for weight in group["params"])
+        """Whether the optimizer has weights of normalisation layers, as they are before a training; looked at once, not for each weight."""
+        if self._fresh_norms is None:
+            self._fresh_norms = any(scales.is_fresh_gain(weight.detach()) for group in self.param_groups for weight in group["params"])
+        return self._fresh_norms
 
     def _estimate(self, group: Group, quantizer: Quantizer, name: str, weight: Tensor) -> Tensor:
         normalized = group["normalized"]
