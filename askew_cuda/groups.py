@@ -144,8 +144,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
     def _new_scale(self, group: Group, quantizer: Quantizer, name: str, weight: Tensor) -> Tensor:
         """A weight's scale, to be set for ever; warns when the first clip would tear a trained network apart."""
         scale = self._estimate(group, quantizer, name, weight)
-        fresh = scales.is_torch_default(weight) or self._has_fresh_norms()
-        if group["clip"] and not group["pretrained"] and not fresh:
+        if group["clip"] and not (group["pretrained"] or scales.is_torch_default(weight) or self._has_fresh_norms()):
             outside = scales.share_outside(weight.detach(), scale, quantizer.codebook.levels)
             if outside > 0.25:
                 warnings.warn(

@@ -98,7 +98,7 @@ def share_outside(weight: Tensor, scale: Tensor, levels: Sequence[float]) -> flo
 
 
 def _auto(rows: Tensor, weight: Tensor, codebook: Codebook, pretrained: bool | str, normalized: bool) -> Tensor:
-    """(rows,) float64; 0 for a row of zeros. Measured: docs/accuracy.md.
+    """(rows,) float64; 0 for a row of zeros. Measured: docs/recipes.md.
 
     A trained network says its scale itself, and so does a deliberate init. torch's default init says nothing about it: the shape does.
     Between normalisation layers no init says anything.
@@ -118,7 +118,7 @@ def _by_rule(rows: Tensor, codebook: Codebook, rule: str, name: str) -> Tensor:
     if rule == "absmax":
         return _largest(rows) / codebook.max_abs
     if rule == "sawb":
-        return _sawb_clip(rows, len(codebook), name) / codebook.max_abs
+        return sawb_clip(rows, len(codebook), name) / codebook.max_abs
     return min_mse(rows, codebook)
 
 
@@ -152,8 +152,8 @@ def _by_shape(weight: Tensor, codebook: Codebook) -> float:
     return math.sqrt(2 / fan_in) * (16 / math.sqrt(fan_in * fan_out)) ** 0.25 / codebook.rms
 
 
-def _sawb_clip(rows: Tensor, levels: int, name: str) -> Tensor:
-    """The statistics-aware clipping point; max|w| where the formula leaves nothing (weights all of one size)."""
+def sawb_clip(rows: Tensor, levels: int, name: str) -> Tensor:
+    """(rows,) float64: the statistics-aware clipping point; max|w| where the formula leaves nothing (weights all of one size)."""
     if levels not in _SAWB:
         raise ValueError(
             f"scale = 'sawb' of {name}: there are no coefficients for {levels} levels, only for {', '.join(map(str, _SAWB))}; take 'mse'"

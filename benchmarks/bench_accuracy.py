@@ -5,7 +5,6 @@ it can be stopped and started again. `python -m benchmarks.report` makes the tab
 """
 
 import argparse
-import dataclasses
 import multiprocessing
 import time
 import warnings
@@ -41,18 +40,19 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="ten minutes: few tasks, widths and seeds, half the steps; not for the table")
     parser.add_argument("--again", action="store_true", help="measure cells that are there already once more")
     parser.add_argument("--workers", type=int, default=2, help="processes, one thread each; default: 2")
-    for name, known in (("tasks", list(TASKS)), ("starts", STARTS), ("widths", WIDTHS), ("methods", cells.names())):
+    choices = {"tasks": list(TASKS), "starts": list(STARTS), "widths": list(WIDTHS), "methods": cells.names()}
+    for name, known in choices.items():
         parser.add_argument(f"--{name}", nargs="+", choices=known, metavar=name[:-1].upper(), help=f"of {', '.join(known)}; default: all")
     arguments = parser.parse_args()
-    for name, known in (("tasks", list(TASKS)), ("starts", STARTS), ("widths", WIDTHS), ("methods", cells.names())):
+    for name, known in choices.items():
         if getattr(arguments, name) is None:
-            setattr(arguments, name, QUICK_CHOICE.get(name, list(known)) if arguments.quick else list(known))
+            setattr(arguments, name, QUICK_CHOICE.get(name, known) if arguments.quick else known)
     return arguments
 
 
 def main() -> None:
     arguments = parse()
-    effort = dataclasses.replace(QUICK) if arguments.quick else Effort()
+    effort = QUICK if arguments.quick else Effort()
     wanted = [cells.key(plan) for plan in cells.plans(arguments.tasks, arguments.starts, arguments.widths, arguments.methods)]
     if arguments.again:
         for each in wanted:

@@ -69,16 +69,6 @@ def absent(section: Row) -> str:
     return "\n".join(["\n", *lines]) if lines else ""
 
 
-def accuracy() -> str:
-    data = results.load("accuracy")
-    rows = []
-    for row in data["rows"]:
-        difference, error = row["askew - STE"]
-        means = (f"{row[key]:.2f}" for key in ("full precision", "STE", "askew"))
-        rows.append([str(row["hidden"]), row["width"], *means, f"{difference:+.2f} ± {error:.2f}"])
-    return table(["H", "levels", "full precision", "STE", "askew_cuda", "askew_cuda - STE"], rows) + "\n\n" + provenance(data)
-
-
 def step(device: str = "cpu") -> str:
     """One float32 tensor, SGD: every variant."""
     data = results.load(f"step-{device}")
@@ -182,5 +172,5 @@ def gpu() -> str:
 
 
 FIGURES: dict[str, Callable[[], str]] = {
-    "accuracy": accuracy, "step": step, "dtypes": dtypes, "today": today, "tensors": tensors, "train": train, "gpu": gpu,
+    "step": step, "dtypes": dtypes, "today": today, "tensors": tensors, "train": train, "gpu": gpu,
 }  # fmt: skip

@@ -151,7 +151,7 @@ struct Loop {
     }
   }
 
-  // A pack by itself, as a function: rare, and a third of the code otherwise.
+  // A pack by itself, rare: one function, not a copy in each of the three places.
   __attribute__((noinline)) void one(const Span& span, int64_t i, const Grid<P>& grid) const { turn<1>(span, i, grid); }
 
   // (E6) of the weights as they were stored, from weight i on: 16-bit storage has rounded them.

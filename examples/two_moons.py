@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import askew_cuda as askew
+from examples.logistic import draw_sign, sign
 
 EPOCHS, BATCH, LR, SHAPES = 50, 100, 0.1, ((3, 2), (1, 3))  # of the weights: (out, in)
 EPS, FORGET = 1e-4, 0.15  # of batch normalisation
@@ -80,16 +81,6 @@ def all_binary() -> list[Tensor]:
     """The weights of all 512 networks, stacked."""
     signs = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=9)))
     return [signs[:, :6].reshape(-1, 3, 2), signs[:, 6:].reshape(-1, 1, 3)]
-
-
-def sign(weight: Tensor) -> Tensor:
-    """-1 or 1; 0 goes to 1."""
-    return torch.where(weight < 0, -1.0, 1.0)
-
-
-def draw_sign(weight: Tensor) -> Tensor:
-    """1 with the chance (w + 1) / 2, else -1."""
-    return torch.where(torch.rand_like(weight) * 2 - 1 < weight, 1.0, -1.0)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import askew_cuda as askew
+from askew_cuda import scales
 from askew_cuda.quantizer import Quantizer
 from askew_cuda.scales import estimate
 from tests.compare import assert_close, assert_same_bits
@@ -65,3 +66,12 @@ def test_only_a_trained_network_is_warned_that_the_first_clip_tears_it():
         model[1].weight.uniform_(0.5, 1.5)
     with pytest.warns(UserWarning, match="pretrained=True"):
         askew.AskewSGD(askew.param_groups(model, {"0.weight": "binary"}, verbose=False), lr=0.1).prepare()
+
+
+def test_norms_are_looked_for_once_not_for_each_weight(monkeypatch):
+    """An optimizer of thousands of weights would else look millions of times."""
+    looked, is_fresh_gain = [], scales.is_fresh_gain
+    monkeypatch.setattr(scales, "is_fresh_gain", lambda weight: looked.append(1) or is_fresh_gain(weight))
+    weights = [nn.Parameter(torch.randn(2, 3, generator=torch.Generator().manual_seed(i))) for i in range(20)]
+    askew.AskewSGD(weights, lr=0.1, quantizer="ternary", clip=False).prepare()
+    assert len(looked) == len(weights)

@@ -14,17 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from askew_cuda.scales import sawb_clip
+
 from .methods import Latent, Method
 
 _SIZES = 8  # of a gradient: 3 bits for the exponent, and one for the sign
-_RMS, _MEAN = 12.68, 12.80  # of the clip for 16 levels: clip = 12.68 rms - 12.80 mean|x|
 
 
-def sawb_clip(rows: Tensor) -> Tensor:
-    """(rows, 1): the clipping point; max|x| where the formula leaves nothing, 1 where there is nothing."""
-    clip = _RMS * rows.square().mean(1, keepdim=True).sqrt() - _MEAN * rows.abs().mean(1, keepdim=True)
-    largest = rows.abs().amax(1, keepdim=True)
-    clip = torch.where(clip > 0, clip, largest)
+def clip_of(rows: Tensor) -> Tensor:
+    """(rows, 1): the clipping point of 16 levels; 1 where all are zero."""
+    clip = sawb_clip(rows, 16, "LUQ").to(rows.dtype).unsqueeze(1)
     return torch.where(clip > 0, clip, 1)
 
 
@@ -32,7 +31,7 @@ def quantize_activation(x: Tensor) -> Tensor:
     """(S, ..) to 16 integers times a scale per network: 0 .. 15 where a network's x has no negative value, else -8 .. 7."""
     rows = x.reshape(x.shape[0], -1)
     signed = rows.amin(1, keepdim=True) < 0
-    step = sawb_clip(rows) * (2 / 15)
+    step = clip_of(rows) * (2 / 15)
     return (rows / step).round_().clamp_(signed * -8.0, 15.0 - signed * 8).mul_(step).view_as(x)
 
 
@@ -77,7 +76,7 @@ class _Luq(Latent):
         super().__init__(*arguments)
 
     def first_scale(self, rows: Tensor) -> Tensor:
-        return sawb_clip(rows) / self.grid.highest
+        return clip_of(rows) / self.grid.highest
 
     def look(self, latent, rows):
         self.scale[latent] = self.first_scale(rows)

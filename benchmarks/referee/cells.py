@@ -28,7 +28,7 @@ Seeds = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is measured. ``seeds``: reporting; ``tuning``: at most so many tuning seeds; ``bases``: at most so many base rules."""
+    """How much is measured. ``seeds``: reporting; ``tuning``: at most so many tuning seeds; ``length``: share of the steps."""
 
     folder: Path = FOLDER
     networks: Path = NETWORKS

@@ -4,6 +4,7 @@ Differences are paired: the score of askew_cuda minus the peer's on the same see
 zero askew_cuda is better, also where a lower score is.
 """
 
+import functools
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,15 +39,14 @@ def gain(ours: dict[str, Any], peer: dict[str, Any]) -> tuple[float, float]:
     """
     if ours["seeds"] != peer["seeds"]:
         raise ValueError(f"{ours['method']} has seeds {ours['seeds']}, {peer['method']} {peer['seeds']}; measure one of them --again")
-    sign = 1 if ours["unit"] == "%" else -1
+    sign = TASKS[ours["task"]].sign
     return mean_and_error([sign * (mine - theirs) for mine, theirs in zip(ours["scores"], peer["scores"], strict=True)])
 
 
 def best_peer(found: Cells, task: str, start: str, width: str) -> dict[str, Any] | None:
     """The peer's cell of the best mean on the reporting seeds: a choice in the peers' favour. None where none was run."""
     there = [found[task, start, width, peer] for peer in PEERS if (task, start, width, peer) in found]
-    sign = 1 if TASKS[task].unit == "%" else -1
-    return max(there, key=lambda cell: sign * statistics.fmean(cell["scores"]), default=None)
+    return max(there, key=lambda cell: TASKS[task].sign * statistics.fmean(cell["scores"]), default=None)
 
 
 def decimals(unit: str) -> int:
@@ -151,6 +151,7 @@ def provenance(found: Cells) -> str:
 
 
 FIGURES = {
+    "accuracy": functools.partial(summary, tasks=[name for name in TASKS if name.startswith("digits")], starts=["scratch"]),
     "accuracy-summary": summary,
     "accuracy-methods": scores,
     "accuracy-robustness": robustness,
