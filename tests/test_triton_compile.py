@@ -110,7 +110,8 @@ def test_every_pair_of_constants_compiles_to_exact_instructions(capability, tmp_
 def test_common_steps_need_few_registers_and_no_stack(capability, tmp_path):
     """64, which is what 32 warps have; Triton 3.8 takes up to 91 where 3.7 needed 64 for the paper's annealing."""
     for case, kernel in zip(COMMON, compile_for(capability, COMMON, tmp_path), strict=True):
-        allowed = 64 if case.annealing == "capture" else 96
+        newer = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
+        allowed = 96 if newer and case.annealing == "interval" else 64
         assert (kernel.registers <= allowed, kernel.stack) == (True, 0), f"{case_id(case)}: {kernel.registers} registers"
 
 
