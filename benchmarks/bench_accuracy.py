@@ -1,7 +1,7 @@
 """How good are the networks, by the same loop, budget and tuning rule for every method?    python -m benchmarks.bench_accuracy
 
-Measures the cells of the accuracy table (docs/accuracy.md) that are not there yet, each on one thread, and writes each when it is done:
-it can be stopped and started again. `python -m benchmarks.report` makes the tables.
+Measures what is missing of the accuracy table (docs/accuracy.md), each cell on one thread, and writes each when it is done: it can be
+stopped and started again. A cell is missing, too, where a base rule or a setting has come into its grid since. `python -m benchmarks.report` makes the tables.
 """
 
 import argparse
@@ -53,11 +53,11 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     arguments = parse()
     effort = QUICK if arguments.quick else Effort()
-    wanted = [cells.key(plan) for plan in cells.plans(arguments.tasks, arguments.starts, arguments.widths, arguments.methods)]
+    wanted = list(cells.plans(arguments.tasks, arguments.starts, arguments.widths, arguments.methods))
     if arguments.again:
-        for each in wanted:
-            cells.path(effort.folder, *each).unlink(missing_ok=True)
-    missing = [each for each in wanted if not cells.path(effort.folder, *each).exists()]
+        for plan in wanted:
+            cells.path(effort.folder, *cells.key(plan)).unlink(missing_ok=True)
+    missing = [cells.key(plan) for plan in wanted if cells.done(plan, effort) is None]
     print(f"{len(wanted)} cells, {len(wanted) - len(missing)} of them are there", flush=True)
     failed, begun = 0, time.perf_counter()
     with ProcessPoolExecutor(arguments.workers, multiprocessing.get_context("spawn")) as pool:

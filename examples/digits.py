@@ -122,13 +122,13 @@ def straight_through(name: str, hidden: int, seed: int, each: Callable[[], None]
 
 
 def quantized(name: str, hidden: int, seed: int, each: Callable[[nn.Module, askew.AskewSGD], None] = lambda *_: None, **keywords) -> float:
-    """Test accuracy with askew_cuda's defaults, lr 0.3, after finalize(): every weight matrix is on its levels.
+    """Test accuracy with askew_cuda's defaults, lr 0.5, after finalize(): every weight matrix is on its levels.
 
     ``each(model, optimizer)`` is called after every step; ``keywords`` go to the param groups.
     """
     data, model = digits(seed), _seeded(hidden, seed)
     groups = askew.param_groups(model, {"*": name}, verbose=False, **keywords)
-    optimizer = askew.AskewSGD(groups, lr=0.3, momentum=0.9)
+    optimizer = askew.AskewSGD(groups, lr=0.5, momentum=0.9)
     anneal = askew.Anneal(optimizer, total_steps=steps(data))
     fit(model, data, optimizer, seed, anneal, lambda: each(model, optimizer))
     report = optimizer.finalize()

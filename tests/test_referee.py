@@ -174,6 +174,25 @@ def test_a_cell_is_tuned_on_tuning_seeds_only_and_measured_once(watched):
     assert [each.suffix for each in effort.folder.iterdir()] == [".json"]
 
 
+def test_a_grid_that_grew_costs_what_is_new_and_a_new_winner_is_reported(watched):
+    effort, seen = watched
+    task = small()
+    cells.measure(Plan(task, "scratch", "ternary", StraightThrough()), effort)
+    del seen[:]
+    wider = dataclasses.replace(task, bases=(*task.bases, Base("sgd", 1e-4)))
+    plan = Plan(wider, "scratch", "ternary", StraightThrough())
+    assert cells.done(plan, effort) is None
+    cell = cells.measure(plan, effort)
+    assert seen == [("STE", 1e-4, (1000, 1001), True, False)]  # it lost: what was reported stands
+    assert (cell["chosen"]["base"]["lr"], len(cell["tried"])) == (0.1, 3)
+    assert cells.done(plan, effort) == cell
+    del seen[:]
+    other = Plan(dataclasses.replace(task, bases=(task.bases[0],)), "scratch", "ternary", StraightThrough())
+    narrower = cells.measure(other, effort)
+    assert seen == [("STE", 0.001, (0, 1), False, False)]
+    assert (narrower["chosen"]["base"]["lr"], len(narrower["tried"])) == (0.001, 1)
+
+
 @pytest.mark.skipif(EXTENSION is None, reason="the compiled extension is not built")
 def test_fine_tuning_starts_from_full_precision_and_ours_tries_nothing(watched):
     effort, seen = watched

@@ -87,26 +87,40 @@ def read(folder: Path) -> dict[tuple[str, str, str, str], dict[str, Any]]:
     return found
 
 
-def measure(plan: Plan, effort: Effort) -> dict[str, Any]:
-    """The cell, read where it is there, else measured and written."""
+def as_read(data: Any) -> Any:
+    """What comes back when this is written and read."""
+    return json.loads(json.dumps(data, default=dataclasses.asdict))
+
+
+def done(plan: Plan, effort: Effort) -> dict[str, Any] | None:
+    """The cell, where it is there and was tried at all that the plan tries; None where there is something left to measure."""
+    cell = _known(plan, effort)
+    tried = [] if cell is None else [each["setting"] for each in cell["tried"]] or [cell["chosen"]]
+    return cell if tried == as_read(plan.settings()) else None
+
+
+def _known(plan: Plan, effort: Effort) -> dict[str, Any] | None:
     where = path(effort.folder, *key(plan))
-    if where.exists():
-        return json.loads(where.read_text())
-    begun = time.process_time()
+    return json.loads(where.read_text()) if where.exists() else None
+
+
+def measure(plan: Plan, effort: Effort) -> dict[str, Any]:
+    """The cell, read where it is done, else measured and written. A setting that was tried already is not tried again, and a winner that
+    is the same is not reported again: its environment and date stay."""
+    cell = done(plan, effort)
+    if cell is not None:
+        return cell
+    begun, known = time.process_time(), _known(plan, effort)
     plan = dataclasses.replace(plan, task=effort.shortened(plan.task))
     settings, tried = plan.settings(), []
+    before = {json.dumps(each["setting"]): each["validation"] for each in known["tried"]} if known else {}
     start = functools.partial(_start, plan, effort)
     for setting in settings if plan.tuned else []:
-        tuned = train.train(plan, setting, train.tuning_seeds(plan.task), tuning=True, state=start(True))
-        tried.append((setting, tuned.scores))
+        scores = before.get(json.dumps(as_read(setting)))
+        if scores is None:
+            scores = train.train(plan, setting, train.tuning_seeds(plan.task), tuning=True, state=start(True)).scores
+        tried.append((setting, scores))
     chosen = train.best(plan.task, tried) if tried else settings[0]
-    report = functools.partial(train.train, plan, seeds=effort.seeds, tuning=False, state=start(False))
-    scores = {"1": report(chosen).scores}
-    if not plan.tuned:
-        for factor in FACTORS:
-            if factor != 1:
-                base = dataclasses.replace(chosen.base, lr=factor * chosen.base.lr)
-                scores[f"{factor:g}"] = report(dataclasses.replace(chosen, base=base)).scores
     cell = dict(zip(("task", "start", "width", "method"), key(plan), strict=True)) | {
         "unit": plan.task.unit,
         "budget": plan.task.budget(plan.start),
@@ -114,13 +128,25 @@ def measure(plan: Plan, effort: Effort) -> dict[str, Any]:
         "tried": [{"setting": setting, "validation": values} for setting, values in tried],
         "chosen": chosen,
         "seeds": effort.seeds,
-        "scores": scores["1"],
-        "robustness": scores if len(scores) > 1 else {},
-        "seconds": time.process_time() - begun,  # of one core, whatever else the machine does
-        "environment": environment(),
     }
-    write(where, cell)
-    return json.loads(where.read_text())
+    reported = ("scores", "robustness", "environment")
+    if known and known["chosen"] == as_read(chosen):
+        cell |= {name: known[name] for name in reported}
+    else:
+        cell |= dict(zip(reported, (*report(plan, chosen, effort), environment()), strict=True))
+    cell["seconds"] = time.process_time() - begun + (known["seconds"] if known else 0)  # of one core, whatever else the machine does
+    write(path(effort.folder, *key(plan)), cell)
+    return as_read(cell)
+
+
+def report(plan: Plan, chosen: Setting, effort: Effort) -> tuple[list[float], dict[str, list[float]]]:
+    """Scores on the reporting seeds, and those of askew_cuda at every factor of its learning rate."""
+    scores = {}
+    for factor in (1.0,) if plan.tuned else FACTORS:
+        setting = dataclasses.replace(chosen, base=dataclasses.replace(chosen.base, lr=factor * chosen.base.lr))
+        trained = train.train(plan, setting, effort.seeds, tuning=False, state=_start(plan, effort, False))
+        scores[f"{factor:g}"] = trained.scores
+    return scores["1"], scores if len(scores) > 1 else {}
 
 
 @functools.cache

@@ -60,6 +60,7 @@ def rates(rule: str, *lrs: float, **keywords: float) -> tuple[Base, ...]:
 
 
 EITHER = rates("sgd", 0.03, 0.1, 0.3) + rates("adamw", 0.003, 0.01, 0.03)
+UNNORMALISED = EITHER + rates("sgd", 0.5)
 TEXT = {"weight_decay": 0.1, "betas": (0.9, 0.95)}
 SHAPE = {"symbols": data.SYMBOLS, "context": 32, "width": 32, "layers": 2, "heads": 2}
 
@@ -68,8 +69,8 @@ def _digits(hidden: int) -> Task:
     title = f"digits, MLP 64-{hidden}-{hidden}-10"
     make = functools.partial(digits.mlp, hidden)
     seeds = 8 if hidden < 256 else 4
-    ours = Base("sgd", 0.3)
-    return Task(f"digits-{hidden}", title, make, data.handwritten, digits.EPOCHS, digits.BATCH, EITHER, ours, tuning_seeds=seeds)
+    ours = Base("sgd", 0.5)
+    return Task(f"digits-{hidden}", title, make, data.handwritten, digits.EPOCHS, digits.BATCH, UNNORMALISED, ours, tuning_seeds=seeds)
 
 
 def _transformer(name: str, init: str, gpt2: bool) -> Task:
