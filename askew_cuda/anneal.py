@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from . import traps
 from .quantizer import Quantizer
 
 
@@ -60,6 +61,9 @@ class Anneal:
 
     Raises:
         ValueError, TypeError: an argument is out of range, or no group is quantized.
+
+    Warns where a training of 100 steps or more enters a trap that was measured (``traps.py``): fresh weights are annealed too early,
+    or the learning rate is too small for them to reach another level.
     """
 
     def __init__(
@@ -89,6 +93,8 @@ class Anneal:
                 raise ValueError(f"Anneal: hold = {first}, end = {last}; 0 <= hold < end <= 1 is needed")
         self._watch()
         self._apply()
+        for group in groups:
+            traps.warn_of_early_annealing(group, self.half_width(group, traps.EARLY), total_steps)
 
     def _groups(self) -> list[dict[str, Any]]:
         return [group for group in self.optimizer.param_groups if group.get("quantizer") is not None]
@@ -118,7 +124,15 @@ class Anneal:
                 "the annealing has ended: give it the steps of the whole training",
                 stacklevel=2,
             )
+        self._look_ahead()
         self._apply()
+
+    def _look_ahead(self) -> None:
+        """Once, early in the training: are the steps large enough for the weights to reach another level?"""
+        if self.steps_done == max(1, round(traps.SOON * self.total_steps)):
+            for group in self._groups():
+                if traps.warn_of_small_steps(self.optimizer, group, self.total_steps - self.steps_done, self.total_steps):
+                    break
 
     def _apply(self) -> None:
         progress = min(self.steps_done / self.total_steps, 1.0)

@@ -1,0 +1,73 @@
+"""Warnings where a training enters a trap that was measured (docs/recipes.md): annealing too early, steps too small."""
+
+import statistics
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .quantizer import Quantizer
+
+EARLY = 0.25  # of the training; free until 20 % instead of half costs a fresh network 1 point of 95 (digits, 1 bit)
+SOON = 0.1  # of the training, when the steps are looked at: later the gradients of a network that has learned it all are small
+REACH = 2.0  # half distances between two levels; every network below it lost 5 points and more, those above 7 at most 4
+SHORTEST = 100  # steps: a shorter run is a trial
+
+
+def is_fresh(group: dict[str, Any]) -> bool:
+    """Whether the weights of a quantized group are still to choose their levels, by the rule that the traps were measured with."""
+    return group["pretrained"] is False and group["anneal"] == "capture"
+
+
+def warn_of_early_annealing(group: dict[str, Any], r: float, total_steps: int) -> None:
+    """``r``: the group's half-width when ``EARLY`` of the training is over."""
+    if r < 0.9 and total_steps >= SHORTEST and is_fresh(group):
+        warnings.warn(
+            f"Anneal: after {EARLY:.0%} of the training r = {r:.2f} already, on weights that are not pretrained: they choose their levels "
+            "while they are free. Leave hold= out for the measured default, or say pretrained=True to param_groups if they are trained",
+            stacklevel=3,
+        )
+
+
+def warn_of_small_steps(optimizer: torch.optim.Optimizer, group: dict[str, Any], steps_left: int, total_steps: int) -> bool:
+    """Called once, when ``SOON`` of the training is over. True where it warned."""
+    if total_steps < SHORTEST or not is_fresh(group):
+        return False
+    reached = reach(optimizer, group, steps_left)
+    if reached is None or reached >= REACH:
+        return False
+    warnings.warn(
+        f"Anneal: at lr = {float(group['lr']):g} a weight would go about {reached:.2g} times half the distance between two levels until "
+        f"the training ends, if it never turned; below {REACH:g} too few weights can choose their level. Raise the learning rate "
+        "(docs/recipes.md has those that work), or train longer",
+        stacklevel=4,
+    )
+    return True
+
+
+@torch.no_grad()
+def reach(optimizer: torch.optim.Optimizer, group: dict[str, Any], steps_left: int) -> float | None:
+    """How far the weights of a group would come if they went on as they go now: the displacement of the base rule, root mean square,
+    times ``steps_left``, in half distances between two levels; the median over the group's weights.
+
+    None where no weight has been stepped. Reads the device once.
+    """
+    levels = Quantizer.parse(group["quantizer"]).codebook.levels
+    half = (levels[-1] - levels[0]) / (len(levels) - 1) / 2
+    each = []
+    for weight in group["params"]:
+        state = optimizer.state.get(weight, {})
+        displacement = _displacement(weight, group, state)
+        if displacement is not None and weight.numel() > 0 and "scale" in state:
+            each.append(displacement.float().square().mean().sqrt() / state["scale"].mean().float())
+    return statistics.median(torch.stack(each).tolist()) * float(group["lr"]) * steps_left / half if each else None
+
+
+def _displacement(weight: Tensor, group: dict[str, Any], state: dict[str, Any]) -> Tensor | None:
+    """Of the base rule at a learning rate of 1, without its sign; None where there is none yet."""
+    if "exp_avg" in state:
+        steps, (beta1, beta2) = float(state["step"]), (float(beta) for beta in group["betas"])
+        mean, square = state["exp_avg"] / (1 - beta1**steps), state["exp_avg_sq"] / (1 - beta2**steps)
+        return mean / (square.sqrt() + float(group["eps"]))
+    return state.get("momentum_buffer", weight.grad)
