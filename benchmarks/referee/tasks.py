@@ -20,7 +20,7 @@ class Task:
     """One network on one kind of data.
 
     network: makes one, under the seed that was set. sample: seeds, tuning -> data. length: epochs of images, steps of text.
-    bases: what every peer tries. ours: the base rule of askew_cuda, which tries nothing.
+    bases: what every peer tries. ours: the base rule of askew_cuda, which tries nothing; fine_tuning: that of fine-tuning, None if the same.
     quantized: names of quantized layers begin so. granularity: of the scales. tuning_seeds: how many. unit: of the scores.
     warmup: share of the steps in which the learning rate rises.
     """
@@ -38,6 +38,7 @@ class Task:
     tuning_seeds: int = 4
     unit: str = "%"
     warmup: float = 0.0
+    fine_tuning: Base | None = None
 
     @property
     def sign(self) -> int:
@@ -48,6 +49,10 @@ class Task:
         """The network that a user would get after torch.manual_seed(seed)."""
         torch.manual_seed(seed)
         return self.network()
+
+    def default(self, start: str) -> Base:
+        """The base rule of askew_cuda for this start."""
+        return self.fine_tuning if start == "fine-tuned" and self.fine_tuning else self.ours
 
     def budget(self, start: str) -> int:
         """``length`` for this start."""
@@ -69,8 +74,8 @@ def _digits(hidden: int) -> Task:
     title = f"digits, MLP 64-{hidden}-{hidden}-10"
     make = functools.partial(digits.mlp, hidden)
     seeds = 8 if hidden < 256 else 4
-    ours = Base("sgd", 0.5)
-    return Task(f"digits-{hidden}", title, make, data.handwritten, digits.EPOCHS, digits.BATCH, UNNORMALISED, ours, tuning_seeds=seeds)
+    ours = {"ours": Base("sgd", 0.5), "fine_tuning": Base("sgd", 0.2)}
+    return Task(f"digits-{hidden}", title, make, data.handwritten, digits.EPOCHS, digits.BATCH, UNNORMALISED, tuning_seeds=seeds, **ours)
 
 
 def _transformer(name: str, init: str, gpt2: bool) -> Task:

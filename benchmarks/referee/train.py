@@ -51,7 +51,7 @@ class Plan:
     def settings(self) -> list[Setting]:
         """All that are tried; one for askew_cuda."""
         if not self.tuned:
-            return [Setting(self.task.ours)]
+            return [Setting(self.task.default(self.start))]
         return [Setting(base, knob) for base in self.task.bases for knob in self.method.knobs]
 
 
