@@ -20,7 +20,7 @@ class Task:
     """One network on one kind of data.
 
     network: makes one, under the seed that was set. sample: seeds, tuning -> data. length: epochs of images, steps of text.
-    bases: what every peer tries. ours: the base rule of askew_cuda, which tries nothing; fine_tuning: that of fine-tuning, None if the same.
+    bases: what every peer tries. ours: the base rule of askew_cuda, which tries nothing; fine_tuning: the same for fine-tuning, if another.
     quantized: names of quantized layers begin so. granularity: of the scales. tuning_seeds: how many. unit: of the scores.
     warmup: share of the steps in which the learning rate rises.
     """
