@@ -121,7 +121,9 @@ def test_the_schedule_by_hand():
 
 
 def test_tuning_and_reporting_never_meet():
-    assert not {seed for task in tasks.EVERY for seed in train.tuning_seeds(task)} & set(train.REPORTING_SEEDS)
+    assert not {seed for task in tasks.EVERY for seed in train.tuning_seeds(task)} & {
+        seed for task in tasks.EVERY for seed in train.reporting_seeds(task)
+    }
     tune, report = (data.handwritten((0,), tuning) for tuning in (True, False))
     rows = lambda x: {tuple(row) for row in x[0].tolist()}  # noqa: E731
     assert rows(tune.train_x) | rows(tune.held_x) == rows(report.train_x)
@@ -187,9 +189,15 @@ def test_a_grid_that_grew_costs_what_is_new_and_a_new_winner_is_reported(watched
     assert (cell["chosen"]["base"]["lr"], len(cell["tried"])) == (0.1, 3)
     assert cells.done(plan, effort) == cell
     del seen[:]
+    more = dataclasses.replace(effort, seeds=(0, 1, 2))
+    assert cells.done(plan, more) is None
+    longer = cells.measure(plan, more)
+    assert seen == [("STE", 0.1, (2,), False, False)]  # seeds that came are added
+    assert (longer["seeds"], longer["scores"][:2], len(longer["scores"])) == ([0, 1, 2], cell["scores"], 3)
+    del seen[:]
     other = Plan(dataclasses.replace(task, bases=(task.bases[0],)), "scratch", "ternary", StraightThrough())
     narrower = cells.measure(other, effort)
-    assert seen == [("STE", 0.001, (0, 1), False, False)]
+    assert seen == [("STE", 0.001, (0, 1), False, False)]  # and another winner is measured on all
     assert (narrower["chosen"]["base"]["lr"], len(narrower["tried"])) == (0.001, 1)
 
 
@@ -246,7 +254,8 @@ def test_the_tables_by_hand(tmp_path):
     check = targets.against(("digits-16",), "scratch", ("binary",), ("STE",), targets.clearly_ahead)
     assert targets.verdict(check(found)) == ("yes: 1 of 1", "")
     with pytest.raises(ValueError, match="--again"):
-        table.gain(ours, text[0])
+        table.gain(ours, {**ours, "seeds": [seed + 100 for seed in ours["seeds"]]})
+    assert table.gain(ours, {**ours, "seeds": [*ours["seeds"][1:], 9], "scores": [score - 1 for score in ours["scores"][1:]] + [0]})[0] == 1
 
 
 def test_a_target_tells_what_misses_it_and_what_was_not_run():

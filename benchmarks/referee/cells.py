@@ -28,11 +28,11 @@ Seeds = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is measured. ``seeds``: reporting; ``tuning``: at most so many tuning seeds; ``length``: share of the steps."""
+    """How much is measured. ``seeds``: reporting, None: the task's; ``tuning``: at most so many tuning seeds; ``length``: share of steps."""
 
     folder: Path = FOLDER
     networks: Path = NETWORKS
-    seeds: Seeds = train.REPORTING_SEEDS
+    seeds: Seeds | None = None
     tuning: int | None = None
     length: float = 1.0
 
@@ -40,6 +40,10 @@ class Effort:
         """The task on this effort."""
         tuning = task.tuning_seeds if self.tuning is None else min(self.tuning, task.tuning_seeds)
         return dataclasses.replace(task, tuning_seeds=tuning, length=max(1, round(self.length * task.length)))
+
+    def reporting(self, task: Task) -> Seeds:
+        """The reporting seeds of the task on this effort."""
+        return train.reporting_seeds(task) if self.seeds is None else self.seeds
 
 
 def widths_of(method: Method) -> tuple[str, ...]:
@@ -93,9 +97,11 @@ def as_read(data: Any) -> Any:
 
 
 def done(plan: Plan, effort: Effort) -> dict[str, Any] | None:
-    """The cell, where it is there and was tried at all that the plan tries; None where there is something left to measure."""
+    """The cell, where it is there, was tried at all that the plan tries, and has all seeds; None where something is left to measure."""
     cell = _known(plan, effort)
-    tried = [] if cell is None else [each["setting"] for each in cell["tried"]] or [cell["chosen"]]
+    if cell is None or not set(effort.reporting(plan.task)) <= set(cell["seeds"]):
+        return None
+    tried = [each["setting"] for each in cell["tried"]] or [cell["chosen"]]
     return cell if tried == as_read(plan.settings()) else None
 
 
@@ -105,48 +111,50 @@ def _known(plan: Plan, effort: Effort) -> dict[str, Any] | None:
 
 
 def measure(plan: Plan, effort: Effort) -> dict[str, Any]:
-    """The cell, read where it is done, else measured and written. A setting that was tried already is not tried again, and a winner that
-    is the same is not reported again: its environment and date stay."""
+    """The cell, read where it is done, else measured and written. What is there is not measured again: settings that were tried, and
+    where they still choose the same one, its scores."""
     cell = done(plan, effort)
     if cell is not None:
         return cell
     begun, known = time.process_time(), _known(plan, effort)
     plan = dataclasses.replace(plan, task=effort.shortened(plan.task))
-    settings, tried = plan.settings(), []
-    before = {json.dumps(each["setting"]): each["validation"] for each in known["tried"]} if known else {}
-    start = functools.partial(_start, plan, effort)
-    for setting in settings if plan.tuned else []:
-        scores = before.get(json.dumps(as_read(setting)))
-        if scores is None:
-            scores = train.train(plan, setting, train.tuning_seeds(plan.task), tuning=True, state=start(True)).scores
-        tried.append((setting, scores))
-    chosen = train.best(plan.task, tried) if tried else settings[0]
+    tried = _tried(plan, effort, known)
+    chosen = train.best(plan.task, tried) if tried else plan.settings()[0]
+    scores: dict[str, list[float]] = {}
+    seeds: list[int] = []
+    if known and known["chosen"] == as_read(chosen):
+        scores, seeds = known["robustness"] or {"1": known["scores"]}, known["seeds"]
+    missing = tuple(seed for seed in effort.reporting(plan.task) if seed not in seeds)
+    for factor in ((1.0,) if plan.tuned else FACTORS) if missing else ():
+        setting = dataclasses.replace(chosen, base=dataclasses.replace(chosen.base, lr=factor * chosen.base.lr))
+        trained = train.train(plan, setting, missing, tuning=False, state=_start(plan, effort, missing, False))
+        scores[f"{factor:g}"] = scores.get(f"{factor:g}", []) + trained.scores
     cell = dict(zip(("task", "start", "width", "method"), key(plan), strict=True)) | {
         "unit": plan.task.unit,
         "budget": plan.task.budget(plan.start),
         "tuning seeds": train.tuning_seeds(plan.task) if tried else [],
         "tried": [{"setting": setting, "validation": values} for setting, values in tried],
         "chosen": chosen,
-        "seeds": effort.seeds,
+        "seeds": [*seeds, *missing],
+        "scores": scores["1"],
+        "robustness": scores if len(scores) > 1 else {},
+        "seconds": time.process_time() - begun + (known["seconds"] if known else 0),  # of one core, whatever else the machine does
+        "environment": environment(),
     }
-    reported = ("scores", "robustness", "environment")
-    if known and known["chosen"] == as_read(chosen):
-        cell |= {name: known[name] for name in reported}
-    else:
-        cell |= dict(zip(reported, (*report(plan, chosen, effort), environment()), strict=True))
-    cell["seconds"] = time.process_time() - begun + (known["seconds"] if known else 0)  # of one core, whatever else the machine does
     write(path(effort.folder, *key(plan)), cell)
     return as_read(cell)
 
 
-def report(plan: Plan, chosen: Setting, effort: Effort) -> tuple[list[float], dict[str, list[float]]]:
-    """Scores on the reporting seeds, and those of askew_cuda at every factor of its learning rate."""
-    scores = {}
-    for factor in (1.0,) if plan.tuned else FACTORS:
-        setting = dataclasses.replace(chosen, base=dataclasses.replace(chosen.base, lr=factor * chosen.base.lr))
-        trained = train.train(plan, setting, effort.seeds, tuning=False, state=_start(plan, effort, False))
-        scores[f"{factor:g}"] = trained.scores
-    return scores["1"], scores if len(scores) > 1 else {}
+def _tried(plan: Plan, effort: Effort, known: dict[str, Any] | None) -> list[tuple[Setting, list[float]]]:
+    """Every setting with its scores on the tuning seeds; none where nothing is tuned."""
+    before = {json.dumps(each["setting"]): each["validation"] for each in known["tried"]} if known else {}
+    seeds, found = train.tuning_seeds(plan.task), []
+    for setting in plan.settings() if plan.tuned else []:
+        scores = before.get(json.dumps(as_read(setting)))
+        if scores is None:
+            scores = train.train(plan, setting, seeds, tuning=True, state=_start(plan, effort, seeds, True)).scores
+        found.append((setting, scores))
+    return found
 
 
 @functools.cache
@@ -156,7 +164,7 @@ def environment() -> dict[str, object]:
     return {name: known[name] for name in ("commit", "date", "processor", "cores", "cpu_kernel", "torch", "python")}
 
 
-def _start(plan: Plan, effort: Effort, tuning: bool) -> State | None:
+def _start(plan: Plan, effort: Effort, seeds: Seeds, tuning: bool) -> State | None:
     """The weights that a training starts from: None from scratch, else those of full precision, of the same seeds on the same data."""
     if plan.start == "scratch":
         return None
@@ -164,7 +172,6 @@ def _start(plan: Plan, effort: Effort, tuning: bool) -> State | None:
     chosen = measure(scratch, effort)["chosen"]
     setting = Setting(type(plan.task.ours)(**chosen["base"]), chosen["knob"])
     scratch = dataclasses.replace(scratch, task=plan.task)
-    seeds = train.tuning_seeds(plan.task) if tuning else effort.seeds
     where = effort.networks / f"{plan.task.name}-{fingerprint(plan.task, setting, seeds, tuning)}.pt"
     if not where.exists():
         trained = train.train(scratch, setting, seeds, tuning=tuning)

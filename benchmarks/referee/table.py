@@ -32,15 +32,17 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 
 
 def gain(ours: dict[str, Any], peer: dict[str, Any]) -> tuple[float, float]:
-    """How much better ours is, seed by seed: mean and standard error.
+    """How much better ours is, seed by seed, on the seeds that both have: mean and standard error.
 
     Raises:
-        ValueError: the two cells have not the same seeds.
+        ValueError: the two cells have no seed in common.
     """
-    if ours["seeds"] != peer["seeds"]:
+    mine, theirs = (dict(zip(cell["seeds"], cell["scores"], strict=True)) for cell in (ours, peer))
+    both = [seed for seed in mine if seed in theirs]
+    if not both:
         raise ValueError(f"{ours['method']} has seeds {ours['seeds']}, {peer['method']} {peer['seeds']}; measure one of them --again")
     sign = TASKS[ours["task"]].sign
-    return mean_and_error([sign * (mine - theirs) for mine, theirs in zip(ours["scores"], peer["scores"], strict=True)])
+    return mean_and_error([sign * (mine[seed] - theirs[seed]) for seed in both])
 
 
 def best_peer(found: Cells, task: str, start: str, width: str) -> dict[str, Any] | None:

@@ -21,7 +21,7 @@ class Task:
 
     network: makes one, under the seed that was set. sample: seeds, tuning -> data. length: epochs of images, steps of text.
     bases: what every peer tries. ours: the base rule of askew_cuda, which tries nothing; fine_tuning: the same for fine-tuning, if another.
-    quantized: names of quantized layers begin so. granularity: of the scales. tuning_seeds: how many. unit: of the scores.
+    quantized: names of quantized layers begin so. granularity: of the scales. tuning_seeds, reporting_seeds: how many. unit: of the scores.
     warmup: share of the steps in which the learning rate rises.
     """
 
@@ -36,6 +36,7 @@ class Task:
     quantized: str = ""
     granularity: str = "tensor"
     tuning_seeds: int = 4
+    reporting_seeds: int = 10
     unit: str = "%"
     warmup: float = 0.0
     fine_tuning: Base | None = None
@@ -65,6 +66,7 @@ def rates(rule: str, *lrs: float, **keywords: float) -> tuple[Base, ...]:
 
 
 EITHER = rates("sgd", 0.03, 0.1, 0.3) + rates("adamw", 0.003, 0.01, 0.03)
+MANY_SEEDS = {"tuning_seeds": 8, "reporting_seeds": 40}  # where they cost a second each, and networks are so small that they differ much
 UNNORMALISED = EITHER + rates("sgd", 0.5)
 TEXT = {"weight_decay": 0.1, "betas": (0.9, 0.95)}
 SHAPE = {"symbols": data.SYMBOLS, "context": 32, "width": 32, "layers": 2, "heads": 2}
@@ -73,9 +75,9 @@ SHAPE = {"symbols": data.SYMBOLS, "context": 32, "width": 32, "layers": 2, "head
 def _digits(hidden: int) -> Task:
     title = f"digits, MLP 64-{hidden}-{hidden}-10"
     make = functools.partial(digits.mlp, hidden)
-    seeds = 8 if hidden < 256 else 4
+    seeds = MANY_SEEDS if hidden < 256 else {}
     ours = {"ours": Base("sgd", 0.5), "fine_tuning": Base("sgd", 0.2)}
-    return Task(f"digits-{hidden}", title, make, data.handwritten, digits.EPOCHS, digits.BATCH, UNNORMALISED, tuning_seeds=seeds, **ours)
+    return Task(f"digits-{hidden}", title, make, data.handwritten, digits.EPOCHS, digits.BATCH, UNNORMALISED, **seeds, **ours)
 
 
 def _transformer(name: str, init: str, gpt2: bool) -> Task:
@@ -90,7 +92,7 @@ EVERY = (
     *map(_digits, (16, 24, 32, 64)),
     Task(
         "digits-bn", "digits, MLP 64-64-64-10 with BatchNorm", functools.partial(networks.mlp_batchnorm, 64),
-        data.handwritten, digits.EPOCHS, digits.BATCH, EITHER, Base("sgd", 0.1), tuning_seeds=8,
+        data.handwritten, digits.EPOCHS, digits.BATCH, EITHER, Base("sgd", 0.1), **MANY_SEEDS,
     ),
     Task(
         "cnn", "MNIST (5,000 images), CNN with BatchNorm", functools.partial(networks.cnn, 8),

@@ -20,7 +20,6 @@ from benchmarks.peers.methods import Base, Method, Ours
 from benchmarks.referee import stacked
 from benchmarks.referee.tasks import Task
 
-REPORTING_SEEDS = tuple(range(10))
 FIRST_TUNING_SEED = 1000
 FULL = "float"  # the width of full precision
 State = dict[str, Tensor]
@@ -66,6 +65,11 @@ class Trained:
 def tuning_seeds(task: Task) -> tuple[int, ...]:
     """None of them is a reporting seed."""
     return tuple(range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + task.tuning_seeds))
+
+
+def reporting_seeds(task: Task) -> tuple[int, ...]:
+    """What the table shows is measured on these."""
+    return tuple(range(task.reporting_seeds))
 
 
 def network_of(task: Task, seeds: Sequence[int], state: State | None = None) -> nn.Module:
