@@ -28,7 +28,7 @@ Seeds = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is measured. ``seeds``: reporting, None: the task's; ``tuning``: at most so many tuning seeds; ``length``: share of steps."""
+    """How much is measured. ``seeds``: reporting, None: the task's; ``tuning``: at most so many tuning seeds; ``length``: of steps."""
 
     folder: Path = FOLDER
     networks: Path = NETWORKS
