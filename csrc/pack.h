@@ -55,11 +55,8 @@ ASKEW_FN double ceil_index(double x) { return ::ceil(x); }
 ASKEW_FN float flip(float x, float sign) { return ::copysignf(1.0f, sign) < 0 ? -x : x; }
 ASKEW_FN double flip(double x, double sign) { return ::copysign(1.0, sign) < 0 ? -x : x; }
 
-// table[index], index below `capacity`, the table's size; with a pack of integers, lane by lane.
+// table[index], index below `capacity`; the table may be larger. With a pack of integers, for each lane.
 template <int capacity, typename T> ASKEW_FN T lookup(const T* table, int32_t index) { return table[index]; }
-
-// `value` where the mask holds, else 0.
-ASKEW_FN int32_t where(bool mask, int32_t value) { return mask ? value : 0; }
 
 // `value` in every lane of something like the second argument.
 ASKEW_FN float broadcast(float value, float) { return value; }
@@ -155,23 +152,27 @@ template <typename P> ASKEW_FN P ceil_index(P x) {
   }
 }
 
-// A table that fills one register, or two, is shuffled; a larger one is read lane by lane.
+// Registers are shuffled by the lower bits of the index, halves of a larger table chosen by the bit above; one that takes more registers
+// than it takes loads is read lane by lane. Reads a register at least: a table of 8 and more has that many entries.
 template <int capacity, typename T, typename Integers> ASKEW_FN Pack<T, lanes<Integers>()> lookup(const T* table, Integers index) {
   using P = Pack<T, lanes<Integers>()>;
 #if !defined(__clang__)
   constexpr int width = lanes<P>();
-  if constexpr (width >= 8 && (capacity == width || capacity == 2 * width)) {
+  if constexpr (width >= 8 && capacity <= 2 * width) {
     P first, second;
     std::memcpy(&first, table, sizeof first);
-    std::memcpy(&second, table + (capacity - width), sizeof second);
-    return capacity == width ? __builtin_shuffle(first, index) : __builtin_shuffle(first, second, index);
+    if constexpr (capacity <= width) return __builtin_shuffle(first, index);
+    std::memcpy(&second, table + width, sizeof second);
+    return __builtin_shuffle(first, second, index);
+  } else if constexpr (width >= 8 && (capacity <= 4 * width || width >= 16)) {
+    const P low = lookup<capacity / 2>(table, index), high = lookup<capacity / 2>(table + capacity / 2, index);
+    return (index & (capacity / 2)) != 0 ? high : low;
   }
 #endif
   P found{};
   for (int lane = 0; lane < lanes<P>(); ++lane) found[lane] = table[index[lane]];
   return found;
 }
-template <typename Mask> ASKEW_FN Mask where(Mask mask, int32_t value) { return mask & value; }
 
 #endif  // !__CUDACC__
 

@@ -145,16 +145,17 @@ ASKEW_FN UniformCodebook<P> uniform_codebook(Levels levels) {
 // Entry k of a table, from the levels alone: threads may fill one together. Beyond the last level stand copies of it.
 template <typename T, int capacity, typename Number>
 ASKEW_FN void fill_entry(TableCodebook<T, capacity>& book, const Number* levels, int count, int k) {
-  const int last = count - 1, here = k < last ? k : last;
-  const auto level = [&](int i) { return static_cast<T>(levels[i]); };
-  const auto half_gap = [&](int i) { return (level(i + 1) - level(i)) * T(0.5); };
-  const T below = half_gap(here > 0 ? here - 1 : 0), above = half_gap(here < last ? here : last - 1);
-  book.levels[k] = level(here);
-  book.midpoints[k] = k < last ? (level(k) + level(k + 1)) * T(0.5) : T(INFINITY);
-  book.gap_below[k] = below;
-  book.gap_above[k] = above;
-  book.inverse_gap_below[k] = 1 / below;
-  book.inverse_gap_above[k] = 1 / above;
+  const int last = count - 1;
+  const auto level = [&](int i) { return static_cast<T>(levels[i < last ? i : last]); };
+  const int upper = k == 0 ? 1 : k < last ? k : last;
+  const T gap = (level(upper) - level(upper - 1)) * T(0.5);
+  int leftmost = 1;  // node on the level of the tree that node k is on
+  while (2 * leftmost <= k) leftmost *= 2;
+  const int below = (2 * (k - leftmost) + 1) * (capacity / 2 / leftmost) - 1;  // the level below the midpoint of node k
+  book.levels[k] = level(k);
+  book.tree[k] = k > 0 && below < last ? (level(below) + level(below + 1)) * T(0.5) : T(INFINITY);
+  book.gaps[k] = gap;
+  book.inverse_gaps[k] = 1 / gap;
   if (k == 0) book.count = count;
 }
 

@@ -77,24 +77,30 @@ struct TableCodebook {
   static constexpr T unit = 1;
   int count;
   T levels[capacity];
-  T midpoints[capacity];                       // between level k and k + 1; infinity where there is none
-  T gap_below[capacity], gap_above[capacity];  // half the distance to the neighbour; at the ends, to the only one
-  T inverse_gap_below[capacity], inverse_gap_above[capacity];
+  T tree[capacity];  // the midpoints between neighbours, for a binary search: the children of node n are 2n and 2n + 1, the root is 1
+  T gaps[capacity], inverse_gaps[capacity];  // half the distance between level k - 1 and k; the first entry is that of the second
 
   ASKEW_FN T lowest() const { return levels[0]; }
   ASKEW_FN T highest() const { return levels[count - 1]; }
   template <typename P> ASKEW_FN Index<P> nearest(P u) const {  // how many midpoints lie below u: a tie goes to the lower level, NaN to 0
-    Index<P> index{};
-    for (int half = capacity / 2; half > 0; half /= 2) index = index + where(u > lookup<capacity>(midpoints, index + (half - 1)), half);
-    return index;
+    return descend<2>(u, Index<P>{} + 1);
+  }
+  template <int nodes, typename P> ASKEW_FN Index<P> descend(P u, Index<P> node) const {
+    node = u > lookup<nodes>(tree, node) ? node + node + 1 : node + node;
+    if constexpr (nodes < capacity)
+      return descend<2 * nodes>(u, node);
+    else
+      return node - capacity;
   }
   template <typename Integer> ASKEW_FN auto level(Integer index) const { return lookup<capacity>(levels, index); }
-  // e < 0: the weight lies above its level.
-  template <typename Integer, typename P> ASKEW_FN P gap(Integer index, P e) const {
-    return e < T(0) ? lookup<capacity>(gap_above, index) : lookup<capacity>(gap_below, index);
-  }
+  template <typename Integer, typename P> ASKEW_FN P gap(Integer index, P e) const { return lookup<capacity>(gaps, upper(index, e)); }
   template <typename Integer, typename P> ASKEW_FN P inverse_gap(Integer index, P e) const {
-    return e < T(0) ? lookup<capacity>(inverse_gap_above, index) : lookup<capacity>(inverse_gap_below, index);
+    return lookup<capacity>(inverse_gaps, upper(index, e));
+  }
+  // The upper one of the two levels around the weight; e < 0: it lies above its level. At the ends there is only one neighbour.
+  template <typename Integer, typename P> ASKEW_FN Integer upper(Integer index, P e) const {
+    const Integer above = e < T(0) ? index + 1 : index, last = Integer{} + (count - 1);
+    return above < last ? above : last;
   }
 };
 
