@@ -26,7 +26,7 @@ def estimate(weight: Tensor, quantizer: Quantizer, *, pretrained: bool | str, na
     Args:
         weight: (...), float32, float64, bfloat16 or float16. Not mutated.
         quantizer: levels, rule and granularity.
-        pretrained: True or "packed" where the weights are trained already; it matters to "auto".
+        pretrained: True where the weights are trained already, "packed" where they lie on levels; it matters to "auto".
         name: of the weight, for messages.
         normalized: whether the network has normalisation layers; it matters to "auto".
 
@@ -108,7 +108,8 @@ def _auto(rows: Tensor, weight: Tensor, codebook: Codebook, pretrained: bool | s
         return torch.full((len(rows),), scale, dtype=torch.float64, device=rows.device)
     if not pretrained and len(codebook) <= 3:
         return 1.1 * _mean_abs(rows)
-    return min_mse(rows, codebook)
+    tighter = 0.85 if pretrained is True and 3 <= len(codebook) <= 7 else 1.0  # weights that move on do better with less way to go
+    return tighter * min_mse(rows, codebook)
 
 
 def _by_rule(rows: Tensor, codebook: Codebook, rule: str, name: str) -> Tensor:

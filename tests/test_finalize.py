@@ -164,7 +164,7 @@ def test_a_whole_training_ends_on_the_levels(quantizer, anneal):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16))
     groups = askew.param_groups(model, {"*": quantizer}, verbose=False, anneal=anneal)
-    optimizer = askew.AskewSGD(groups, lr=0.05, momentum=0.9)
+    optimizer = askew.AskewSGD(groups, lr=0.2, momentum=0.9)
     steps = askew.Anneal(optimizer, total_steps=400)
     x, y = torch.randn(64, 16), torch.randn(64, 16)
     for _ in range(400):

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -51,9 +51,10 @@ class Task:
         torch.manual_seed(seed)
         return self.network()
 
-    def default(self, start: str) -> Base:
-        """The base rule of askew_cuda for this start."""
-        return self.fine_tuning if start == "fine-tuned" and self.fine_tuning else self.ours
+    def default(self, start: str, width: str) -> Base:
+        """The base rule of askew_cuda. In fine-tuning to many levels, which are near, the weights take half the learning rate."""
+        base = self.fine_tuning if start == "fine-tuned" and self.fine_tuning else self.ours
+        return replace(base, lr=base.lr / 2) if start == "fine-tuned" and width == "4bit" else base
 
     def budget(self, start: str) -> int:
         """``length`` for this start."""

@@ -50,7 +50,7 @@ class Plan:
     def settings(self) -> list[Setting]:
         """All that are tried; one for askew_cuda."""
         if not self.tuned:
-            return [Setting(self.task.default(self.start))]
+            return [Setting(self.task.default(self.start, self.width))]
         return [Setting(base, knob) for base in self.task.bases for knob in self.method.knobs]
 
 
