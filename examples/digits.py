@@ -55,7 +55,7 @@ class StraightThrough(nn.Module):
     def __init__(self, quantizer: askew.Quantizer, weight: Tensor):
         super().__init__()
         self.levels = quantizer.codebook.levels
-        self.register_buffer("scale", estimate(weight.detach(), quantizer, pretrained=True, name="weight"))
+        self.register_buffer("scale", estimate(weight.detach(), quantizer, pretrained="packed", name="weight"))
 
     def forward(self, weight: Tensor) -> Tensor:
         with torch.no_grad():

@@ -83,7 +83,7 @@ BY_HAND = [
     ([-3.0, 2.0, 0.0], "ternary", True, 0.85 * 2.5),  # they move on, and have less way to go
     ([-3.0, -1.0, 1.0, 3.0], "2bit", False, 2.0),  # more than 3 levels: min-MSE
     ([-3.0, -1.0, 1.0, 3.0], "2bit", True, 0.85 * 2.0),
-    ([-7.0, -1.0, 0.0, 7.0], "4bit", True, 1.0),  # 8 levels and more: the way is short anyway
+    ([-7.5, -0.5, 0.5, 7.5], "4bit", True, 1.0),  # 8 levels and more: the way is short anyway
     ([-3.0, 1.0], Quantizer("ternary", "absmean"), True, 3.0),  # 2 / (2 / 3)
     ([-3.0, 1.0], Quantizer("2bit", "absmean"), False, 2.0),
     ([-3.0, 1.0], Quantizer("2bit", "absmax"), False, 2.0),
