@@ -13,6 +13,7 @@ EARLY = 0.25  # of the training; free until 20 % instead of half costs a fresh n
 SOON = 0.1  # of the training, when the steps are looked at: later the gradients of a network that has learned it all are small
 REACH = 2.0  # half distances between two levels; every network below it lost 5 points and more, those above 7 at most 4
 SHORTEST = 100  # steps: a shorter run is a trial
+SAMPLE = 65_536  # weights of a tensor that are looked at, its first rows: no copy of a large one is made
 
 
 def is_fresh(group: dict[str, Any]) -> bool:
@@ -49,7 +50,7 @@ def warn_of_small_steps(optimizer: torch.optim.Optimizer, group: dict[str, Any],
 @torch.no_grad()
 def reach(optimizer: torch.optim.Optimizer, group: dict[str, Any], steps_left: int) -> float | None:
     """How far the weights of a group would come if they went on as they go now: the displacement of the base rule, root mean square,
-    times ``steps_left``, in half distances between two levels; the median over the group's weights.
+    times ``steps_left``, in half distances between two levels; the median over the group's weights, of each its first rows.
 
     None where no weight has been stepped. Reads the device once.
     """
@@ -60,7 +61,7 @@ def reach(optimizer: torch.optim.Optimizer, group: dict[str, Any], steps_left: i
         state = optimizer.state.get(weight, {})
         displacement = _displacement(weight, group, state)
         if displacement is not None and weight.numel() > 0 and "scale" in state:
-            each.append(displacement.float().square().mean().sqrt() / state["scale"].mean().float())
+            each.append(displacement.square().mean().sqrt() / state["scale"].mean().float())
     return statistics.median(torch.stack(each).tolist()) * float(group["lr"]) * steps_left / half if each else None
 
 
@@ -68,6 +69,12 @@ def _displacement(weight: Tensor, group: dict[str, Any], state: dict[str, Any]) 
     """Of the base rule at a learning rate of 1, without its sign; None where there is none yet."""
     if "exp_avg" in state:
         steps, (beta1, beta2) = float(state["step"]), (float(beta) for beta in group["betas"])
-        mean, square = state["exp_avg"] / (1 - beta1**steps), state["exp_avg_sq"] / (1 - beta2**steps)
-        return mean / (square.sqrt() + float(group["eps"]))
-    return state.get("momentum_buffer", weight.grad)
+        mean, square = (_sample(state[key]).float() for key in ("exp_avg", "exp_avg_sq"))
+        return mean / (1 - beta1**steps) / ((square / (1 - beta2**steps)).sqrt() + float(group["eps"]))
+    moved = state.get("momentum_buffer", weight.grad)
+    return None if moved is None else _sample(moved).float()
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    """The first rows, a view."""
+    return tensor[: max(1, SAMPLE * len(tensor) // tensor.numel())] if tensor.dim() > 0 and tensor.numel() > SAMPLE else tensor

@@ -37,6 +37,15 @@ def test_the_reach_of_adamw_by_hand_does_not_depend_on_the_gradient():
         assert traps.reach(optimizer, optimizer.param_groups[0], 100) == pytest.approx(100 * 1e-3 / 0.5, rel=1e-4)
 
 
+def test_of_a_large_weight_the_first_rows_are_looked_at():
+    weight = nn.Parameter(torch.zeros(100, 10_000))
+    optimizer = askew.AskewSGD([weight], lr=1e-3, quantizer=askew.Quantizer("binary", scale=0.5))
+    weight.grad = torch.ones_like(weight)
+    weight.grad[6:] = 9  # six rows are 60,000 weights, seven would be more than are looked at
+    optimizer.step()
+    assert traps.reach(optimizer, optimizer.param_groups[0], 100) == pytest.approx(100 * 1e-3 / 0.5, rel=1e-4)
+
+
 def test_the_reach_of_weights_that_were_never_stepped_is_unknown():
     optimizer = trained(askew.AskewSGD, 0.1, 0)
     assert traps.reach(optimizer, optimizer.param_groups[0], 7) is None
