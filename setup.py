@@ -60,6 +60,10 @@ def add_cuda(module, cpp_extension, cuda: Path) -> None:
     module.define_macros += [("ASKEW_WITH_CUDA", None), ("ASKEW_CUDA_ARCHITECTURES", f'"{architectures}"')]
     module.library_dirs += [str(cuda / folder) for folder in ("lib64", "lib") if (cuda / folder).is_dir()]
     module.libraries += ["cudart_static", "dl", "rt", "pthread"]
+    changed = max(header.stat().st_mtime for header in Path("csrc").glob("*.h"))
+    for built in Path("build").glob("temp*/csrc/cuda.o"):  # beside a torch without CUDA, BuildExtension does not see that headers changed
+        if built.stat().st_mtime < changed:
+            built.unlink()
 
 
 def extension():

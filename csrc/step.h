@@ -83,14 +83,12 @@ struct TableCodebook {
   ASKEW_FN T lowest() const { return levels[0]; }
   ASKEW_FN T highest() const { return levels[count - 1]; }
   template <typename P> ASKEW_FN Index<P> nearest(P u) const {  // how many midpoints lie below u: a tie goes to the lower level, NaN to 0
-    return descend<2>(u, Index<P>{} + 1);
+    return descend<2>(u, Index<P>{} + 1) - capacity;
   }
   template <int nodes, typename P> ASKEW_FN Index<P> descend(P u, Index<P> node) const {
     node = u > lookup<nodes>(tree, node) ? node + node + 1 : node + node;
-    if constexpr (nodes < capacity)
-      return descend<2 * nodes>(u, node);
-    else
-      return node - capacity;
+    if constexpr (nodes < capacity) return descend<2 * nodes>(u, node);
+    return node;
   }
   template <typename Integer> ASKEW_FN auto level(Integer index) const { return lookup<capacity>(levels, index); }
   template <typename Integer, typename P> ASKEW_FN P gap(Integer index, P e) const { return lookup<capacity>(gaps, upper(index, e)); }
@@ -99,7 +97,7 @@ struct TableCodebook {
   }
   // The upper one of the two levels around the weight; e < 0: it lies above its level. At the ends there is only one neighbour.
   template <typename Integer, typename P> ASKEW_FN Integer upper(Integer index, P e) const {
-    const Integer above = e < T(0) ? index + 1 : index, last = Integer{} + (count - 1);
+    const Integer above = e < T(0) ? index + 1 : index, last = Integer{} + (capacity - 1);  // beyond the last level stand copies of its gap
     return above < last ? above : last;
   }
 };
