@@ -11,7 +11,7 @@ from .quantizer import Quantizer
 
 EARLY = 0.25  # of the training; free until 20 % instead of half costs a fresh network 1 point of 95 (digits, 1 bit)
 SOON = 0.1  # of the training, when the steps are looked at: later the gradients of a network that has learned it all are small
-REACH = 2.0  # half distances between two levels; every network below it lost 5 points and more, those above 7 at most 4
+REACH = 2.0  # half distances between two levels; every network below it lost 5 points and more, up to 8 small ones lost 6
 SHORTEST = 100  # steps: a shorter run is a trial
 SAMPLE = 65_536  # weights of a tensor that are looked at, its first rows: no copy of a large one is made
 
