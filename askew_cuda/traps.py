@@ -16,14 +16,14 @@ SHORTEST = 100  # steps: a shorter run is a trial
 SAMPLE = 65_536  # weights of a tensor that are looked at, its first rows: no copy of a large one is made
 
 
-def is_fresh(group: dict[str, Any]) -> bool:
-    """Whether the weights of a quantized group are still to choose their levels, by the rule that the traps were measured with."""
-    return group["pretrained"] is False and group["anneal"] == "capture"
+def was_measured(group: dict[str, Any], total_steps: int) -> bool:
+    """Whether this is the kind of training that the traps were measured in: fresh weights, capture, and no mere trial."""
+    return group["pretrained"] is False and group["anneal"] == "capture" and total_steps >= SHORTEST
 
 
 def warn_of_early_annealing(group: dict[str, Any], r: float, total_steps: int) -> None:
     """``r``: the group's half-width when ``EARLY`` of the training is over."""
-    if r < 0.9 and total_steps >= SHORTEST and is_fresh(group):
+    if r < 0.9 and was_measured(group, total_steps):
         warnings.warn(
             f"Anneal: after {EARLY:.0%} of the training r = {r:.2f} already, on weights that are not pretrained: they choose their levels "
             "while they are free. Leave hold= out for the measured default, or say pretrained=True to param_groups if they are trained",
@@ -33,9 +33,7 @@ def warn_of_early_annealing(group: dict[str, Any], r: float, total_steps: int) -
 
 def warn_of_small_steps(optimizer: torch.optim.Optimizer, group: dict[str, Any], steps_left: int, total_steps: int) -> bool:
     """Called once, when ``SOON`` of the training is over. True where it warned."""
-    if total_steps < SHORTEST or not is_fresh(group):
-        return False
-    reached = reach(optimizer, group, steps_left)
+    reached = reach(optimizer, group, steps_left) if was_measured(group, total_steps) else None
     if reached is None or reached >= REACH:
         return False
     warnings.warn(
@@ -52,7 +50,7 @@ def reach(optimizer: torch.optim.Optimizer, group: dict[str, Any], steps_left: i
     """How far the weights of a group would come if they went on as they go now: the displacement of the base rule, root mean square,
     times ``steps_left``, in half distances between two levels; the median over the group's weights, of each its first rows.
 
-    None where no weight has been stepped. Reads the device once.
+    None where no weight has been stepped. Waits for the device.
     """
     levels = Quantizer.parse(group["quantizer"]).codebook.levels
     half = (levels[-1] - levels[0]) / (len(levels) - 1) / 2
@@ -61,8 +59,8 @@ def reach(optimizer: torch.optim.Optimizer, group: dict[str, Any], steps_left: i
         state = optimizer.state.get(weight, {})
         displacement = _displacement(weight, group, state)
         if displacement is not None and weight.numel() > 0 and "scale" in state:
-            each.append(displacement.square().mean().sqrt() / state["scale"].mean().float())
-    return statistics.median(torch.stack(each).tolist()) * float(group["lr"]) * steps_left / half if each else None
+            each.append(float(displacement.square().mean().sqrt() / state["scale"].mean()))
+    return statistics.median(each) * float(group["lr"]) * steps_left / half if each else None
 
 
 def _displacement(weight: Tensor, group: dict[str, Any], state: dict[str, Any]) -> Tensor | None:

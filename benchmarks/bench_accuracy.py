@@ -1,7 +1,7 @@
 """How good are the networks, by the same loop, budget and tuning rule for every method?    python -m benchmarks.bench_accuracy
 
 Measures what is missing of the accuracy table (docs/accuracy.md), each cell on one thread, and writes each when it is done: it can be
-stopped and started again. A cell is missing, too, where a base rule or a setting has come into its grid since.
+stopped and started again. A cell is missing, too, where a base rule, a setting or a seed has come since.
 `python -m benchmarks.report` makes the tables.
 """
 

@@ -152,8 +152,8 @@ template <typename P> ASKEW_FN P ceil_index(P x) {
   }
 }
 
-// Registers are shuffled by the lower bits of the index, halves of a larger table chosen by the bit above; one that takes more registers
-// than it takes loads is read lane by lane. Reads a register at least: a table of 8 and more has that many entries.
+// One or two registers are shuffled by the lower bits of the index; of a larger table both halves, and the bit above chooses, up to where
+// reading it lane by lane is less. Reads whole registers, so that a table has 16 entries at least.
 template <int capacity, typename T, typename Integers> ASKEW_FN Pack<T, lanes<Integers>()> lookup(const T* table, Integers index) {
   using P = Pack<T, lanes<Integers>()>;
 #if !defined(__clang__)

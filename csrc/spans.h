@@ -147,13 +147,15 @@ template <typename T, int capacity, typename Number>
 ASKEW_FN void fill_entry(TableCodebook<T, capacity>& book, const Number* levels, int count, int k) {
   const int last = count - 1;
   const auto level = [&](int i) { return static_cast<T>(levels[i < last ? i : last]); };
+  const auto midpoint = [&](int i) { return i < last ? (level(i) + level(i + 1)) * T(0.5) : T(INFINITY); };
   const int upper = k == 0 ? 1 : k < last ? k : last;
   const T gap = (level(upper) - level(upper - 1)) * T(0.5);
   int leftmost = 1;  // node on the level of the tree that node k is on
   while (2 * leftmost <= k) leftmost *= 2;
   const int below = (2 * (k - leftmost) + 1) * (capacity / 2 / leftmost) - 1;  // the level below the midpoint of node k
   book.levels[k] = level(k);
-  book.tree[k] = k > 0 && below < last ? (level(below) + level(below + 1)) * T(0.5) : T(INFINITY);
+  book.midpoints[k] = midpoint(k);
+  book.tree[k] = k > 0 ? midpoint(below) : T(INFINITY);
   book.gaps[k] = gap;
   book.inverse_gaps[k] = 1 / gap;
   if (k == 0) book.count = count;

@@ -77,14 +77,19 @@ struct TableCodebook {
   static constexpr T unit = 1;
   int count;
   T levels[capacity];
-  T tree[capacity];  // the midpoints between neighbours, for a binary search: the children of node n are 2n and 2n + 1, the root is 1
+  T midpoints[capacity];                     // between level k and k + 1; infinity where there is none
+  T tree[capacity];                          // the same as a search tree: the children of node n are 2n and 2n + 1, the root is 1
   T gaps[capacity], inverse_gaps[capacity];  // half the distance between level k - 1 and k; the first entry is that of the second
 
   ASKEW_FN T lowest() const { return levels[0]; }
   ASKEW_FN T highest() const { return levels[count - 1]; }
   template <typename P> ASKEW_FN Index<P> nearest(P u) const {  // how many midpoints lie below u: a tie goes to the lower level, NaN to 0
-    return descend<2>(u, Index<P>{} + 1) - capacity;
+    if constexpr (sizeof(P) > sizeof(T)) return descend<2>(u, Index<P>{} + 1) - capacity;
+    Index<P> index{};  // a thread of a GPU reads any entry as fast, and needs fewer registers this way
+    for (int half = capacity / 2; half > 0; half /= 2) index = u > lookup<capacity>(midpoints, index + (half - 1)) ? index + half : index;
+    return index;
   }
+  // A pack finds the upper nodes in a register or two.
   template <int nodes, typename P> ASKEW_FN Index<P> descend(P u, Index<P> node) const {
     node = u > lookup<nodes>(tree, node) ? node + node + 1 : node + node;
     if constexpr (nodes < capacity) return descend<2 * nodes>(u, node);
