@@ -106,8 +106,22 @@ def done(plan: Plan, effort: Effort) -> dict[str, Any] | None:
 
 
 def _known(plan: Plan, effort: Effort) -> dict[str, Any] | None:
+    """What is there of the cell; None where nothing is, or where it was fine-tuned from other networks than full precision's of today."""
     where = path(effort.folder, *key(plan))
-    return json.loads(where.read_text()) if where.exists() else None
+    cell = json.loads(where.read_text()) if where.exists() else None
+    return cell if cell is None or plan.start == "scratch" or cell["origin"] == _origin(plan, effort) else None
+
+
+def _origin(plan: Plan, effort: Effort) -> dict[str, Any] | None:
+    """The setting that made the networks which fine-tuning starts from; None from scratch, and where it has not been measured."""
+    if plan.start == "scratch":
+        return None
+    full = done(_full_precision(plan), effort)
+    return full and full["chosen"]
+
+
+def _full_precision(plan: Plan) -> Plan:
+    return Plan(TASKS[plan.task.name], "scratch", FULL, FullPrecision())
 
 
 def measure(plan: Plan, effort: Effort) -> dict[str, Any]:
@@ -116,7 +130,10 @@ def measure(plan: Plan, effort: Effort) -> dict[str, Any]:
     cell = done(plan, effort)
     if cell is not None:
         return cell
-    begun, known = time.process_time(), _known(plan, effort)
+    begun = time.process_time()
+    if plan.start != "scratch":
+        measure(_full_precision(plan), effort)
+    known, origin = _known(plan, effort), _origin(plan, effort)
     plan = dataclasses.replace(plan, task=effort.shortened(plan.task))
     tried = _tried(plan, effort, known)
     chosen = train.best(plan.task, tried) if tried else plan.settings()[0]
@@ -132,6 +149,7 @@ def measure(plan: Plan, effort: Effort) -> dict[str, Any]:
     cell = dict(zip(("task", "start", "width", "method"), key(plan), strict=True)) | {
         "unit": plan.task.unit,
         "budget": plan.task.budget(plan.start),
+        "origin": origin,
         "tuning seeds": train.tuning_seeds(plan.task) if tried else [],
         "tried": [{"setting": setting, "validation": values} for setting, values in tried],
         "chosen": chosen,
@@ -168,10 +186,9 @@ def _start(plan: Plan, effort: Effort, seeds: Seeds, tuning: bool) -> State | No
     """The weights that a training starts from: None from scratch, else those of full precision, of the same seeds on the same data."""
     if plan.start == "scratch":
         return None
-    scratch = Plan(TASKS[plan.task.name], "scratch", FULL, FullPrecision())
-    chosen = measure(scratch, effort)["chosen"]
+    scratch = dataclasses.replace(_full_precision(plan), task=plan.task)
+    chosen = measure(_full_precision(plan), effort)["chosen"]
     setting = Setting(type(plan.task.ours)(**chosen["base"]), chosen["knob"])
-    scratch = dataclasses.replace(scratch, task=plan.task)
     where = effort.networks / f"{plan.task.name}-{fingerprint(plan.task, setting, seeds, tuning)}.pt"
     if not where.exists():
         trained = train.train(scratch, setting, seeds, tuning=tuning)

@@ -21,7 +21,7 @@ class Task:
 
     network: makes one, under the seed that was set. sample: seeds, tuning -> data. length: epochs of images, steps of text.
     bases: what every peer tries. ours: the base rule of askew_cuda, which tries nothing; fine_tuning: the same for fine-tuning, if another.
-    quantized: names of quantized layers begin so. granularity: of the scales. tuning_seeds, reporting_seeds: how many. unit: of the scores.
+    binary_decay: whether the weight decay of these holds at 1 bit, too. quantized: names of quantized layers begin so. granularity: of the scales. tuning_seeds, reporting_seeds: how many. unit: of the scores.
     warmup: share of the steps in which the learning rate rises.
     """
 
@@ -40,6 +40,7 @@ class Task:
     unit: str = "%"
     warmup: float = 0.0
     fine_tuning: Base | None = None
+    binary_decay: bool = True
 
     @property
     def sign(self) -> int:
@@ -52,8 +53,11 @@ class Task:
         return self.network()
 
     def default(self, start: str, width: str) -> Base:
-        """The base rule of askew_cuda. In fine-tuning to many levels, which are near, the weights take half the learning rate."""
+        """The base rule of askew_cuda. In fine-tuning to many levels, which are near, the weights take half the learning rate. Weight decay
+        pulls towards zero: from three levels on that is a level, at 1 bit it is the midpoint."""
         base = self.fine_tuning if start == "fine-tuned" and self.fine_tuning else self.ours
+        if width == "binary" and not self.binary_decay:
+            base = replace(base, weight_decay=0.0)
         return replace(base, lr=base.lr / 2) if start == "fine-tuned" and width == "4bit" else base
 
     def budget(self, start: str) -> int:
@@ -68,7 +72,8 @@ def rates(rule: str, *lrs: float, **keywords: float) -> tuple[Base, ...]:
 
 EITHER = rates("sgd", 0.03, 0.1, 0.3) + rates("adamw", 0.003, 0.01, 0.03)
 MANY_SEEDS = {"tuning_seeds": 8, "reporting_seeds": 40}  # where they cost a second each, and networks are so small that they differ much
-UNNORMALISED = EITHER + rates("sgd", 0.5)
+DECAYED = rates("sgd", 0.1, 0.3, 0.5, weight_decay=0.003) + rates("adamw", 0.01, weight_decay=0.3) + rates("adamw", 0.03, weight_decay=0.1)
+UNNORMALISED = EITHER + rates("sgd", 0.5) + DECAYED
 TEXT = {"weight_decay": 0.1, "betas": (0.9, 0.95)}
 SHAPE = {"symbols": data.SYMBOLS, "context": 32, "width": 32, "layers": 2, "heads": 2}
 
@@ -77,7 +82,7 @@ def _digits(hidden: int) -> Task:
     title = f"digits, MLP 64-{hidden}-{hidden}-10"
     make = functools.partial(digits.mlp, hidden)
     seeds = MANY_SEEDS if hidden < 256 else {}
-    ours = {"ours": Base("sgd", 0.5), "fine_tuning": Base("sgd", 0.2)}
+    ours = {"ours": Base("sgd", 0.5, 0.003), "fine_tuning": Base("sgd", 0.2, 0.005), "binary_decay": False}
     return Task(f"digits-{hidden}", title, make, data.handwritten, digits.EPOCHS, digits.BATCH, UNNORMALISED, **seeds, **ours)
 
 
