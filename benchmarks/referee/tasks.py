@@ -21,8 +21,8 @@ class Task:
 
     network: makes one, under the seed that was set. sample: seeds, tuning -> data. length: epochs of images, steps of text.
     bases: what every peer tries. ours: the base rule of askew_cuda, which tries nothing; fine_tuning: the same for fine-tuning, if another.
-    binary_decay: whether the weight decay of these holds at 1 bit, too. quantized: names of quantized layers begin so. granularity: of the scales. tuning_seeds, reporting_seeds: how many. unit: of the scores.
-    warmup: share of the steps in which the learning rate rises.
+    binary_decay: whether the weight decay of these holds at 1 bit, too. quantized: names of quantized layers begin so. granularity: of
+    the scales. tuning_seeds, reporting_seeds: how many. unit: of the scores. warmup: share of the steps in which the learning rate rises.
     """
 
     name: str
