@@ -18,8 +18,8 @@ _KEYWORDS = """
     quantizer: levels and scale of the weights: a name ("binary", "ternary/channel", "2bit/group128", ..), a
         :class:`~askew_cuda.Quantizer`, or None: not quantized, then the group does what torch's optimizer does.
     pretrained: True for weights that are trained already, "packed" for weights from a packed file. Chooses scale and annealing.
-    normalized: whether the network has normalisation layers, which leave the scale to us; it matters to untrained weights. None: whether
-        the optimizer has a gain of such a layer, a vector of ones, when the scales are set.
+    normalized: whether the network has normalisation layers, which leave the scale to us. None: whether the optimizer has a gain of
+        such a layer, a vector of ones, when the scales of untrained weights are set; for trained ones, False.
     epsilon: the annealed number in [0, 1], 1 free, 0 levels only; mostly set by :class:`~askew_cuda.Anneal`, which fills a 0-d
         tensor in place.
     anneal: "capture" (ours) or "interval" (the paper's). skew_at: what the constraint acts on, "velocity" or, as in the authors'

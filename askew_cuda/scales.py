@@ -38,7 +38,7 @@ def estimate(weight: Tensor, quantizer: Quantizer, *, pretrained: bool | str, na
         ValueError: the weights hold NaN, infinity or nothing but zeros, or the shape does not fit the quantizer.
 
     >>> estimate(torch.tensor([-3.0, 1.0]), Quantizer("binary"), pretrained=True, name="w")
-    tensor(2.)
+    tensor(2.2361)
     """
     quantizer.check(weight, name)
     shape, dtype = quantizer.scale_shape(weight), reference.arithmetic(weight.dtype)
@@ -101,14 +101,18 @@ def _auto(rows: Tensor, weight: Tensor, codebook: Codebook, pretrained: bool | s
     """(rows,) float64; 0 for a row of zeros. Measured: docs/recipes.md.
 
     A trained network says its scale itself, and so does a deliberate init. torch's default init says nothing about it: the shape does.
-    Between normalisation layers no init says anything.
+    Between normalisation layers no init says anything. Without them the signal must not fade: few levels are not set tighter there, and
+    two are as large as the weights in the mean square, which the least squared error is not.
     """
     if not pretrained and weight.dim() >= 2 and (normalized or is_torch_default(weight)):
         scale = _of_torch_default(weight, codebook) if normalized else _by_shape(weight, codebook)
         return torch.full((len(rows),), scale, dtype=torch.float64, device=rows.device)
     if not pretrained and len(codebook) <= 3:
         return 1.1 * _mean_abs(rows)
-    tighter = 0.85 if pretrained is True and 3 <= len(codebook) <= 7 else 1.0  # weights that move on do better with less way to go
+    if pretrained is True and not normalized and len(codebook) == 2 and codebook.levels[0] == -codebook.levels[1]:
+        return _rms(rows) / codebook.rms
+    few = range(3 if normalized else 4, 8)
+    tighter = 0.85 if pretrained is True and len(codebook) in few else 1.0  # weights that move on do better with less way to go
     return tighter * min_mse(rows, codebook)
 
 

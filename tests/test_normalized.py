@@ -26,8 +26,23 @@ def test_between_normalisation_layers_the_levels_are_as_large_as_torchs_init_wha
     found = estimate(weight, quantizer, pretrained=False, normalized=True, name="w")
     wanted = torch.full_like(found, 1 / math.sqrt(3 * fan_in) / quantizer.codebook.rms)
     assert_close(found, wanted, 1e-6 * wanted.max().item(), "scale")
-    trained = estimate(weight, quantizer, pretrained=True, normalized=True, name="w")
-    assert_same_bits(trained, estimate(weight, quantizer, pretrained=True, name="w"), "trained weights say it themselves")
+
+
+@pytest.mark.parametrize(("name", "between", "without"), [("binary", 1, None), ("ternary", 0.85, 1), ("2bit", 0.85, 0.85), ("4bit", 1, 1)])
+@pytest.mark.parametrize("granularity", ["", "/channel"])
+def test_trained_weights_say_it_themselves_and_without_normalisation_the_signal_must_not_fade(name, between, without, granularity):
+    weight, quantizer = torch.randn(24, 32, generator=torch.Generator().manual_seed(1)), Quantizer.parse(name + granularity)
+    mse = estimate(weight, Quantizer(name, "mse", quantizer.granularity), pretrained=True, name="w")
+    rms = weight.square().mean(1 if granularity else None).sqrt().reshape(mse.shape)
+    for normalized, share in ((True, between), (False, without)):
+        wanted = rms if share is None else share * mse
+        assert_close(estimate(weight, quantizer, pretrained=True, normalized=normalized, name="w"), wanted, 1e-6, name)
+    asymmetric = Quantizer([0, 1])
+    assert_same_bits(
+        estimate(weight, asymmetric, pretrained=True, name="w"),
+        scales.min_mse(weight.reshape(1, -1), asymmetric.codebook).float()[0],
+        "0 1",
+    )
 
 
 def normalized_network(norm: nn.Module | None) -> nn.Sequential:

@@ -73,15 +73,15 @@ def error_on_grid(rows: Tensor, levels, points: int) -> Tensor:
 
 # weight, quantizer, pretrained, scale
 BY_HAND = [
-    ([-3.0, 1.0], "binary", True, 2.0),
+    ([-3.0, 1.0], "binary", True, math.sqrt(5)),  # as large as the weights in the mean square
     ([-3.0, 1.0], "binary", "packed", 2.0),
     ([-3.0, 1.0], "binary", False, 2.2),  # 1.1 mean|w|
     ([-3.0, 1.0], "ternary", False, 2.2),
     ([-3.0, 1.0], Quantizer([0, 1]), False, 2.2),
     ([-3.0, 1.0, 0.0], "ternary", "packed", 3.0),  # -3 0 0 leaves 1; all at 2 leaves 2
-    ([-3.0, 2.0, 0.0], "ternary", True, 0.85 * 2.5),  # they move on, and have less way to go
+    ([-3.0, 2.0, 0.0], "ternary", True, 2.5),
     ([-3.0, -1.0, 1.0, 3.0], "2bit", False, 2.0),  # more than 3 levels: min-MSE
-    ([-3.0, -1.0, 1.0, 3.0], "2bit", True, 0.85 * 2.0),
+    ([-3.0, -1.0, 1.0, 3.0], "2bit", True, 0.85 * 2.0),  # they move on, and have less way to go
     ([-7.5, -0.5, 0.5, 7.5], "4bit", True, 1.0),  # 8 levels and more: the way is short anyway
     ([-3.0, 1.0], Quantizer("ternary", "absmean"), True, 3.0),  # 2 / (2 / 3)
     ([-3.0, 1.0], Quantizer("2bit", "absmean"), False, 2.0),
@@ -196,7 +196,6 @@ def test_auto_says_which_rule_it_is():
         for name in ("binary", "ternary", "2bit", "nf4"):
             auto, mse = Quantizer(name, "auto", *granularity), Quantizer(name, "mse", *granularity)
             assert_same_bits(scale_of(default, auto, "packed"), scale_of(default, mse), f"{name}, packed")
-            assert_close(scale_of(default, auto, True), (0.85 if name in ("ternary", "2bit") else 1) * scale_of(default, mse), 1e-7, name)
             if name in ("2bit", "nf4"):
                 assert_same_bits(scale_of(other, auto), scale_of(other, mse), f"{name}, deliberate init")
             else:

@@ -262,8 +262,8 @@ class StraightThrough(Method):
 
 
 def are_normalized(rest: Parameters) -> bool:
-    """Whether the networks have normalisation layers, whose gains are 1: what our optimizer finds by itself in a plain network."""
-    return any(scales.is_fresh_gain(each) for p in rest if p.dim() == 2 for each in p.detach())
+    """Whether the networks have normalisation layers: what ``askew.param_groups`` sees in a plain network."""
+    return any(getattr(parameter, "is_gain", False) for parameter in rest)
 
 
 class OursRun(Run):

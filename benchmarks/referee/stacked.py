@@ -64,7 +64,7 @@ class BatchNorm(nn.Module):
 
     def __init__(self, layers: Sequence[nn.BatchNorm1d | nn.BatchNorm2d]):
         super().__init__()
-        self.weight, self.bias = _stacked(layers, "weight"), _stacked(layers, "bias")
+        self.weight, self.bias = _gain(layers), _stacked(layers, "bias")
         self.register_buffer("running_mean", torch.stack([layer.running_mean for layer in layers]))
         self.register_buffer("running_var", torch.stack([layer.running_var for layer in layers]))
         self.settings = {"momentum": layers[0].momentum, "eps": layers[0].eps}
@@ -81,7 +81,7 @@ class LayerNorm(nn.Module):
 
     def __init__(self, layers: Sequence[nn.LayerNorm]):
         super().__init__()
-        self.weight, self.bias = _stacked(layers, "weight"), _stacked(layers, "bias")
+        self.weight, self.bias = _gain(layers), _stacked(layers, "bias")
         self.shape, self.eps = layers[0].normalized_shape, layers[0].eps
 
     def forward(self, x: Tensor) -> Tensor:
@@ -140,6 +140,13 @@ def _stacked(layers: Sequence[nn.Module], name: str) -> nn.Parameter | None:
     if getattr(layers[0], name) is None:
         return None
     return nn.Parameter(torch.stack([getattr(layer, name).detach() for layer in layers]))
+
+
+def _gain(layers: Sequence[nn.Module]) -> nn.Parameter:
+    """The weights of normalisation layers; methods know them by the attribute ``is_gain``."""
+    gain = _stacked(layers, "weight")
+    gain.is_gain = True
+    return gain
 
 
 def _channels(x: Tensor) -> Tensor:
