@@ -215,6 +215,15 @@ def test_fine_tuning_starts_from_full_precision_and_ours_tries_nothing(watched):
     before = len(seen)
     cells.measure(Plan(small(), "fine-tuned", "2bit", Ours("askew_cuda")), effort)
     assert len(seen) == before + 3  # the network to start from is kept
+    plan = Plan(small(), "fine-tuned", "2bit", Ours("askew_cuda"))
+    assert cells.done(plan, effort)["origin"] == full["chosen"]
+    full["chosen"]["base"]["lr"] = 0.001
+    cells.write(cells.path(effort.folder, "digits-16", "scratch", FULL, "full precision"), full)
+    assert cells.done(plan, effort) is None  # other networks are fine-tuned now
+    del seen[:]
+    cells.measure(plan, effort)
+    assert seen[0][:2] == ("full precision", 0.001)
+    assert cells.done(plan, effort)["origin"] == full["chosen"]
 
 
 def test_networks_to_start_from_are_found_again_by_other_processes():

@@ -142,10 +142,11 @@ def _stacked(layers: Sequence[nn.Module], name: str) -> nn.Parameter | None:
     return nn.Parameter(torch.stack([getattr(layer, name).detach() for layer in layers]))
 
 
-def _gain(layers: Sequence[nn.Module]) -> nn.Parameter:
-    """The weights of normalisation layers; methods know them by the attribute ``is_gain``."""
+def _gain(layers: Sequence[nn.Module]) -> nn.Parameter | None:
+    """The weights of normalisation layers, None where they have none; methods know them by the attribute ``is_gain``."""
     gain = _stacked(layers, "weight")
-    gain.is_gain = True
+    if gain is not None:
+        gain.is_gain = True
     return gain
 
 

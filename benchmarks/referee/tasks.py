@@ -54,7 +54,7 @@ class Task:
 
     def default(self, start: str, width: str) -> Base:
         """The base rule of askew_cuda. In fine-tuning to many levels, which are near, the weights take half the learning rate. Weight decay
-        pulls towards zero: from three levels on that is a level, at 1 bit it is the midpoint."""
+        pulls towards zero, which at 1 bit is as far from the levels as a weight can be."""
         base = self.fine_tuning if start == "fine-tuned" and self.fine_tuning else self.ours
         if width == "binary" and not self.binary_decay:
             base = replace(base, weight_decay=0.0)
