@@ -15,7 +15,7 @@ from torch.nn import functional
 pytest.importorskip("psutil", reason="the benchmarks' extra is not installed: pip install '.[bench]'")
 pytest.importorskip("sklearn", reason="the benchmarks' extra is not installed: pip install '.[bench]'")
 
-from benchmarks.peers.methods import WIDTHS, Base, FullPrecision, Grid, Ours, StraightThrough
+from benchmarks.peers.methods import WIDTHS, Base, FullPrecision, Grid, Ours, StraightThrough, are_normalized
 from benchmarks.peers.registry import METHODS
 from benchmarks.referee import cells, data, networks, stacked, table, targets, tasks, train
 from benchmarks.referee.train import FULL, Plan, Setting
@@ -62,6 +62,19 @@ def test_a_stack_is_its_plain_networks(name):
             for key, value in network.named_buffers():
                 if value.dim():  # BatchNorm counts its batches, too
                     torch.testing.assert_close(stack.get_buffer(key)[index], value, **CLOSE)
+
+
+def test_networks_count_as_normalized_with_their_gains_trained_too():
+    def normalized(name):
+        network = stacked.stack([tasks.TASKS[name].plain(seed) for seed in (0, 1)])
+        weights = {layer.weight for layer in stacked.quantizable(network)}
+        rest = [parameter for parameter in network.parameters() if parameter not in weights]
+        with torch.no_grad():
+            for parameter in rest:
+                parameter.add_(0.1)
+        return are_normalized(rest)
+
+    assert [name for name in ("digits-16", "digits-bn", "cnn", "lm-gpt2") if normalized(name)] == ["digits-bn", "cnn", "lm-gpt2"]
 
 
 def test_a_layer_that_cant_be_stacked_is_refused():

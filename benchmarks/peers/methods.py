@@ -262,7 +262,7 @@ class StraightThrough(Method):
 
 
 def are_normalized(rest: Parameters) -> bool:
-    """Whether the networks have normalisation layers: what ``askew.param_groups`` sees in a plain network."""
+    """Whether the networks have normalisation layers with gains, trained or not: what ``askew.param_groups`` sees in a plain network."""
     return any(getattr(parameter, "is_gain", False) for parameter in rest)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks import results
-from benchmarks.peers.methods import FullPrecision, Method
+from benchmarks.peers.methods import Base, FullPrecision, Method
 from benchmarks.peers.registry import METHODS
 from benchmarks.referee import train
 from benchmarks.referee.tasks import EVERY, STARTS, TASKS, Task
@@ -109,7 +109,7 @@ def _known(plan: Plan, effort: Effort) -> dict[str, Any] | None:
     """What is there of the cell; None where nothing is, or where it was fine-tuned from other networks than full precision's of today."""
     where = path(effort.folder, *key(plan))
     cell = json.loads(where.read_text()) if where.exists() else None
-    return cell if cell is None or plan.start == "scratch" or cell["origin"] == _origin(plan, effort) else None
+    return cell if cell and cell["origin"] == _origin(plan, effort) else None
 
 
 def _origin(plan: Plan, effort: Effort) -> dict[str, Any] | None:
@@ -135,7 +135,7 @@ def measure(plan: Plan, effort: Effort) -> dict[str, Any]:
         measure(_full_precision(plan), effort)
     known, origin = _known(plan, effort), _origin(plan, effort)
     plan = dataclasses.replace(plan, task=effort.shortened(plan.task))
-    tried = _tried(plan, effort, known)
+    tried = _tried(plan, effort, known, origin)
     chosen = train.best(plan.task, tried) if tried else plan.settings()[0]
     scores: dict[str, list[float]] = {}
     seeds: list[int] = []
@@ -144,7 +144,7 @@ def measure(plan: Plan, effort: Effort) -> dict[str, Any]:
     missing = tuple(seed for seed in effort.reporting(plan.task) if seed not in seeds)
     for factor in ((1.0,) if plan.tuned else FACTORS) if missing else ():
         setting = dataclasses.replace(chosen, base=dataclasses.replace(chosen.base, lr=factor * chosen.base.lr))
-        trained = train.train(plan, setting, missing, tuning=False, state=_start(plan, effort, missing, False))
+        trained = train.train(plan, setting, missing, tuning=False, state=_start(plan, effort, origin, missing, False))
         scores[f"{factor:g}"] = scores.get(f"{factor:g}", []) + trained.scores
     cell = dict(zip(("task", "start", "width", "method"), key(plan), strict=True)) | {
         "unit": plan.task.unit,
@@ -163,14 +163,14 @@ def measure(plan: Plan, effort: Effort) -> dict[str, Any]:
     return as_read(cell)
 
 
-def _tried(plan: Plan, effort: Effort, known: dict[str, Any] | None) -> list[tuple[Setting, list[float]]]:
+def _tried(plan: Plan, effort: Effort, known: dict[str, Any] | None, origin: dict[str, Any] | None) -> list[tuple[Setting, list[float]]]:
     """Every setting with its scores on the tuning seeds; none where nothing is tuned."""
     before = {json.dumps(each["setting"]): each["validation"] for each in known["tried"]} if known else {}
     seeds, found = train.tuning_seeds(plan.task), []
     for setting in plan.settings() if plan.tuned else []:
         scores = before.get(json.dumps(as_read(setting)))
         if scores is None:
-            scores = train.train(plan, setting, seeds, tuning=True, state=_start(plan, effort, seeds, True)).scores
+            scores = train.train(plan, setting, seeds, tuning=True, state=_start(plan, effort, origin, seeds, True)).scores
         found.append((setting, scores))
     return found
 
@@ -182,13 +182,12 @@ def environment() -> dict[str, object]:
     return {name: known[name] for name in ("commit", "date", "processor", "cores", "cpu_kernel", "torch", "python")}
 
 
-def _start(plan: Plan, effort: Effort, seeds: Seeds, tuning: bool) -> State | None:
+def _start(plan: Plan, effort: Effort, origin: dict[str, Any] | None, seeds: Seeds, tuning: bool) -> State | None:
     """The weights that a training starts from: None from scratch, else those of full precision, of the same seeds on the same data."""
-    if plan.start == "scratch":
+    if origin is None:
         return None
     scratch = dataclasses.replace(_full_precision(plan), task=plan.task)
-    chosen = measure(_full_precision(plan), effort)["chosen"]
-    setting = Setting(type(plan.task.ours)(**chosen["base"]), chosen["knob"])
+    setting = Setting(Base(**origin["base"]), origin["knob"])
     where = effort.networks / f"{plan.task.name}-{fingerprint(plan.task, setting, seeds, tuning)}.pt"
     if not where.exists():
         trained = train.train(scratch, setting, seeds, tuning=tuning)

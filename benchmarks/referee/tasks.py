@@ -81,11 +81,11 @@ SHAPE = {"symbols": data.SYMBOLS, "context": 32, "width": 32, "layers": 2, "head
 def _digits(hidden: int) -> Task:
     title = f"digits, MLP 64-{hidden}-{hidden}-10"
     make = functools.partial(digits.mlp, hidden)
-    sizes = make, data.handwritten, digits.EPOCHS, digits.BATCH
+    common = f"digits-{hidden}", title, make, data.handwritten, digits.EPOCHS, digits.BATCH
     if hidden >= 256:  # what costs more is tried less: without weight decay, for anybody
-        return Task(f"digits-{hidden}", title, *sizes, UNNORMALISED, Base("sgd", 0.5), fine_tuning=Base("sgd", 0.2))
+        return Task(*common, UNNORMALISED, Base("sgd", 0.5), fine_tuning=Base("sgd", 0.2))
     ours = {"ours": Base("sgd", 0.5, 0.003), "fine_tuning": Base("sgd", 0.2, 0.005), "binary_decay": False}
-    return Task(f"digits-{hidden}", title, *sizes, UNNORMALISED + DECAYED, **ours, **MANY_SEEDS)
+    return Task(*common, UNNORMALISED + DECAYED, **ours, **MANY_SEEDS)
 
 
 def _transformer(name: str, init: str, gpt2: bool) -> Task:
