@@ -33,9 +33,11 @@ def test_between_normalisation_layers_the_levels_are_as_large_as_torchs_init_wha
 def test_trained_weights_say_it_themselves_and_without_normalisation_the_signal_must_not_fade(name, between, without, granularity):
     weight, quantizer = torch.randn(24, 32, generator=torch.Generator().manual_seed(1)), Quantizer.parse(name + granularity)
     mse = estimate(weight, Quantizer(name, "mse", quantizer.granularity), pretrained=True, name="w")
-    rms = weight.square().mean(1 if granularity else None).sqrt().reshape(mse.shape)
+    dim = 1 if granularity else None
+    square, size = weight.square().mean(dim).reshape(mse.shape), weight.abs().mean(dim).reshape(mse.shape)
+    live = torch.maximum(square.sqrt(), math.sqrt(2 / math.pi) * square / size)
     for normalized, share in ((True, between), (False, without)):
-        wanted = rms if share is None else share * mse
+        wanted = live if share is None else share * mse
         assert_close(estimate(weight, quantizer, pretrained=True, normalized=normalized, name="w"), wanted, 1e-6, name)
     asymmetric = Quantizer([0, 1])
     assert_same_bits(
@@ -43,6 +45,17 @@ def test_trained_weights_say_it_themselves_and_without_normalisation_the_signal_
         scales.min_mse(weight.reshape(1, -1), asymmetric.codebook).float()[0],
         "0 1",
     )
+
+
+@pytest.mark.parametrize("dead", [0.0, 0.25, 0.5, 0.9])
+def test_dead_weights_take_nothing_off_the_scale_of_two_levels(dead):
+    """As weight decay leaves them: the inputs that are always 0, and what leads to and from units that never fire."""
+    live = torch.randn(1000, generator=torch.Generator().manual_seed(1))
+    weight = torch.cat([live, torch.zeros(round(1000 * dead / (1 - dead)))])
+    found = [estimate(w, Quantizer("binary"), pretrained=True, name="w").item() for w in (live, weight)]
+    assert found[1] == pytest.approx(found[0], rel=0.03)  # a sample of 1,000 is not quite normal
+    signs = live.sign()
+    assert estimate(3 * signs, Quantizer("binary"), pretrained=True, name="w") == pytest.approx(3)  # two values already: nothing fades
 
 
 def normalized_network(norm: nn.Module | None) -> nn.Sequential:

@@ -1,8 +1,8 @@
 """The tasks of the accuracy table, the cheap ones first: network, data, budget, and the base rules that are tried."""
 
 import functools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -21,8 +21,9 @@ class Task:
 
     network: makes one, under the seed that was set. sample: seeds, tuning -> data. length: epochs of images, steps of text.
     bases: what every peer tries. ours: the base rule of askew_cuda, which tries nothing; fine_tuning: the same for fine-tuning, if another.
-    binary_decay: whether the weight decay of these holds at 1 bit, too. quantized: names of quantized layers begin so. granularity: of
-    the scales. tuning_seeds, reporting_seeds: how many. unit: of the scores. warmup: share of the steps in which the learning rate rises.
+    factors: of the learning rate of these, by start and width. binary_decay: whether their weight decay holds at 1 bit, too.
+    quantized: names of quantized layers begin so. granularity: of the scales. tuning_seeds, reporting_seeds: how many. unit: of the
+    scores. warmup: share of the steps in which the learning rate rises.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Task:
     unit: str = "%"
     warmup: float = 0.0
     fine_tuning: Base | None = None
+    factors: Mapping[tuple[str, str], float] = field(default_factory=dict)
     binary_decay: bool = True
 
     @property
@@ -53,12 +55,12 @@ class Task:
         return self.network()
 
     def default(self, start: str, width: str) -> Base:
-        """The base rule of askew_cuda. In fine-tuning to many levels, which are near, the weights take half the learning rate. Weight decay
+        """The base rule of askew_cuda. The more levels, the shorter the way to the next, and the smaller the learning rate. Weight decay
         pulls towards zero, which at 1 bit is as far from the levels as a weight can be."""
         base = self.fine_tuning if start == "fine-tuned" and self.fine_tuning else self.ours
         if width == "binary" and not self.binary_decay:
             base = replace(base, weight_decay=0.0)
-        return replace(base, lr=base.lr / 2) if start == "fine-tuned" and width == "4bit" else base
+        return replace(base, lr=base.lr * self.factors.get((start, width), 1.0))
 
     def budget(self, start: str) -> int:
         """``length`` for this start."""
@@ -72,8 +74,11 @@ def rates(rule: str, *lrs: float, **keywords: float) -> tuple[Base, ...]:
 
 EITHER = rates("sgd", 0.03, 0.1, 0.3) + rates("adamw", 0.003, 0.01, 0.03)
 MANY_SEEDS = {"tuning_seeds": 8, "reporting_seeds": 40}  # where they cost a second each, and networks are so small that they differ much
-DECAYED = rates("sgd", 0.1, 0.3, 0.5, weight_decay=0.003) + rates("adamw", 0.01, weight_decay=0.3) + rates("adamw", 0.03, weight_decay=0.1)
+DECAYED = rates("sgd", 0.1, 0.3, weight_decay=0.003) + rates("adamw", 0.01, weight_decay=0.3) + rates("adamw", 0.03, weight_decay=0.1)
 UNNORMALISED = EITHER + rates("sgd", 0.5)
+FINE_TUNED_FACTORS = {("fine-tuned", "binary"): 2.0, ("fine-tuned", "4bit"): 0.5}
+UNNORMALISED_FACTORS = FINE_TUNED_FACTORS | {("scratch", "2bit"): 0.8, ("scratch", "4bit"): 0.8}
+TEXT_FACTORS = {("fine-tuned", "2bit"): 0.5, ("fine-tuned", "4bit"): 0.5}
 TEXT = {"weight_decay": 0.1, "betas": (0.9, 0.95)}
 SHAPE = {"symbols": data.SYMBOLS, "context": 32, "width": 32, "layers": 2, "heads": 2}
 
@@ -83,9 +88,9 @@ def _digits(hidden: int) -> Task:
     make = functools.partial(digits.mlp, hidden)
     common = f"digits-{hidden}", title, make, data.handwritten, digits.EPOCHS, digits.BATCH
     if hidden >= 256:  # what costs more is tried less: without weight decay, for anybody
-        return Task(*common, UNNORMALISED, Base("sgd", 0.5), fine_tuning=Base("sgd", 0.2))
-    ours = {"ours": Base("sgd", 0.5, 0.003), "fine_tuning": Base("sgd", 0.2, 0.005), "binary_decay": False}
-    return Task(*common, UNNORMALISED + DECAYED, **ours, **MANY_SEEDS)
+        return Task(*common, UNNORMALISED, Base("sgd", 0.5), fine_tuning=Base("sgd", 0.2), factors=UNNORMALISED_FACTORS)
+    ours = {"ours": Base("sgd", 0.5, 0.003), "fine_tuning": Base("sgd", 0.2, 0.005), "binary_decay": False, "factors": UNNORMALISED_FACTORS}
+    return Task(*common, UNNORMALISED + DECAYED + rates("sgd", 0.5, weight_decay=0.003), **ours, **MANY_SEEDS)
 
 
 def _transformer(name: str, init: str, gpt2: bool) -> Task:
@@ -93,18 +98,19 @@ def _transformer(name: str, init: str, gpt2: bool) -> Task:
     title = f"characters of Python's help, transformer of 2 layers, {init}"
     bases, sample = rates("adamw", 0.005, 0.01, **TEXT), data.documentation(SHAPE["context"])
     settings = {"quantized": "blocks.", "granularity": "channel", "tuning_seeds": 2, "unit": "nats", "warmup": 0.08}
-    return Task(name, title, make, sample, 1000, 16, bases, Base("adamw", 0.01, **TEXT), **settings)
+    return Task(name, title, make, sample, 1000, 16, bases, Base("adamw", 0.01, **TEXT), factors=TEXT_FACTORS, **settings)
 
 
 EVERY = (
     *map(_digits, (16, 24, 32, 64)),
     Task(
         "digits-bn", "digits, MLP 64-64-64-10 with BatchNorm", functools.partial(networks.mlp_batchnorm, 64),
-        data.handwritten, digits.EPOCHS, digits.BATCH, EITHER, Base("sgd", 0.1), **MANY_SEEDS,
+        data.handwritten, digits.EPOCHS, digits.BATCH, EITHER + DECAYED, Base("sgd", 0.1, 0.003), fine_tuning=Base("sgd", 0.1, 0.005),
+        binary_decay=False, factors={("fine-tuned", "4bit"): 0.5}, **MANY_SEEDS,
     ),
     Task(
         "cnn", "MNIST (5,000 images), CNN with BatchNorm", functools.partial(networks.cnn, 8),
-        data.mnist, 8, 64, EITHER[:-1], Base("sgd", 0.1), tuning_seeds=2,
+        data.mnist, 8, 64, EITHER[:-1], Base("sgd", 0.1), factors=FINE_TUNED_FACTORS, tuning_seeds=2,
     ),
     _digits(256),
     _transformer("lm-gpt2", "GPT-2's init", True),
