@@ -101,19 +101,22 @@ def _auto(rows: Tensor, weight: Tensor, codebook: Codebook, pretrained: bool | s
     """(rows,) float64; 0 for a row of zeros. Measured: docs/recipes.md.
 
     A trained network says its scale itself, and so does a deliberate init. torch's default init says nothing about it: the shape does.
-    Between normalisation layers no init says anything. Without them the signal must not fade: few levels are not set tighter there, and
-    two are as large as the weights that carry it, which the least squared error is not.
+    Between normalisation layers no init says anything. Without them the signal must not fade: there two levels are as large as the weights
+    are in the mean square, which the least squared error is not, three are not set tighter, and where no level is 0, which would take them
+    in, dead weights do not count.
     """
     if not pretrained and weight.dim() >= 2 and (normalized or is_torch_default(weight)):
         scale = _of_torch_default(weight, codebook) if normalized else _by_shape(weight, codebook)
         return torch.full((len(rows),), scale, dtype=torch.float64, device=rows.device)
     if not pretrained and len(codebook) <= 3:
         return 1.1 * _mean_abs(rows)
-    if pretrained is True and not normalized and len(codebook) == 2 and codebook.levels[0] == -codebook.levels[1]:
-        return _live_rms(rows) / codebook.rms
-    few = range(3 if normalized else 4, 8)
-    tighter = 0.85 if pretrained is True and len(codebook) in few else 1.0  # weights that move on do better with less way to go
-    return tighter * min_mse(rows, codebook)
+    if pretrained is not True:
+        return min_mse(rows, codebook)
+    tighter = 0.85 if len(codebook) in range(3 if normalized else 4, 8) else 1.0  # weights that move on do better with less way to go
+    if normalized or len(codebook) >= 8 or 0 in codebook.levels:
+        return tighter * min_mse(rows, codebook)
+    pair = len(codebook) == 2 and codebook.levels[0] == -codebook.levels[1]
+    return tighter * _dilution(rows) * (_rms(rows) / codebook.rms if pair else min_mse(rows, codebook))
 
 
 def _by_rule(rows: Tensor, codebook: Codebook, rule: str, name: str) -> Tensor:
@@ -136,11 +139,11 @@ def _rms(rows: Tensor) -> Tensor:
     return torch.linalg.vector_norm(rows, 2, dim=1, dtype=torch.float64) / math.sqrt(rows.shape[1])
 
 
-def _live_rms(rows: Tensor) -> Tensor:
-    """The root mean square, or sqrt(2 / pi) sum w^2 / sum |w| where that is larger: for normal weights the two are one, and weights near 0,
-    as weight decay leaves those of dead inputs and units, take little off the second."""
-    rms, mean = _rms(rows), _mean_abs(rows)
-    return torch.where(mean > 0, torch.maximum(rms, math.sqrt(2 / math.pi) * rms / mean * rms), 0)
+def _dilution(rows: Tensor) -> Tensor:
+    """sqrt(2 / pi) rms(w) / mean|w|, at least 1: what weights near 0, as weight decay leaves those of dead inputs and units, take off the
+    root mean square of the others. 1 for normal weights, 1 / sqrt(share) if only a share of them is alive."""
+    mean = _mean_abs(rows)
+    return torch.where(mean > 0, math.sqrt(2 / math.pi) * _rms(rows) / mean, 1).clamp(min=1)
 
 
 def _largest(rows: Tensor) -> Tensor:

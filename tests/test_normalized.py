@@ -34,10 +34,9 @@ def test_trained_weights_say_it_themselves_and_without_normalisation_the_signal_
     weight, quantizer = torch.randn(24, 32, generator=torch.Generator().manual_seed(1)), Quantizer.parse(name + granularity)
     mse = estimate(weight, Quantizer(name, "mse", quantizer.granularity), pretrained=True, name="w")
     dim = 1 if granularity else None
-    square, size = weight.square().mean(dim).reshape(mse.shape), weight.abs().mean(dim).reshape(mse.shape)
-    live = torch.maximum(square.sqrt(), math.sqrt(2 / math.pi) * square / size)
-    for normalized, share in ((True, between), (False, without)):
-        wanted = live if share is None else share * mse
+    rms, size = weight.square().mean(dim).sqrt().reshape(mse.shape), weight.abs().mean(dim).reshape(mse.shape)
+    dilution = (math.sqrt(2 / math.pi) * rms / size).clamp(min=1) if name in ("binary", "2bit") else 1.0
+    for normalized, wanted in ((True, between * mse), (False, dilution * (rms if without is None else without * mse))):
         assert_close(estimate(weight, quantizer, pretrained=True, normalized=normalized, name="w"), wanted, 1e-6, name)
     asymmetric = Quantizer([0, 1])
     assert_same_bits(
@@ -47,15 +46,19 @@ def test_trained_weights_say_it_themselves_and_without_normalisation_the_signal_
     )
 
 
-@pytest.mark.parametrize("dead", [0.0, 0.25, 0.5, 0.9])
-def test_dead_weights_take_nothing_off_the_scale_of_two_levels(dead):
-    """As weight decay leaves them: the inputs that are always 0, and what leads to and from units that never fire."""
-    live = torch.randn(1000, generator=torch.Generator().manual_seed(1))
-    weight = torch.cat([live, torch.zeros(round(1000 * dead / (1 - dead)))])
-    found = [estimate(w, Quantizer("binary"), pretrained=True, name="w").item() for w in (live, weight)]
-    assert found[1] == pytest.approx(found[0], rel=0.03)  # a sample of 1,000 is not quite normal
-    signs = live.sign()
-    assert estimate(3 * signs, Quantizer("binary"), pretrained=True, name="w") == pytest.approx(3)  # two values already: nothing fades
+@pytest.mark.parametrize("dead", [0.0, 0.1, 0.25])
+@pytest.mark.parametrize("name", ["binary", "ternary", "2bit"])
+def test_dead_weights_take_nothing_off_the_scale(name, dead):
+    """As weight decay leaves them: those of inputs that are always 0, and of units that never fire. A level at 0 takes them in."""
+    live = torch.randn(10_000, generator=torch.Generator().manual_seed(1))
+    weight = torch.cat([live, torch.zeros(round(10_000 * dead / (1 - dead)))])
+    without, among = (estimate(w, Quantizer(name), pretrained=True, name="w").item() for w in (live, weight))
+    assert among == pytest.approx(without, rel=0.02)
+
+
+def test_weights_of_one_size_keep_it():
+    """They lie on two levels already: nothing fades, and there is no telling who is dead."""
+    assert estimate(torch.tensor([3.0, -3.0, 3.0]), Quantizer("binary"), pretrained=True, name="w") == 3
 
 
 def normalized_network(norm: nn.Module | None) -> nn.Sequential:
