@@ -75,7 +75,7 @@ def rates(rule: str, *lrs: float, **keywords: float) -> tuple[Base, ...]:
 EITHER = rates("sgd", 0.03, 0.1, 0.3) + rates("adamw", 0.003, 0.01, 0.03)
 MANY_SEEDS = {"tuning_seeds": 8, "reporting_seeds": 40}  # where they cost a second each, and networks are so small that they differ much
 DECAYED = rates("sgd", 0.1, 0.3, 0.5, weight_decay=0.003) + rates("adamw", 0.01, weight_decay=0.3) + rates("adamw", 0.03, weight_decay=0.1)
-UNNORMALISED = EITHER + rates("sgd", 0.5)
+UNNORMALISED = EITHER + rates("sgd", 0.5) + DECAYED
 FINE_TUNED_FACTORS = {("fine-tuned", "binary"): 2.0, ("fine-tuned", "4bit"): 0.5}
 UNNORMALISED_FACTORS = FINE_TUNED_FACTORS | {("scratch", "2bit"): 0.8, ("scratch", "4bit"): 0.8}
 TEXT_FACTORS = {("fine-tuned", "2bit"): 0.5, ("fine-tuned", "4bit"): 0.5}
@@ -87,10 +87,8 @@ def _digits(hidden: int) -> Task:
     title = f"digits, MLP 64-{hidden}-{hidden}-10"
     make = functools.partial(digits.mlp, hidden)
     common = f"digits-{hidden}", title, make, data.handwritten, digits.EPOCHS, digits.BATCH
-    if hidden >= 256:  # what costs more is tried less: without weight decay, for anybody
-        return Task(*common, UNNORMALISED, Base("sgd", 0.5), fine_tuning=Base("sgd", 0.2), factors=UNNORMALISED_FACTORS)
     ours = {"ours": Base("sgd", 0.5, 0.003), "fine_tuning": Base("sgd", 0.2, 0.005), "binary_decay": False, "factors": UNNORMALISED_FACTORS}
-    return Task(*common, UNNORMALISED + DECAYED, **ours, **MANY_SEEDS)
+    return Task(*common, UNNORMALISED, **ours, **(MANY_SEEDS if hidden < 256 else {}))
 
 
 def _transformer(name: str, init: str, gpt2: bool) -> Task:
