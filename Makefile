@@ -30,12 +30,12 @@ lint: build/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/clang-format --dry-run --Werror csrc/*
+	$(VENV)/bin/clang-format --dry-run --Werror csrc/*.h csrc/*/*
 
 format: build/installed
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
-	$(VENV)/bin/clang-format -i csrc/*
+	$(VENV)/bin/clang-format -i csrc/*.h csrc/*/*
 
 clean:
 	rm -rf $(VENV) build askew_cuda/*.so *.egg-info
@@ -47,6 +47,6 @@ build/installed: pyproject.toml constraints.txt
 	ASKEW_BUILD=none $(PIP) --no-build-isolation --editable '.[bench,demo,dev]'
 	mkdir -p build && touch $@
 
-build/built: build/installed setup.py $(wildcard csrc/*)
+build/built: build/installed setup.py $(wildcard csrc/*.h csrc/*/*)
 	$(RUN) setup.py --quiet build_ext --inplace
 	touch $@

@@ -9,12 +9,12 @@ report = optimizer.finalize()
 """
 
 from .anneal import Anneal
-from .finalize import FinalizeReport, TensorReport
+from .backends import build_info
 from .monitor import Monitor, Sample, monitor
-from .ops import build_info
+from .optimizer import FinalizeReport, TensorReport
 from .optimizers import AskewAdamW, AskewSGD
-from .packed import load_packed, save_packed
-from .packed_modules import PackedConv2d, PackedEmbedding, PackedLinear, pack_modules
+from .packed.file import load_packed, save_packed
+from .packed.modules import PackedConv2d, PackedEmbedding, PackedLinear, pack_modules
 from .paper import paper
 from .param_groups import param_groups
 from .quantizer import Codebook, Quantizer

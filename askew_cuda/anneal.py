@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from . import traps
+from . import hints
 from .quantizer import Quantizer
 
 
@@ -37,7 +37,9 @@ SHAPES = {"quadratic": quadratic, "geometric": geometric}
 
 
 def default_phase(levels: int, pretrained: bool | str) -> tuple[float, float]:
-    """(hold, end) as fractions of the training, as measured (docs/recipes.md): the more levels, the later they need to be chosen."""
+    """(hold, end) as fractions of the training, as measured (docs/recipes.md): the more levels, the later they need to
+    be chosen.
+    """
     if levels >= 8:
         return 0.7, 0.9
     if pretrained is True:
@@ -47,23 +49,21 @@ def default_phase(levels: int, pretrained: bool | str) -> tuple[float, float]:
 
 class Anneal:
     """Shrinks the feasible set of an optimizer's quantized weights while training goes on.
+    Call :meth:`step` after every ``optimizer.step()``; any learning-rate scheduler may run beside it. r stays 1 until
+       ``hold``, then falls to 0 at ``end``, and ``group["epsilon"]`` follows (in place where it is a tensor).
 
-    Call :meth:`step` after every ``optimizer.step()``; any learning-rate scheduler may run beside it. r stays 1 until ``hold``,
-    then falls to 0 at ``end``, and ``group["epsilon"]`` follows (in place where it is a tensor).
+       Args:
+           optimizer: an AskewSGD or AskewAdamW with at least one quantized param group.
+           total_steps: optimizer steps of the whole training, >= 1.
+           hold, end: fractions of ``total_steps``, 0 <= hold < end <= 1; None takes the default of each group, which
+               depends on its number of levels and on ``pretrained``.
+           shape: "quadratic", "geometric", or a callable that takes progress in [0, 1] (of the whole training: hold and
+               end don't act) to r in [0, 1].
 
-    Args:
-        optimizer: an AskewSGD or AskewAdamW with at least one quantized param group.
-        total_steps: optimizer steps of the whole training, >= 1.
-        hold, end: fractions of ``total_steps``, 0 <= hold < end <= 1; None takes the default of each group, which depends on its
-            number of levels and on ``pretrained``.
-        shape: "quadratic", "geometric", or a callable that takes progress in [0, 1] (of the whole training: hold and end don't
-            act) to r in [0, 1].
-
-    Raises:
-        ValueError, TypeError: an argument is out of range, or no group is quantized.
-
-    Warns where a training of 100 steps or more enters a trap that was measured (``traps.py``): fresh weights are annealed too early,
-    or the learning rate is too small for them to reach another level.
+       Raises:
+           ValueError, TypeError: an argument is out of range, or no group is quantized.
+    Warns where a training of 100 steps or more enters a trap that was measured (``hints.py``): fresh weights are annealed
+       too early, or the learning rate is too small for them to reach another level.
     """
 
     def __init__(
@@ -86,7 +86,9 @@ class Anneal:
         self._unannealed = 0
         groups = self._groups()
         if not groups:
-            raise ValueError("Anneal: the optimizer has no quantized param group; pass quantizer=, or groups from askew_cuda.param_groups")
+            raise ValueError(
+                "Anneal: the optimizer has no quantized param group; pass quantizer=, or groups from askew_cuda.param_groups"
+            )
         for group in groups:
             first, last = self._phase(group)
             if not 0 <= first < last <= 1:
@@ -94,7 +96,7 @@ class Anneal:
         self._watch()
         self._apply()
         for group in groups:
-            traps.warn_of_early_annealing(group, self.half_width(group, traps.EARLY), total_steps)
+            hints.warn_of_early_annealing(group, self.half_width(group, hints.EARLY), total_steps)
 
     def _groups(self) -> list[dict[str, Any]]:
         return [group for group in self.optimizer.param_groups if group.get("quantizer") is not None]
@@ -129,9 +131,11 @@ class Anneal:
 
     def _look_ahead(self) -> None:
         """Once, early in the training: are the steps large enough for the weights to reach another level?"""
-        if self.steps_done == max(1, round(traps.SOON * self.total_steps)):
+        if self.steps_done == max(1, round(hints.SOON * self.total_steps)):
             for group in self._groups():
-                if traps.warn_of_small_steps(self.optimizer, group, self.total_steps - self.steps_done, self.total_steps):
+                if hints.warn_of_small_steps(
+                    self.optimizer, group, self.total_steps - self.steps_done, self.total_steps
+                ):
                     break
 
     def _apply(self) -> None:
@@ -166,7 +170,13 @@ class Anneal:
     def state_dict(self) -> dict[str, Any]:
         """Plain values; a callable ``shape`` is not among them."""
         shape = None if callable(self.shape) else self.shape
-        return {"steps_done": self.steps_done, "total_steps": self.total_steps, "hold": self.hold, "end": self.end, "shape": shape}
+        return {
+            "steps_done": self.steps_done,
+            "total_steps": self.total_steps,
+            "hold": self.hold,
+            "end": self.end,
+            "shape": shape,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on where the saved one was, and sets the groups' epsilon accordingly.
@@ -180,8 +190,12 @@ class Anneal:
                 f"Anneal.load_state_dict: {', '.join(sorted(missing))} missing; a dictionary from Anneal.state_dict() is needed"
             )
         if state["shape"] is None and not callable(self.shape):
-            raise ValueError("Anneal.load_state_dict: the saved annealing had a callable shape; construct this one with the same callable")
-        self.steps_done, self.total_steps, self.hold, self.end = (state[key] for key in ("steps_done", "total_steps", "hold", "end"))
+            raise ValueError(
+                "Anneal.load_state_dict: the saved annealing had a callable shape; construct this one with the same callable"
+            )
+        self.steps_done, self.total_steps, self.hold, self.end = (
+            state[key] for key in ("steps_done", "total_steps", "hold", "end")
+        )
         if state["shape"] is not None:
             self.shape = state["shape"]
         self._apply()

@@ -9,19 +9,17 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .groups import Group, counter_dtype
-from .keywords import CONSTRAINT, EXECUTION
+from .keywords import CONSTRAINT, EXECUTION, Group, counter_dtype
 from .quantizer import Quantizer
 
 
 def adopt(saved: dict[str, Any], groups: list[Group]) -> tuple[defaultdict[Tensor, Any], list[Group]]:
     """State and param groups that an optimizer with these groups takes over from a state_dict of ours or of torch's.
+    Weights are matched by name where both sides have names, else by position. Nothing is mutated, and nothing is shared:
+       all tensors are copies, on the devices of the weights and in their memory order.
 
-    Weights are matched by name where both sides have names, else by position. Nothing is mutated, and nothing is shared: all
-    tensors are copies, on the devices of the weights and in their memory order.
-
-    Raises:
-        ValueError: the weights don't match, a state has another shape than its weight, or the state_dict is of another rule.
+       Raises: ValueError: the weights don't match, a state has another shape than its weight, or the state_dict is of
+           another rule.
     """
     theirs = saved["param_groups"]
     named = all("param_names" in group for group in (*groups, *theirs))
@@ -35,7 +33,9 @@ def adopt(saved: dict[str, Any], groups: list[Group]) -> tuple[defaultdict[Tenso
                 name = group["param_names"][which] if "param_names" in group else f"params[{which}]"
                 state[group["params"][which]] = _state(kept, group["params"][which], group, name)
     ours = {index for source in sources for _, index in source}
-    state.update({key: copy.deepcopy(value) for key, value in saved["state"].items() if key not in ours})  # not of a weight
+    state.update(
+        {key: copy.deepcopy(value) for key, value in saved["state"].items() if key not in ours}
+    )  # not of a weight
     return state, adopted
 
 
@@ -43,7 +43,11 @@ Source = list[tuple[int, Any]]  # for each weight of a group: which saved group 
 
 
 def _by_name(theirs: list[Group], groups: list[Group]) -> list[Source]:
-    where = {name: (i, index) for i, group in enumerate(theirs) for name, index in zip(group["param_names"], group["params"], strict=True)}
+    where = {
+        name: (i, index)
+        for i, group in enumerate(theirs)
+        for name, index in zip(group["param_names"], group["params"], strict=True)
+    }
     names = {name for group in groups for name in group["param_names"]}
     if names != set(where):
         raise ValueError(
@@ -79,7 +83,9 @@ def _group(theirs: list[Group], source: Source, mine: Group) -> Group:
     saved = theirs[next(iter(origins))] if origins else mine
     if ("betas" in saved) != ("betas" in mine):
         rules = ("AdamW", "SGD") if "betas" in saved else ("SGD", "AdamW")
-        raise ValueError(f"load_state_dict: the checkpoint is one of {rules[0]}; this optimizer goes by the rule of {rules[1]}")
+        raise ValueError(
+            f"load_state_dict: the checkpoint is one of {rules[0]}; this optimizer goes by the rule of {rules[1]}"
+        )
     taken = {key: copy.deepcopy(value) for key, value in saved.items() if key not in ("params", *EXECUTION)}
     kept = {key: mine[key] for key in (*CONSTRAINT, *EXECUTION) if key in mine and key not in taken}
     names = {"param_names": mine["param_names"]} if "param_names" in mine else {}
@@ -87,7 +93,9 @@ def _group(theirs: list[Group], source: Source, mine: Group) -> Group:
 
 
 def _state(kept: dict[str, Any], weight: Tensor, group: Group, name: str) -> dict[str, Any]:
-    """The state of a weight: moments in its dtype, as torch casts them, or in float32 on request; scale and step in their own."""
+    """The state of a weight: moments in its dtype, as torch casts them, or in float32 on request; scale and step in
+    their own.
+    """
     wide = group["state_dtype"] is not None and weight.dtype.itemsize == 2
     state: dict[str, Any] = {}
     for key, value in kept.items():

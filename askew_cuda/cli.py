@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from .doctor import doctor
-from .inspection import inspect
+from .packed.inspect import inspect
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -13,9 +13,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="askew-cuda", description="Looks after askew_cuda.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser(
-        "doctor", help="torch, CUDA, compiler, backends and why one is absent, and a self-test of each against the reference"
+        "doctor",
+        help="torch, CUDA, compiler, backends and why one is absent, and a self-test of each against the reference",
     )
-    described = commands.add_parser("inspect", help="a table of a packed file: tensors, bits, levels, scales, occupancy, sizes")
+    described = commands.add_parser(
+        "inspect", help="a table of a packed file: tensors, bits, levels, scales, occupancy, sizes"
+    )
     described.add_argument("file", help="written by askew_cuda.save_packed")
     given = parser.parse_args(arguments)
     if given.command == "doctor":

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from . import ops
+from . import backends
 from .quantizer import Codebook
 
 
@@ -20,14 +20,20 @@ def _version_of(command: str | None) -> str:
         return "not found"
     run = subprocess.run([command, "--version"], capture_output=True, text=True, check=False)
     lines = [line for line in run.stdout.splitlines() if line.strip()]
-    return f"{(lines[-1] if command.endswith('nvcc') else lines[0]).strip()} ({shutil.which(command)})" if lines else "says nothing"
+    return (
+        f"{(lines[-1] if command.endswith('nvcc') else lines[0]).strip()} ({shutil.which(command)})"
+        if lines
+        else "says nothing"
+    )
 
 
 def machine() -> dict[str, str]:
     """Versions and tools, by name."""
     compiler = os.environ.get("CXX") or next((each for each in ("c++", "g++", "clang++") if shutil.which(each)), None)
-    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
-    built = ops.build_info()
+    devices = (
+        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    )
+    built = backends.build_info()
     threads = f"{torch.get_num_threads()} threads" if built and built["threads"] else "one thread: built without OpenMP"
     return {
         "python": platform.python_version(),
@@ -36,13 +42,17 @@ def machine() -> dict[str, str]:
         "driver": _version_of("nvidia-smi"),
         "C++ compiler": _version_of(compiler),
         "nvcc": _version_of("nvcc"),
-        "triton": ops.triton_version() or "not installed",
-        "extension": "not there" if built is None else f"built for torch {built['torch']} by {built['compiler']}, CUDA {built['cuda']}",
-        "CPU kernels": "none" if built is None else f"{', '.join(ops.extension.cpu_capabilities())}; {threads}",
+        "triton": backends.triton_version() or "not installed",
+        "extension": "not there"
+        if built is None
+        else f"built for torch {built['torch']} by {built['compiler']}, CUDA {built['cuda']}",
+        "CPU kernels": "none" if built is None else f"{', '.join(backends.extension.cpu_capabilities())}; {threads}",
     }
 
 
-def _step(backend: str, device: torch.device, dtype: torch.dtype, rule: str, levels: tuple[float, ...], anneal: str) -> list[torch.Tensor]:
+def _step(
+    backend: str, device: torch.device, dtype: torch.dtype, rule: str, levels: tuple[float, ...], anneal: str
+) -> list[torch.Tensor]:
     """Three steps of one backend on 1,000 weights: all that they leave."""
     generator = torch.Generator().manual_seed(0)
 
@@ -52,13 +62,22 @@ def _step(backend: str, device: torch.device, dtype: torch.dtype, rule: str, lev
     weight, state = numbers(), [numbers(), numbers().abs()]
     scale = torch.full((), 0.05, dtype=torch.float64 if dtype == torch.float64 else torch.float32, device=device)
     codes, step = torch.zeros(1000, dtype=torch.uint8, device=device), torch.zeros(())
-    settings = {"lr": 0.03, "weight_decay": 0.01, "maximize": False, "epsilon": 0.5, "anneal": anneal, "skew_at": "velocity"}
+    settings = {
+        "lr": 0.03,
+        "weight_decay": 0.01,
+        "maximize": False,
+        "epsilon": 0.5,
+        "anneal": anneal,
+        "skew_at": "velocity",
+    }
     settings |= {"recovery": 0.5, "alpha": None, "max_step": 0.5, "clip": True}
-    operators = ops.operators(backend)
+    operators = backends.operators(backend)
     lists: tuple[list[Any], ...] = ([scale], list(levels), [codes], [])
     for _ in range(3):
         if rule == "sgd":
-            operators.sgd_([weight], [numbers()], state[:1], *lists, momentum=0.9, dampening=0.0, nesterov=True, **settings)
+            operators.sgd_(
+                [weight], [numbers()], state[:1], *lists, momentum=0.9, dampening=0.0, nesterov=True, **settings
+            )
         else:
             rest = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "amsgrad": False}
             operators.adamw_([weight], [numbers()], state[:1], state[1:], [], [step], *lists, **rest, **settings)
@@ -66,9 +85,11 @@ def _step(backend: str, device: torch.device, dtype: torch.dtype, rule: str, lev
 
 
 def self_test(backend: str, device: torch.device) -> Iterator[tuple[str, bool]]:
-    """(case, whether the backend's bits are the reference's) for each dtype that it has, rule, codebook and annealing."""
+    """(case, whether the backend's bits are the reference's) for each dtype that it has, rule, codebook and
+    annealing.
+    """
     books = {name: Codebook.named(name).levels for name in ("binary", "ternary", "4bit", "nf4")}
-    dtypes = [dtype for dtype in ops.DTYPES if not ops.absent(backend, device, dtype)]
+    dtypes = [dtype for dtype in backends.DTYPES if not backends.absent(backend, device, dtype)]
     for dtype, rule, name, anneal in itertools.product(dtypes, ("sgd", "adamw"), books, ("capture", "interval")):
         mine, wanted = (_step(each, device, dtype, rule, books[name], anneal) for each in (backend, "reference"))
         yield f"{dtype} {rule} {name} {anneal}", all(torch.equal(a, b) for a, b in zip(mine, wanted, strict=True))
@@ -82,10 +103,12 @@ def doctor() -> int:
     gpu = torch.device("cuda") if torch.cuda.is_available() else None
     wrong = 0
     print()
-    for backend in ops.BACKENDS[:-1]:
-        interpreted = backend == "triton" and gpu is None and not ops.absent(backend, torch.device("cpu"), torch.float32)
+    for backend in backends.BACKENDS[:-1]:
+        interpreted = (
+            backend == "triton" and gpu is None and not backends.absent(backend, torch.device("cpu"), torch.float32)
+        )
         device = torch.device("cpu") if backend == "cpu" or interpreted else gpu or torch.device("cuda")
-        reason = ops.absent(backend, device, torch.float32)
+        reason = backends.absent(backend, device, torch.float32)
         if reason:
             print(f"{backend:14}absent: {reason}")
             continue

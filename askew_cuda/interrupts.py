@@ -11,7 +11,8 @@ import torch
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-    """Holds Ctrl-C (SIGINT) back while the block runs; its handler is called right after. Other exceptions pass as ever.
+    """Holds Ctrl-C (SIGINT) back while the block runs; its handler is called right after. Other exceptions pass as
+    ever.
 
     Python runs signal handlers in the main thread alone: in another one there is nothing to hold back.
     """

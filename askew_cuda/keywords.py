@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+Group = dict[str, Any]
+
 # Keywords of a quantized param group beyond torch.optim's, and their defaults.
 CONSTRAINT = {
     "quantizer": None,
@@ -29,8 +31,15 @@ CONSTRAINT = {
 EXECUTION = ("backend", "outputs", "foreach", "fused", "capturable", "differentiable")
 
 
+def counter_dtype() -> torch.dtype:
+    """What torch counts steps in: float64 where that is the default dtype, else float32."""
+    return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+
+
 def resolve_rate(group: dict[str, Any], defaults: dict[str, Any], skew_at: str) -> tuple[float | None, float | None]:
-    """(recovery, alpha), one of them None: the group's own, else the optimizer's, else recovery 0.5 or, on the gradient, alpha 1."""
+    """(recovery, alpha), one of them None: the group's own, else the optimizer's, else recovery 0.5 or, on the
+    gradient, alpha 1.
+    """
     for source in (group, defaults):
         recovery, alpha = source.get("recovery"), source.get("alpha")
         if recovery is not None and alpha is not None:
@@ -69,21 +78,45 @@ def check_group(group: dict[str, Any]) -> None:
     check("skew_at", group["skew_at"] in ("velocity", "gradient"), "'velocity' or 'gradient'")
     if group["recovery"] is not None:
         number("recovery", lambda x: 0 < x <= 1, "the share of the distance that a step removes lies in (0, 1]")
-        check("recovery", group["skew_at"] == "velocity", "with skew_at = 'gradient' give alpha: momentum would amplify a recovery")
+        check(
+            "recovery",
+            group["skew_at"] == "velocity",
+            "with skew_at = 'gradient' give alpha: momentum would amplify a recovery",
+        )
     if group["alpha"] is not None:
         number("alpha", lambda x: 0 < x < math.inf, "a finite rate above 0 per unit of lr")
-    check("skew_at", group["skew_at"] == "velocity" or group["anneal"] == "interval", "skew_at = 'gradient' needs anneal = 'interval'")
+    check(
+        "skew_at",
+        group["skew_at"] == "velocity" or group["anneal"] == "interval",
+        "skew_at = 'gradient' needs anneal = 'interval'",
+    )
     check("pretrained", group["pretrained"] in (False, True, "packed"), "False, True or 'packed'")
     check("normalized", group["normalized"] in (None, False, True), "None, False or True")
     check("clip", isinstance(group["clip"], bool), "True or False")
     check("maximize", isinstance(group["maximize"], bool), "True or False")
     outputs = group["outputs"]
-    check("outputs", not isinstance(outputs, str) and set(outputs) <= {"codes", "snapped"}, "a list of 'codes' and 'snapped'")
+    check(
+        "outputs",
+        not isinstance(outputs, str) and set(outputs) <= {"codes", "snapped"},
+        "a list of 'codes' and 'snapped'",
+    )
     check("outputs", not outputs or group["quantizer"] is not None, "outputs need a quantizer")
-    check("state_dtype", group["state_dtype"] in (None, torch.float32, "float32"), "None (the weight's dtype) or torch.float32")
-    check("low_precision", group["low_precision"] in ("nearest", "remainder", "stochastic"), "'nearest', 'remainder' or 'stochastic'")
+    check(
+        "state_dtype",
+        group["state_dtype"] in (None, torch.float32, "float32"),
+        "None (the weight's dtype) or torch.float32",
+    )
+    check(
+        "low_precision",
+        group["low_precision"] in ("nearest", "remainder", "stochastic"),
+        "'nearest', 'remainder' or 'stochastic'",
+    )
     seed = group["seed"]
-    whole = seed.dtype == torch.int64 and seed.numel() == 1 if isinstance(seed, Tensor) else type(seed) is int and 0 <= seed < 2**63
+    whole = (
+        seed.dtype == torch.int64 and seed.numel() == 1
+        if isinstance(seed, Tensor)
+        else type(seed) is int and 0 <= seed < 2**63
+    )
     check("seed", whole, "a whole number in [0, 2^63), or a 0-d int64 tensor")
     check("differentiable", not group["differentiable"], "the step is not differentiable; leave it False")
     check("foreach", not (group["foreach"] and group["fused"]), "foreach and fused exclude each other")

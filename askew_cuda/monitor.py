@@ -1,4 +1,6 @@
-"""What the weights do while they train, sampled now and then: on their levels or not, flipping, how the levels are occupied."""
+"""What the weights do while they train, sampled now and then: on their levels or not, flipping, how the levels are
+occupied.
+"""
 
 import weakref
 from dataclasses import asdict, dataclass
@@ -8,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import QuantizedOptimizer
+from .optimizer import QuantizedOptimizer
 from .quantizer import codes, distance, snap
 
 
@@ -16,9 +18,11 @@ from .quantizer import codes, distance, snap
 class Sample:
     """One tensor, or all of them, at one step.
 
-    share_on_level: of the weights. max_distance: largest distance from a level, in units of half the distance between levels.
-    flips: share of codes that changed since the sample before; None in the first. occupancy: share of weights per level, lowest
-    level first; None for all tensors together. error: rms(w - snapped w) / rms(w). non_finite_grads, nan_weights: how many.
+    share_on_level: of the weights. max_distance: largest distance from a level, in units of half the distance between
+        levels.
+    flips: share of codes that changed since the sample before; None in the first. occupancy: share of weights per
+    level, lowest level first; None for all tensors together. error: rms(w - snapped w) / rms(w). non_finite_grads,
+    nan_weights: how many.
     """
 
     share_on_level: float
@@ -32,9 +36,8 @@ class Sample:
 
 class Monitor:
     """Samples an optimizer's quantized weights after every ``every``-th step; made by :func:`monitor`.
-
-    It reads weights, gradients and scales and changes nothing: the training is the same, bit for bit. It keeps the last codes, one
-    byte per weight. ``history`` is a list of (step, {name: Sample}); the name "all" is all of them together.
+    It reads weights, gradients and scales and changes nothing: the training is the same, bit for bit. It keeps the last
+       codes, one byte per weight. ``history`` is a list of (step, {name: Sample}); the name "all" is all of them together.
     """
 
     def __init__(self, optimizer: QuantizedOptimizer, every: int = 100):
@@ -61,15 +64,17 @@ class Monitor:
     def sample(self) -> dict[str, Sample]:
         """Takes a sample now. Waits for the device, where the weights are on one."""
         found: dict[str, Sample] = {}
-        total: dict[str, Any] = dict.fromkeys(("numel", "on_level", "flipped", "compared", "squares", "errors", "grads", "nan"), 0.0)
+        total: dict[str, Any] = dict.fromkeys(
+            ("numel", "on_level", "flipped", "compared", "squares", "errors", "grads", "nan"), 0.0
+        )
         optimizer = self._optimizer()
         for name, weight, scale, levels, _ in () if optimizer is None else optimizer._quantized_weights():
             count = self._count(name, weight, scale, levels)
-            found[name] = _sample(count)
+            found[name] = _sample_of(count)
             for key in total:
                 total[key] += count[key]
         total |= {"away": max((each.max_distance for each in found.values()), default=0.0), "occupancy": None}
-        found["all"] = _sample(total)
+        found["all"] = _sample_of(total)
         self.history.append((self.steps, found))
         return found
 
@@ -92,7 +97,9 @@ class Monitor:
         }
 
     def log(self, prefix: str = "askew") -> dict[str, float]:
-        """The last sample as one flat dictionary for any logger: "askew/all/flips", "askew/0.weight/error", .. Empty before it."""
+        """The last sample as one flat dictionary for any logger: "askew/all/flips", "askew/0.weight/error", .. Empty
+        before it.
+        """
         flat: dict[str, float] = {}
         for name, sample in self.history[-1][1].items() if self.history else ():
             for key, value in asdict(sample).items():
@@ -107,12 +114,16 @@ class Monitor:
         if not self.history:
             return {}
         sample = self.history[-1][1]["all"]
-        words = {"on level": f"{sample.share_on_level:.1%}", "flips": "-" if sample.flips is None else f"{sample.flips:.2%}"}
+        words = {
+            "on level": f"{sample.share_on_level:.1%}",
+            "flips": "-" if sample.flips is None else f"{sample.flips:.2%}",
+        }
         bad = {"nan": sample.nan_weights, "bad grads": sample.non_finite_grads}
         return words | {name: str(count) for name, count in bad.items() if count}
 
     def picture(self, path: str | PathLike[str]) -> None:
-        """Draws the history to a file: share on a level and flips over the steps; how each tensor's levels are occupied at the end.
+        """Draws the history to a file: share on a level and flips over the steps; how each tensor's levels are occupied
+        at the end.
 
         Raises:
             ValueError: no sample was taken. ImportError: matplotlib is missing.
@@ -125,7 +136,9 @@ class Monitor:
         together = [found["all"] for _, found in self.history]
         figure = Figure(figsize=(12, 4.5), layout="constrained")
         left, right = figure.subplots(1, 2)
-        left.plot(steps, [100 * each.share_on_level for each in together], "o-", markersize=3, label="weights on a level")
+        left.plot(
+            steps, [100 * each.share_on_level for each in together], "o-", markersize=3, label="weights on a level"
+        )
         flips = [float("nan") if each.flips is None else 100 * each.flips for each in together]
         left.plot(steps, flips, "s-", markersize=3, label="codes that flipped since the last sample")
         left.set(xlabel="step", ylabel="%", ylim=(-2, 102), title="All quantized weights")
@@ -136,7 +149,9 @@ class Monitor:
         for level in range(most):
             widths = [100 * each[level] if level < len(each) else 0 for each in occupancies]
             starts = [100 * sum(each[:level]) for each in occupancies]
-            right.barh(list(last), widths, left=starts, color=f"C{level % 10}", label=f"level {level}" if most <= 8 else None)
+            right.barh(
+                list(last), widths, left=starts, color=f"C{level % 10}", label=f"level {level}" if most <= 8 else None
+            )
         right.invert_yaxis()
         right.set(xlabel="% of the weights, lowest level left", title=f"Occupancy of the levels at step {steps[-1]}")
         if 0 < most <= 8:
@@ -144,7 +159,7 @@ class Monitor:
         figure.savefig(path, dpi=120)
 
 
-def _sample(count: dict[str, Any]) -> Sample:
+def _sample_of(count: dict[str, Any]) -> Sample:
     numel = max(count["numel"], 1)
     return Sample(
         share_on_level=count["on_level"] / numel if count["numel"] else 1.0,
@@ -158,7 +173,8 @@ def _sample(count: dict[str, Any]) -> Sample:
 
 
 def monitor(optimizer: QuantizedOptimizer, every: int = 100) -> Monitor:
-    """Watches an optimizer's quantized weights: a sample after every ``every``-th step, by PyTorch operations; see :class:`Monitor`.
+    """Watches an optimizer's quantized weights: a sample after every ``every``-th step, by PyTorch operations; see
+    :class:`Monitor`.
 
     >>> import askew_cuda as askew
     >>> weight = torch.nn.Parameter(torch.tensor([0.9, -1.2, 0.1, 1.0]))

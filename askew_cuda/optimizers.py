@@ -8,36 +8,39 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from . import ops
-from .base import Batch, Call, QuantizedOptimizer
-from .groups import Group, counter_dtype
+from . import backends
+from .keywords import Group, counter_dtype
+from .optimizer import Batch, Call, QuantizedOptimizer
 
 _KEYWORDS = """
     Keywords beyond torch.optim's, for all groups or in a group (which wins):
 
     quantizer: levels and scale of the weights: a name ("binary", "ternary/channel", "2bit/group128", ..), a
         :class:`~askew_cuda.Quantizer`, or None: not quantized, then the group does what torch's optimizer does.
-    pretrained: True for weights that are trained already, "packed" for weights from a packed file. Chooses scale and annealing.
-    normalized: whether the network has normalisation layers, which leave the scale to us. None: whether the optimizer has a gain of
-        such a layer, a vector of ones, when the scales of untrained weights are set; for trained ones, False.
-    epsilon: the annealed number in [0, 1], 1 free, 0 levels only; mostly set by :class:`~askew_cuda.Anneal`, which fills a 0-d
-        tensor in place.
-    anneal: "capture" (ours) or "interval" (the paper's). skew_at: what the constraint acts on, "velocity" or, as in the authors'
-        code, "gradient" (interval only).
-    recovery: share in (0, 1] of the distance that a constrained weight makes up in a step. alpha: the paper's rate, per unit of
-        lr, instead of it. Default: recovery 0.5, or alpha 1 with skew_at="gradient".
-    max_step: cap on the pull, in units of half the distance between levels. clip: keep weights within the outermost levels.
+    pretrained: True for weights that are trained already, "packed" for weights from a packed file. Chooses scale and
+        annealing.
+    normalized: whether the network has normalisation layers, which leave the scale to us. None: whether the optimizer
+        has a gain of such a layer, a vector of ones, when the scales of untrained weights are set; for trained ones,
+        False.
+    epsilon: the annealed number in [0, 1], 1 free, 0 levels only; mostly set by :class:`~askew_cuda.Anneal`, which
+        fills a 0-d tensor in place.
+    anneal: "capture" (ours) or "interval" (the paper's). skew_at: what the constraint acts on, "velocity" or, as in the
+        authors' code, "gradient" (interval only).
+    recovery: share in (0, 1] of the distance that a constrained weight makes up in a step. alpha: the paper's rate, per
+        unit of lr, instead of it. Default: recovery 0.5, or alpha 1 with skew_at="gradient".
+    max_step: cap on the pull, in units of half the distance between levels. clip: keep weights within the outermost
+        levels.
     outputs: "codes" and "snapped" are written by the step itself, to ``optimizer.outputs[p]``.
     state_dtype: torch.float32 keeps the state of 16-bit weights in float32.
-    low_precision: what becomes of 16-bit weights' steps that are small against their last place. "nearest": they are lost.
-        "remainder": 16 more bits per weight keep them, exactly as float32 weights (float16: from 2^-16 on). "stochastic": rounded up or
-        down by chances whose mean is right; ``seed`` starts them and is advanced by every step, so that a run repeats itself, on every
-        backend and number of threads. ``optimizer.first_elements[p]`` tells where p begins when it is a part of a larger weight.
+    low_precision: what becomes of 16-bit weights' steps that are small against their last place. "nearest": they are
+        lost. "remainder": 16 more bits per weight keep them, exactly as float32 weights (float16: from 2^-16 on).
+        "stochastic": rounded up or down by chances whose mean is right; ``seed`` starts them and is advanced by every
+        step, so that a run repeats itself, on every backend and number of threads. ``optimizer.first_elements[p]``
+        tells where p begins when it is a part of a larger weight.
     backend: "auto", "cuda", "triton", "cpu" or "reference".
     fused, foreach: accepted as torch's are; every backend is fused. differentiable: not offered.
-
-    State per weight: torch's, ``scale``, and ``remainder`` (int16) where it is kept. Raises ValueError, TypeError or RuntimeError (a
-    backend that is absent) with the argument, its value and the remedy.
+ State per weight: torch's, ``scale``, and ``remainder`` (int16) where it is kept. Raises ValueError, TypeError or
+    RuntimeError (a backend that is absent) with the argument, its value and the remedy.
     """
 
 
@@ -79,21 +82,23 @@ class AskewSGD(QuantizedOptimizer):
                 f"nesterov = True with momentum = {group['momentum']}, dampening = {group['dampening']}; it needs momentum and no dampening"
             )
 
-    def _calls(self, group: Group, backend: ops.Operators, batch: Batch) -> Iterator[Call]:
+    def _calls(self, group: Group, backend: backends.Operators, batch: Batch) -> Iterator[Call]:
         if group["momentum"] == 0 or group["dampening"] == 0:
             yield self._call(group, backend, batch, 0.0)
             return
-        # The first gradient that is applied fills the buffer undamped: with the buffer at zero, that is a step without dampening.
+        # The first gradient that is applied fills the buffer undamped: with the buffer at zero, that is a step without
+        # dampening.
         fresh = ["momentum_buffer" not in state for state in batch.states]
         rest, first = batch.pick([not each for each in fresh]), batch.pick(fresh)
         if rest.weights:
             yield self._call(group, backend, rest, group["dampening"])
-        # With a step that AMP skips on a device a buffer would come to be, and the next step would be damped. So found_inf is read
-        # here, which waits for the device; not in a captured graph, where a flag beside the buffer has to answer.
+        # With a step that AMP skips on a device a buffer would come to be, and the next step would be damped. So
+        # found_inf is read here, which waits for the device; not in a captured graph, where a flag beside the buffer
+        # has to answer.
         if first.weights and not self._overflowed(wait=True):
             yield self._call(group, backend, first, 0.0)
 
-    def _call(self, group: Group, backend: ops.Operators, batch: Batch, dampening: float) -> Call:
+    def _call(self, group: Group, backend: backends.Operators, batch: Batch, dampening: float) -> Call:
         scales = self._scales(group, batch)
         codes, snapped = self._outputs(group, batch)
         levels, settings = self._constraint(group, batch)
@@ -141,9 +146,11 @@ class AskewAdamW(QuantizedOptimizer):
         if not group["eps"] >= 0:
             raise ValueError(f"eps = {group['eps']!r}; at least 0")
 
-    def _calls(self, group: Group, backend: ops.Operators, batch: Batch) -> Iterator[Call]:
+    def _calls(self, group: Group, backend: backends.Operators, batch: Batch) -> Iterator[Call]:
         counted_there = self._counted_there(group)
-        if not counted_there and self._overflowed(wait=True):  # the host counts the steps, and has to know whether this one counts
+        if not counted_there and self._overflowed(
+            wait=True
+        ):  # the host counts the steps, and has to know whether this one counts
             return
         scales = self._scales(group, batch)
         codes, snapped = self._outputs(group, batch)
@@ -156,7 +163,9 @@ class AskewAdamW(QuantizedOptimizer):
         moments = [self._moments(group, batch, key) for key in keys] + [[]] * (3 - len(keys))
         steps = self._steps(batch, batch.weights[0].device if counted_there else torch.device("cpu"))
         settings |= self._rounding(group, batch)
-        yield partial(backend.adamw_, batch.weights, batch.grads, *moments, steps, scales, levels, codes, snapped, **settings)
+        yield partial(
+            backend.adamw_, batch.weights, batch.grads, *moments, steps, scales, levels, codes, snapped, **settings
+        )
 
     def _counted_there(self, group: Group) -> bool:
         """Whether the GPU counts the steps: a captured graph has to, and with AMP it alone knows which ones count."""
@@ -165,10 +174,15 @@ class AskewAdamW(QuantizedOptimizer):
 
     @staticmethod
     def _steps(batch: Batch, where: torch.device) -> list[Tensor]:
-        """How many steps each weight has made, counted there; once a GPU counts those of a call, it goes on doing so."""
+        """How many steps each weight has made, counted there; once a GPU counts those of a call, it goes on doing
+        so.
+        """
         steps = batch.tensors("step", lambda weight: torch.zeros((), dtype=counter_dtype(), device=where))
         device = batch.weights[0].device
         if device.type != "cpu" and len({step.device for step in steps} | {where}) > 1:
             pairs = zip(batch.states, steps, strict=True)
-            steps = [step if step.device == device else batch.staged.put(state, "step", step.to(device)) for state, step in pairs]
+            steps = [
+                step if step.device == device else batch.staged.put(state, "step", step.to(device))
+                for state, step in pairs
+            ]
         return steps

@@ -13,25 +13,36 @@ _4BIT = (300, 100, 0.95, 16e-6, 1.0)  # their ImageNet training: 1/16 * 0.95^n +
 
 
 def paper_epsilon(epoch: int, hold_epochs: int, decay: float, floor: float = 0.0) -> float:
-    """The authors' epsilon in an epoch, normalised and at most 1: 1 up to ``hold_epochs``, then times ``decay`` per epoch."""
+    """The authors' epsilon in an epoch, normalised and at most 1: 1 up to ``hold_epochs``, then times ``decay`` per
+    epoch.
+    """
     return min(1.0, decay ** max(0, epoch - hold_epochs) + floor)
 
 
 def _half_width(progress: float, *, epochs: int, hold_epochs: int, decay: float, floor: float) -> float:
-    epoch = min(math.floor(progress * epochs + 1e-9), epochs - 1)  # 1e-9: progress is a quotient, and may lie just below a whole epoch
+    epoch = min(
+        math.floor(progress * epochs + 1e-9), epochs - 1
+    )  # 1e-9: progress is a quotient, and may lie just below a whole epoch
     return half_width_of(paper_epsilon(epoch, hold_epochs, decay, floor))
 
 
 def paper(
-    setting: str, *, epochs: int | None = None, hold_epochs: int | None = None, decay: float | None = None, alpha: float | None = None
+    setting: str,
+    *,
+    epochs: int | None = None,
+    hold_epochs: int | None = None,
+    decay: float | None = None,
+    alpha: float | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the authors of ASkewSGD used: (keywords of the optimizer beyond torch.optim's, keywords of Anneal).
 
     Args:
-        setting: "binary" (levels -1 and 1, no scale) or "4bit" (17 levels -8..8, SAWB scale). In their 4-bit training the scale
-            is estimated anew in every step while epsilon is 1; here it is set once, unless the caller writes
-            ``optimizer.state[p]["scale"]``. They clip before a step, the optimizer after it: only the last step differs.
-        epochs, hold_epochs, decay, alpha: theirs unless given (see the constants above). epsilon changes from epoch to epoch.
+        setting: "binary" (levels -1 and 1, no scale) or "4bit" (17 levels -8..8, SAWB scale). In their 4-bit training
+            the scale is estimated anew in every step while epsilon is 1; here it is set once, unless the caller writes
+            ``optimizer.state[p]["scale"]``. They clip before a step, the optimizer after it: only the last step
+            differs.
+        epochs, hold_epochs, decay, alpha: theirs unless given (see the constants above). epsilon changes from epoch to
+            epoch.
 
     Raises:
         ValueError: an unknown setting.

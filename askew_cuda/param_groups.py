@@ -19,10 +19,15 @@ def _matches(rule: str, name: str) -> bool:
 
 
 def _is_norm(module: nn.Module) -> bool:
-    return isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)) or "norm" in type(module).__name__.lower()
+    return (
+        isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase))
+        or "norm" in type(module).__name__.lower()
+    )
 
 
-def _select(model: nn.Module, weights: dict[str, Tensor], spec: Levels, include: Iterable[str], exclude: Iterable[str]) -> Choice:
+def _select(
+    model: nn.Module, weights: dict[str, Tensor], spec: Levels, include: Iterable[str], exclude: Iterable[str]
+) -> Choice:
     """One specification for a whole network: each name's specification, and why a weight has none."""
     owners: dict[Tensor, list[nn.Module]] = {}
     layers: list[Tensor] = []  # in the order of registration, a tied one in each of its places
@@ -61,7 +66,10 @@ def _by_rules(weights: dict[str, Tensor], rules: Mapping[str, Spec]) -> Choice:
             if not _matches(rule, name):
                 continue
             if weight.dim() < 2 and rule != name and spec is not None:
-                why[name] = f"{weight.dim()}-d (name it to quantize it)"  # a pattern for a block means its matrices, not its biases
+                why[name] = (
+                    # a pattern for a block means its matrices, not its biases
+                    f"{weight.dim()}-d (name it to quantize it)"
+                )
                 continue
             used.add(rule)
             why.pop(name, None)
@@ -93,7 +101,9 @@ def _table(named: dict[str, Tensor], chosen: dict[str, Levels], why: dict[str, s
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     quantized, total = sum(named[name].numel() for name in chosen), sum(weight.numel() for weight in named.values())
-    return "\n".join([*lines, f"{len(chosen)} of {len(named)} parameters quantized: {quantized:,} of {total:,} weights"])
+    return "\n".join(
+        [*lines, f"{len(chosen)} of {len(named)} parameters quantized: {quantized:,} of {total:,} weights"]
+    )
 
 
 def param_groups(
@@ -106,31 +116,36 @@ def param_groups(
     verbose: bool = True,
     **keywords: Any,
 ) -> list[dict[str, Any]]:
-    """Param groups for AskewSGD or AskewAdamW: one for each way of quantizing, and one for the rest. Prints what it decided.
+    """Param groups for AskewSGD or AskewAdamW: one for each way of quantizing, and one for the rest. Prints what it
+    decided.
 
     Args:
         model: the network. Tied weights appear once; parameters that don't require a gradient are left out.
-        weights: one specification ("binary", "ternary/channel", "2bit/group128", a Quantizer) for every weight of two or more
-            dimensions except embeddings, norms, and the first and the last layer (in the order of registration). Or a dictionary
-            from rules to specifications, tried in order: "re:..." matches the whole name, a plain name is exact, "*" is the rest;
-            it quantizes exactly what it says, first and last layer included. Patterns mean weights of two or more dimensions: a
-            bias must be named. None as a specification leaves weights as they are.
+        weights: one specification ("binary", "ternary/channel", "2bit/group128", a Quantizer) for every weight of two
+            or more dimensions except embeddings, norms, and the first and the last layer (in the order of
+            registration). Or a dictionary
+            from rules to specifications, tried in order: "re:..." matches the whole name, a plain name is exact, "*" is
+            the rest; it quantizes exactly what it says, first and last layer included. Patterns mean weights of two or
+            more dimensions: a bias must be named. None as a specification leaves weights as they are.
         pretrained: True where the network is trained already, "packed" where it was read from a packed file.
         include, exclude: with one specification: names or "re:..." patterns that are added to it, or taken out.
         verbose: print the table.
-        keywords: go into every quantized group, such as anneal="interval". ``normalized`` says what is seen in the model, else.
+        keywords: go into every quantized group, such as anneal="interval". ``normalized`` says what is seen in the
+            model, else.
 
     Returns:
         Groups with named parameters, quantized ones first.
 
-    Raises:
-        ValueError: nothing is left to quantize, a rule matches nothing, or a specification is wrong. TypeError: ``weights`` is neither.
+    Raises: ValueError: nothing is left to quantize, a rule matches nothing, or a specification is wrong. TypeError:
+        ``weights`` is neither.
     """
     named: dict[str, Tensor] = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     by_rules = isinstance(weights, Mapping) and "levels" not in weights
     if by_rules:
         if include or exclude:
-            raise ValueError("param_groups: include= and exclude= go with one specification; a dictionary of rules says it all itself")
+            raise ValueError(
+                "param_groups: include= and exclude= go with one specification; a dictionary of rules says it all itself"
+            )
         chosen, why = _by_rules(named, cast(Mapping[str, Spec], weights))
     elif isinstance(weights, (str, Quantizer, Mapping)):
         include, exclude = ([rules] if isinstance(rules, str) else list(rules) for rules in (include, exclude))
@@ -139,7 +154,9 @@ def param_groups(
                 raise ValueError(f"param_groups: the rule {rule!r} matches no parameter. Names: {', '.join(named)}")
         chosen, why = _select(model, named, weights, include, exclude)
     else:
-        raise TypeError(f"param_groups: weights = {weights!r}; a specification such as 'ternary', a Quantizer, or a dictionary of rules")
+        raise TypeError(
+            f"param_groups: weights = {weights!r}; a specification such as 'ternary', a Quantizer, or a dictionary of rules"
+        )
     if not chosen:
         raise ValueError(
             "param_groups: no weight is left to quantize; one specification leaves out embeddings, norms, the first and the last layer. "

@@ -42,8 +42,8 @@ class Codebook:
     Args:
         levels: 2 to 256 strictly increasing finite numbers, level units; each is rounded to float32.
 
-    Raises:
-        TypeError: not a sequence of numbers. ValueError: too few or too many, unsorted, equal (once rounded) or not finite.
+    Raises: TypeError: not a sequence of numbers. ValueError: too few or too many, unsorted, equal (once rounded) or not
+        finite.
 
     >>> Codebook([-2, 0, 1]).levels
     (-2.0, 0.0, 1.0)
@@ -56,14 +56,18 @@ class Codebook:
     def __init__(self, levels: Sequence[float]):
         given = levels.tolist() if isinstance(levels, Tensor) else levels
         if isinstance(given, (str, bytes)) or not isinstance(given, Sequence):
-            raise TypeError(f"Codebook: levels = {levels!r}; a list of numbers is needed (a name goes to Codebook.named)")
+            raise TypeError(
+                f"Codebook: levels = {levels!r}; a list of numbers is needed (a name goes to Codebook.named)"
+            )
         if not 2 <= len(given) <= 256:
             raise ValueError(f"Codebook: {len(given)} levels; 2 to 256 are needed")
         for index, level in enumerate(given):
             if isinstance(level, bool) or not isinstance(level, numbers.Real):
                 raise TypeError(f"Codebook: levels[{index}] = {level!r}; a number is needed")
             if not abs(level) <= _LARGEST_LEVEL:
-                raise ValueError(f"Codebook: levels[{index}] = {level}; levels are finite and at most {_LARGEST_LEVEL:.3g} in size")
+                raise ValueError(
+                    f"Codebook: levels[{index}] = {level}; levels are finite and at most {_LARGEST_LEVEL:.3g} in size"
+                )
         rounded = torch.tensor([float(level) for level in given], dtype=torch.float64).float().tolist()
         for index, (lower, upper) in enumerate(itertools.pairwise(rounded)):
             if not lower < upper:
@@ -85,7 +89,9 @@ class Codebook:
         """A codebook by its name: binary (1bit), ternary, 2bit .. 8bit, int2 .. int8, authors_4bit, nf4, fp4, pow2."""
         levels = _NAMED.get(_ALIASES.get(name, name))
         if levels is None:
-            raise ValueError(f"codebook = {name!r} is not known; take one of {', '.join([*_NAMED, *_ALIASES])}, or Codebook(levels)")
+            raise ValueError(
+                f"codebook = {name!r} is not known; take one of {', '.join([*_NAMED, *_ALIASES])}, or Codebook(levels)"
+            )
         return cls(levels)
 
     @property
@@ -128,9 +134,11 @@ class Quantizer:
 
     Args:
         codebook: a Codebook, a name, or a list of levels.
-        scale: "auto", "absmean", "absmax", "sawb", "mse", a positive number, or a tensor of the shape that the granularity asks
-            for; weight units per level unit. A tensor is kept as nested tuples, so that quantizers can be compared.
-        granularity: one scale per "tensor", "channel" (first dimension) or "group". Below two dimensions always per tensor.
+        scale: "auto", "absmean", "absmax", "sawb", "mse", a positive number, or a tensor of the shape that the
+            granularity asks for; weight units per level unit. A tensor is kept as nested tuples, so that quantizers can
+            be compared.
+        granularity: one scale per "tensor", "channel" (first dimension) or "group". Below two dimensions always per
+            tensor.
         group_size: consecutive weights of a row that share a scale, with "group" only; it must divide the row.
 
     Raises:
@@ -156,7 +164,12 @@ class Quantizer:
     ):
         if not isinstance(codebook, Codebook):
             codebook = Codebook.named(codebook) if isinstance(codebook, str) else Codebook(codebook)
-        given = {"codebook": codebook, "scale": _checked_scale(scale), "granularity": granularity, "group_size": group_size}
+        given = {
+            "codebook": codebook,
+            "scale": _checked_scale(scale),
+            "granularity": granularity,
+            "group_size": group_size,
+        }
         for name, value in given.items():
             object.__setattr__(self, name, value)
         size = group_size
@@ -164,32 +177,49 @@ class Quantizer:
             raise ValueError(f"Quantizer: granularity = {self.granularity!r}; take one of {', '.join(GRANULARITIES)}")
         if self.granularity != "group":
             if size is not None:
-                raise ValueError(f"Quantizer: group_size = {size!r} with granularity = {self.granularity!r}; it goes with 'group' only")
+                raise ValueError(
+                    f"Quantizer: group_size = {size!r} with granularity = {self.granularity!r}; it goes with 'group' only"
+                )
         elif isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ValueError(f"Quantizer: group_size = {size!r}; granularity 'group' needs a whole number of weights, at least 1")
+            raise ValueError(
+                f"Quantizer: group_size = {size!r}; granularity 'group' needs a whole number of weights, at least 1"
+            )
 
     @classmethod
     def parse(cls, spec: "str | Quantizer | Mapping[str, Any]") -> "Quantizer":
-        """From a name with an optional suffix ("ternary/channel", "2bit/group128"), the plain form, or a Quantizer as it is."""
+        """From a name with an optional suffix ("ternary/channel", "2bit/group128"), the plain form, or a Quantizer as
+        it is.
+        """
         if isinstance(spec, Quantizer):
             return spec
         if isinstance(spec, Mapping):
             unknown = set(spec) - {"levels", "scale", "granularity", "group_size"}
             if unknown or "levels" not in spec:
-                raise ValueError(f"quantizer = {dict(spec)!r}; the plain form has levels, and may have scale, granularity, group_size")
+                raise ValueError(
+                    f"quantizer = {dict(spec)!r}; the plain form has levels, and may have scale, granularity, group_size"
+                )
             rest = {key: value for key, value in spec.items() if key != "levels"}
             return cls(Codebook(spec["levels"]), **rest)
         if not isinstance(spec, str):
-            raise TypeError(f"quantizer = {spec!r}; a name such as 'ternary' or '2bit/group128', or an askew_cuda.Quantizer, is needed")
+            raise TypeError(
+                f"quantizer = {spec!r}; a name such as 'ternary' or '2bit/group128', or an askew_cuda.Quantizer, is needed"
+            )
         return _parse_name(spec)
 
     def plain(self) -> str | dict[str, Any]:
-        """What a param group and a checkpoint hold: the canonical name where there is one, else numbers, strings and lists."""
+        """What a param group and a checkpoint hold: the canonical name where there is one, else numbers, strings and
+        lists.
+        """
         if self.scale == "auto" and self.codebook.name is not None:
             suffix = {"tensor": "", "channel": "/channel", "group": f"/group{self.group_size}"}[self.granularity]
             return self.codebook.name + suffix
         scale = _nested(self.scale, list)
-        return {"levels": list(self.codebook.levels), "scale": scale, "granularity": self.granularity, "group_size": self.group_size}
+        return {
+            "levels": list(self.codebook.levels),
+            "scale": scale,
+            "granularity": self.granularity,
+            "group_size": self.group_size,
+        }
 
     def summary(self) -> str:
         """In one line: its name where it has one, else how many levels, and how the scale is found."""
@@ -201,7 +231,9 @@ class Quantizer:
         return f"{self.codebook.name or f'{len(self.codebook)} levels'}, scale per {per}: {scale}"
 
     def check(self, weight: Tensor, name: str) -> None:
-        """Raises ValueError where the group size does not divide a row of the weight, or a given scale has another shape."""
+        """Raises ValueError where the group size does not divide a row of the weight, or a given scale has another
+        shape.
+        """
         if self.group_size is not None and weight.dim() >= 2 and weight.numel():
             row = weight[0].numel()
             if row % self.group_size:
@@ -212,7 +244,9 @@ class Quantizer:
         if isinstance(self.scale, tuple):
             given, wanted = tuple(torch.tensor(self.scale).shape), self.scale_shape(weight)
             if given != wanted:
-                raise ValueError(f"scale has shape {given}, but {name} of shape {tuple(weight.shape)} needs {wanted}, or one number")
+                raise ValueError(
+                    f"scale has shape {given}, but {name} of shape {tuple(weight.shape)} needs {wanted}, or one number"
+                )
 
     def scale_shape(self, weight: Tensor) -> tuple[int, ...]:
         """() per tensor, (channels, 1, ..) per channel, (rows, groups) per group; below two dimensions always ()."""
@@ -234,7 +268,12 @@ def _checked_scale(scale: Any) -> str | float | tuple[Any, ...]:
         if scale is None or isinstance(scale, bool):
             raise TypeError
         values = torch.as_tensor(scale, dtype=torch.float64, device="cpu")
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:  # all that torch raises for what is not numbers
+    except (
+        TypeError,
+        ValueError,
+        RuntimeError,
+        OverflowError,
+    ) as error:  # all that torch raises for what is not numbers
         raise TypeError(f"Quantizer: scale = {scale!r}; {wanted}") from error
     if not ((values > 0) & values.isfinite()).all():
         raise ValueError(f"Quantizer: scale = {scale!r} is not positive and finite; {wanted}")
@@ -254,7 +293,9 @@ def _parse_name(spec: str) -> Quantizer:
     if group:
         return Quantizer(codebook, granularity="group", group_size=int(group[1]))
     if slash and suffix not in ("tensor", "channel"):
-        raise ValueError(f"quantizer = {spec!r}; the suffix is /tensor, /channel or /group and a size, such as {name}/group128")
+        raise ValueError(
+            f"quantizer = {spec!r}; the suffix is /tensor, /channel or /group and a size, such as {name}/group128"
+        )
     return Quantizer(codebook, granularity=suffix or "tensor")
 
 
@@ -284,10 +325,10 @@ def snap(weight: Tensor, scale: Tensor, levels: Sequence[float]) -> Tensor:
 
 
 def distance(weight: Tensor, scale: Tensor, levels: Sequence[float]) -> Tensor:
-    """Each weight's distance from its level, in units of half the distance between the levels around it: 0 on a level, 1 half-way.
-
-    The level as the weight's dtype stores it: a snapped weight is on its level in 16 bits, too. Of the arithmetic type; NaN for
-    NaN. Arguments as for :func:`codes`.
+    """Each weight's distance from its level, in units of half the distance between the levels around it: 0 on a level,
+       1 half-way.
+    The level as the weight's dtype stores it: a snapped weight is on its level in 16 bits, too. Of the arithmetic type;
+       NaN for NaN. Arguments as for :func:`codes`.
     """
     w, book, unit, index = _place(weight, scale, levels)
     e = (unit * book.level(index)).to(weight.dtype).to(w.dtype) - w

@@ -1,37 +1,39 @@
-"""START HERE. The method, first in words, then in PyTorch: the specification that every backend is held to, bit for bit.
+"""START HERE. The method, first in words, then in PyTorch: the specification that every backend is held to, bit for
+bit.
+ A network is to end with every weight on one of the values ``scale * level``, for a few sorted ``levels`` (the
+codebook). There is no straight-through estimator, no latent copy and no projection: the trained weight itself is
+steered. A feasible set, intervals around the levels, shrinks from everything to the levels alone while training goes
+on; a weight outside of it has its displacement *skewed* towards its level. The forward pass always uses the trained
+weights.
+ Around a weight ``w`` lie two levels. ``r_h`` is half their distance (weight units), ``q`` the nearer one, ``e = q -
+w``, ``delta = |e| / r_h`` (0 on a level, 1 half-way), ``t`` the position with -1 and +1 on the two levels. ``d`` is the
+displacement, in weight units, that the base rule asks for. ``epsilon`` in [0, 1] is the annealed number, 1 free, 0
+levels only.
 
-A network is to end with every weight on one of the values ``scale * level``, for a few sorted ``levels`` (the codebook). There
-is no straight-through estimator, no latent copy and no projection: the trained weight itself is steered. A feasible set,
-intervals around the levels, shrinks from everything to the levels alone while training goes on; a weight outside of it has
-its displacement *skewed* towards its level. The forward pass always uses the trained weights.
-
-Around a weight ``w`` lie two levels. ``r_h`` is half their distance (weight units), ``q`` the nearer one, ``e = q - w``,
-``delta = |e| / r_h`` (0 on a level, 1 half-way), ``t`` the position with -1 and +1 on the two levels. ``d`` is the
-displacement, in weight units, that the base rule asks for. ``epsilon`` in [0, 1] is the annealed number, 1 free, 0 levels only.
-
-(E1)  constraint       h(t) = epsilon - (t^2 - 1)^2 >= 0, which is delta <= r inside the codebook and delta <= r_out outside of it;
-                       r = root / (1 + sqrt(1 - root)), r_out = root / (1 + sqrt(1 + root)), root = sqrt(epsilon)
-(E2)  pull, interval   P = a r_h/4 (delta - r) (2 - s (delta + r)) (1 + root / (delta (2 - s delta))) / |t|, towards q: the
-                       displacement at which h heals at the rate a; s = 1 inside, -1 outside (there r_out stands for r)
+(E1)  constraint       h(t) = epsilon - (t^2 - 1)^2 >= 0, which is delta <= r inside the codebook and delta <= r_out
+                       outside of it; r = root / (1 + sqrt(1 - root)), r_out = root / (1 + sqrt(1 + root)), root =
+                       sqrt(epsilon)
+(E2)  pull, interval   P = a r_h/4 (delta - r) (2 - s (delta + r)) (1 + root / (delta (2 - s delta))) / |t|, towards q:
+                       the displacement at which h heals at the rate a; s = 1 inside, -1 outside (there r_out stands for
+                       r)
 (E3)  skew, interval   feasible, or t = 0: d. Else d where it heals at least as fast as P, else P, at most max_step r_h
-(E2') pull, capture    P = min(min(a, 1) |e|, max_step r_h); |e| itself from |e| <= snap r_h on, so that it ends exactly on the level:
-                       snap = 2^-16, or more where the storage would round a smaller move away
-(E3') skew, capture    D = 1 - r. Captured when delta < D, or D = 1: towards q by P, or as fast as d when d goes there, never
-                       past it. Else d
+(E2') pull, capture    P = min(min(a, 1) |e|, max_step r_h); |e| itself from |e| <= snap r_h on, so that it ends exactly
+                       on the level: snap = 2^-16, or more where the storage would round a smaller move away
+(E3') skew, capture    D = 1 - r. Captured when delta < D, or D = 1: towards q by P, or as fast as d when d goes there,
+                       never past it. Else d
 (E4)  base rule        SGD (momentum, dampening, nesterov, weight decay) or AdamW, by torch's formulas
 (E5)  move             w + d, kept within the outermost levels (``clip``)
 (E6)  code             index of the level nearest to the new weight; a tie goes to the lower one, NaN to 0
-
-``interval`` is the paper's annealing: Leconte, Schechtman, Moulines, "ASkewSGD: an annealed interval-constrained optimisation
-method to train quantized neural networks", AISTATS 2023, with the velocity constraint of Muehlebach & Jordan, "On constraints
-in first-order optimization", JMLR 23, 2022. ``capture`` is ours: the dual set, which pins the confident weights first and
-leaves the uncertain ones free to go on choosing; freezing the confident first has been done, with a straight-through
-estimator, by INQ (2017), OFQ's confidence-guided annealing (ICML 2023) and StoMPP (2026).
-
-One arithmetic. Every operation rounds once, in the order written here, in float64 for float64 weights and in float32 for all
-others; 16-bit storage is widened on load and rounded to nearest even on store. Scalars are rounded to that type first. So
-nothing below uses ``addcmul``, ``lerp``, ``add(alpha=)`` or a division by a Python number, which round otherwise, and selects
-are written so that a NaN gets through. ``csrc/step.h`` states the same operations in the same order.
+ ``interval`` is the paper's annealing: Leconte, Schechtman, Moulines, "ASkewSGD: an annealed interval-constrained
+optimisation method to train quantized neural networks", AISTATS 2023, with the velocity constraint of Muehlebach &
+Jordan, "On constraints in first-order optimization", JMLR 23, 2022. ``capture`` is ours: the dual set, which pins the
+confident weights first and leaves the uncertain ones free to go on choosing; freezing the confident first has been
+done, with a straight-through estimator, by INQ (2017), OFQ's confidence-guided annealing (ICML 2023) and StoMPP (2026).
+ One arithmetic. Every operation rounds once, in the order written here, in float64 for float64 weights and in float32
+for all others; 16-bit storage is widened on load and rounded to nearest even on store. Scalars are rounded to that type
+first. So nothing below uses ``addcmul``, ``lerp``, ``add(alpha=)`` or a division by a Python number, which round
+otherwise, and selects are written so that a NaN gets through. ``csrc/maths/step.h`` states the same operations in the
+same order.
 """
 
 import itertools
@@ -55,8 +57,10 @@ def arithmetic(dtype: torch.dtype) -> torch.dtype:
 
 
 def sqrt(x: Tensor) -> Tensor:
-    """The correctly rounded root of x >= 0. torch's own is not, on a CPU (MKL's vector library): float32 goes by way of float64,
-    which is exact (53 >= 2 * 24 + 2 bits), float64 by way of complex numbers, whose root is the C library's."""
+    """The correctly rounded root of x >= 0. torch's own is not, on a CPU (MKL's vector library): float32 goes by way of
+    float64, which is exact (53 >= 2 * 24 + 2 bits), float64 by way of complex numbers, whose root is the C
+    library's.
+    """
     if x.device.type != "cpu":
         return x.sqrt()
     if x.dtype == torch.float64:
@@ -71,7 +75,9 @@ def half_widths(epsilon: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def spread(scale: Tensor, weight: Tensor) -> Tensor:
-    """A scale of shape (), (channels, 1, ..) or (rows, groups), broadcastable to the weight; groups in logical order."""
+    """A scale of shape (), (channels, 1, ..) or (rows, groups), broadcastable to the weight; groups in logical
+    order.
+    """
     if weight.numel() == 0:
         return scale.new_ones(())  # scales of nothing may not broadcast
     if scale.numel() <= 1 or (scale.dim() == weight.dim() and scale.numel() == weight.shape[0] == scale.shape[0]):
@@ -80,7 +86,9 @@ def spread(scale: Tensor, weight: Tensor) -> Tensor:
 
 
 class UniformCodebook:
-    """Levels (first + k) unit, k = 0 .. top, the unit a power of two: the nearest one by rounding. u is in these units."""
+    """Levels (first + k) unit, k = 0 .. top, the unit a power of two: the nearest one by rounding. u is in these
+    units.
+    """
 
     def __init__(self, levels: Sequence[float], like: Tensor):
         unit = levels[1] - levels[0]
@@ -89,7 +97,9 @@ class UniformCodebook:
 
     @staticmethod
     def fits(levels: Sequence[float]) -> bool:
-        """Whether arithmetic reproduces the levels exactly: their distance is a power of two, and they are multiples of half of it."""
+        """Whether arithmetic reproduces the levels exactly: their distance is a power of two, and they are multiples of
+        half of it.
+        """
         unit = levels[1] - levels[0]
         first = levels[0] / unit
         power = math.frexp(unit)[0] == 0.5 and abs(first) <= 65536 and math.floor(2 * first) == 2 * first
@@ -118,7 +128,10 @@ class TableCodebook:
         self.levels = like.new_tensor(levels)
         self.midpoints = (self.levels[:-1] + self.levels[1:]) * 0.5
         gaps = (self.levels[1:] - self.levels[:-1]) * 0.5
-        self.below, self.above = torch.cat((gaps[:1], gaps)), torch.cat((gaps, gaps[-1:]))  # to the neighbour; at the ends, to the only one
+        self.below, self.above = (
+            torch.cat((gaps[:1], gaps)),
+            torch.cat((gaps, gaps[-1:])),
+        )  # to the neighbour; at the ends, to the only one
         self.unit, self.lowest, self.highest = torch.ones_like(self.levels[0]), self.levels[0], self.levels[-1]
 
     def nearest(self, u: Tensor) -> Tensor:
@@ -141,12 +154,16 @@ Levels = UniformCodebook | TableCodebook
 
 
 def codebook(levels: Sequence[float], like: Tensor) -> Levels:
-    """The levels in the dtype and on the device of ``like``. (K,) strictly increasing float32 numbers, 2 <= K <= 256."""
+    """The levels in the dtype and on the device of ``like``. (K,) strictly increasing float32 numbers, 2 <= K <=
+    256.
+    """
     return (UniformCodebook if UniformCodebook.fits(levels) else TableCodebook)(levels, like)
 
 
 def locate(w: Tensor, unit: Tensor, book: Levels) -> SimpleNamespace:
-    """The weight among its levels: index and value of the nearest, distance e to it, half the gap it lies in, and r_h."""
+    """The weight among its levels: index and value of the nearest, distance e to it, half the gap it lies in, and
+    r_h.
+    """
     index = book.nearest(w * unit.reciprocal())
     level = book.level(index)
     e = unit * level - w
@@ -186,7 +203,9 @@ def skew_interval(d: Tensor, w: Tensor, unit: Tensor, book: Levels, h: SimpleNam
     width = torch.where(outside, h.half_width_outside, h.half_width)
     signed_width = torch.where(outside, -width, width)
     well = delta * (2 - signed_delta)
-    pull = h.rate * at.half * 0.25 * (delta - width) * (2 - (signed_delta + signed_width)) * (well + h.root) / (well * t)
+    pull = (
+        h.rate * at.half * 0.25 * (delta - width) * (2 - (signed_delta + signed_width)) * (well + h.root) / (well * t)
+    )
     cap = h.max_step * at.half
     keep = (delta <= width) | (from_middle == 0) | ~(flip(d, at.e) < pull)
     return torch.where(keep, d, flip(torch.where(pull < cap, pull, cap), at.e))
@@ -219,8 +238,10 @@ def hyper(dtype: torch.dtype, device: torch.device, levels: Sequence[float], **g
 
 
 def snap_radius(dtype: torch.dtype, levels: Sequence[float], rate: float) -> float:
-    """(E2'): the distance, in units of r_h, from which on a pull goes all the way: 2^-16, or where half a unit in the last place of the
-    largest level is more than the pull, which would leave the weight a last bit short of its level for ever."""
+    """(E2'): the distance, in units of r_h, from which on a pull goes all the way: 2^-16, or where half a unit in the
+    last place of the largest level is more than the pull, which would leave the weight a last bit short of its level
+    for ever.
+    """
     if not levels:
         return 2.0**-16
     gap = min(upper - lower for lower, upper in itertools.pairwise(levels))
@@ -241,7 +262,9 @@ def sgd_displacement(g: Tensor, w: Tensor, buffer: Tensor | None, h: SimpleNames
 def adamw_displacement(
     g: Tensor, w: Tensor, mean: Tensor, square: Tensor, largest: Tensor | None, step: float, h: SimpleNamespace
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """(E4), AdamW: the displacement and the new moments. ``step`` counts this one; bias corrections are computed in double."""
+    """(E4), AdamW: the displacement and the new moments. ``step`` counts this one; bias corrections are computed in
+    double.
+    """
     mean = h.beta1 * mean + h.one_minus_beta1 * g
     square = h.beta2 * square + h.one_minus_beta2 * (g * g)
     if largest is not None:
@@ -253,10 +276,16 @@ def adamw_displacement(
 
 
 def step_weight(
-    w: Tensor, g: Tensor, scale: Tensor | None, levels: Sequence[float], h: SimpleNamespace, displacement: Callable[[Tensor], Tensor]
+    w: Tensor,
+    g: Tensor,
+    scale: Tensor | None,
+    levels: Sequence[float],
+    h: SimpleNamespace,
+    displacement: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, Tensor | None, Levels | None]:
-    """One weight tensor, one step, in the arithmetic type: (new weight, unit of the codebook, codebook). ``displacement``
-    takes the gradient to what (E4) makes of it, and keeps the state."""
+    """One weight tensor, one step, in the arithmetic type: (new weight, unit of the codebook, codebook).
+    ``displacement`` takes the gradient to what (E4) makes of it, and keeps the state.
+    """
     skew = skew_capture if h.anneal == "capture" else skew_interval
     g = g * h.grad_factor
     if scale is None:
@@ -280,7 +309,9 @@ def step_weight(
     return moved, unit, book
 
 
-def write_outputs(weight: Tensor, unit: Tensor | None, book: Levels | None, codes: Tensor | None, snapped: Tensor | None) -> None:
+def write_outputs(
+    weight: Tensor, unit: Tensor | None, book: Levels | None, codes: Tensor | None, snapped: Tensor | None
+) -> None:
     """(E6), from what its storage made of the weight: codes and snapped weights where wanted."""
     if unit is None or book is None or (codes is None and snapped is None):
         return
@@ -299,24 +330,25 @@ def sgd_(weights: Tensors, grads: Tensors, momentum_buffers: Tensors, scales: Te
          streams: Sequence[int] = (), first_elements: Sequence[int] = ()) -> None:  # fmt: skip
     """One askew SGD step of every weight, in place: the reference of the operator ``askew_cuda::sgd_``.
 
-    Args:
-        weights: N x (...), float32, float64, bfloat16 or float16, on one device and of one dtype. Mutated.
-        grads: N x (...), as the weights. Never written.
-        momentum_buffers: N x (...), the weights' dtype or float32; or empty, when momentum is 0. Mutated.
-        scales: N x () | (channels, 1, ..) | (rows, groups), of the arithmetic type, >= 0, weight units per level unit; 0 leaves
-            the weight unclipped. Empty without levels.
-        levels: K strictly increasing float32 numbers, 2 <= K <= 256, level units; or empty: the base rule alone.
-        codes: N x (...), uint8, receives the index of each weight's level; or empty.
-        snapped: N x (...), any float dtype, receives scale * level; or empty.
-        lr, epsilon, grad_scale, found_inf: float or 0-d tensor. epsilon in [0, 1]; lr = 0 moves no weight.
-        anneal: "capture" or "interval". skew_at: "velocity", or "gradient" (interval and alpha only).
-        recovery, alpha: one of them. Share of the distance removed per step, or the paper's rate per unit of lr.
-        max_step: cap on the pull in units of half the level distance, > 0.
-        remainders: N x (...), int16, what rounding takes from 16-bit weights; or empty. Mutated.
-        seed: int64, of stochastic rounding of 16-bit weights; or None. streams: N numbers of the weights, first_elements: N numbers of
-            their first elements, where they are parts of larger weights; random bits depend on these three and the element alone.
-
-    A NaN gradient makes its own weight NaN and no other. found_inf != 0 leaves everything as it is. Empty tensors are fine.
+       Args:
+           weights: N x (...), float32, float64, bfloat16 or float16, on one device and of one dtype. Mutated.
+           grads: N x (...), as the weights. Never written.
+           momentum_buffers: N x (...), the weights' dtype or float32; or empty, when momentum is 0. Mutated.
+           scales: N x () | (channels, 1, ..) | (rows, groups), of the arithmetic type, >= 0, weight units per level unit;
+               0 leaves the weight unclipped. Empty without levels.
+           levels: K strictly increasing float32 numbers, 2 <= K <= 256, level units; or empty: the base rule alone.
+           codes: N x (...), uint8, receives the index of each weight's level; or empty.
+           snapped: N x (...), any float dtype, receives scale * level; or empty.
+           lr, epsilon, grad_scale, found_inf: float or 0-d tensor. epsilon in [0, 1]; lr = 0 moves no weight.
+           anneal: "capture" or "interval". skew_at: "velocity", or "gradient" (interval and alpha only).
+           recovery, alpha: one of them. Share of the distance removed per step, or the paper's rate per unit of lr.
+           max_step: cap on the pull in units of half the level distance, > 0.
+           remainders: N x (...), int16, what rounding takes from 16-bit weights; or empty. Mutated.
+           seed: int64, of stochastic rounding of 16-bit weights; or None. streams: N numbers of the weights,
+               first_elements: N numbers of their first elements, where they are parts of larger weights; random bits
+               depend on these three and the element alone.
+    A NaN gradient makes its own weight NaN and no other. found_inf != 0 leaves everything as it is. Empty tensors are
+       fine.
     """
     if found_inf is not None and found_inf != 0:
         return
@@ -329,7 +361,9 @@ def sgd_(weights: Tensors, grads: Tensors, momentum_buffers: Tensors, scales: Te
         w, g = storage.load(i, weight), grads[i].to(wide)
         buffer = [momentum_buffers[i].to(wide) if momentum_buffers else None]
 
-        def displacement(g: Tensor, w: Tensor = w, h: SimpleNamespace = h, buffer: list[Tensor | None] = buffer) -> Tensor:
+        def displacement(
+            g: Tensor, w: Tensor = w, h: SimpleNamespace = h, buffer: list[Tensor | None] = buffer
+        ) -> Tensor:
             d, buffer[0] = sgd_displacement(g, w, buffer[0], h)
             return d
 
@@ -352,9 +386,9 @@ def adamw_(weights: Tensors, grads: Tensors, exp_avgs: Tensors, exp_avg_sqs: Ten
     Args:
         exp_avgs, exp_avg_sqs: N x (...), the weights' dtype or float32. Mutated.
         max_exp_avg_sqs: the same with amsgrad, else empty. Mutated.
-        steps: N x (), float32 or float64, steps taken so far. Each is increased by one.
-        lr, beta1, beta2, eps, weight_decay: torch.optim.AdamW's; ``epsilon`` is the annealed number, not Adam's ``eps``.
-        All others: as in :func:`sgd_`.
+        steps: N x (), float32 or float64, steps taken so far. Each is increased by one. lr, beta1, beta2, eps,
+        weight_decay: torch.optim.AdamW's; ``epsilon`` is the annealed number, not Adam's ``eps``. All others: as in
+        :func:`sgd_`.
     """
     if found_inf is not None and found_inf != 0:
         return
@@ -370,7 +404,9 @@ def adamw_(weights: Tensors, grads: Tensors, exp_avgs: Tensors, exp_avg_sqs: Ten
         state = [each[i].to(wide) for each in lists]
         step = float(steps[i]) + 1
 
-        def displacement(g: Tensor, w: Tensor = w, h: SimpleNamespace = h, state: list[Tensor] = state, step: float = step) -> Tensor:
+        def displacement(
+            g: Tensor, w: Tensor = w, h: SimpleNamespace = h, state: list[Tensor] = state, step: float = step
+        ) -> Tensor:
             mean, square, *largest = state
             d, *new = adamw_displacement(g, w, mean, square, largest[0] if largest else None, step, h)
             state[:] = [each for each in new if each is not None]

@@ -1,7 +1,8 @@
-"""How a float32 result becomes a 16-bit weight where rounding to nearest would lose it: ``csrc/rounding.h`` in PyTorch.
-
-Rounding to nearest lets a weight stand still whose step is below half of its last place. A *remainder* of 16 bits beside the weight
-keeps what is rounded off; *stochastic* rounding goes up or down by chances whose mean is the result. Words of 32 bits are int64 here.
+"""How a float32 result becomes a 16-bit weight where rounding to nearest would lose it: ``csrc/maths/rounding.h`` in
+PyTorch.
+ Rounding to nearest lets a weight stand still whose step is below half of its last place. A *remainder* of 16 bits
+beside the weight keeps what is rounded off; *stochastic* rounding goes up or down by chances whose mean is the result.
+Words of 32 bits are int64 here.
 """
 
 from collections.abc import Sequence
@@ -37,9 +38,9 @@ def _exponent(wide: Tensor) -> Tensor:
 
 def split(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """float32 numbers as 16-bit weights and int16 remainders.
-
-    bfloat16: the upper half, rounded, ties away from zero, and the lower half; both together are the number, exactly. float16: the
-    nearest, and how far it is in units of 2^-15 of its last place: exact from 2^-16 on, within 2^-40 below.
+    bfloat16: the upper half, rounded, ties away from zero, and the lower half; both together are the number, exactly.
+       float16: the nearest, and how far it is in units of 2^-15 of its last place: exact from 2^-16 on, within 2^-40
+       below.
     """
     if dtype == torch.bfloat16:
         bits = bits_of(x)
@@ -116,7 +117,11 @@ class Storage(NamedTuple):
 
     def load(self, i: int, weight: Tensor) -> Tensor:
         """The weight in the arithmetic type."""
-        return join(weight, self.remainders[i]) if self.remainders else weight.to(torch.promote_types(weight.dtype, torch.float32))
+        return (
+            join(weight, self.remainders[i])
+            if self.remainders
+            else weight.to(torch.promote_types(weight.dtype, torch.float32))
+        )
 
     def dtype(self, weight: Tensor) -> torch.dtype:
         """As which the weight is as exact as it is stored."""

@@ -1,4 +1,6 @@
-"""Scale rules: one number per tensor, channel or group, estimated once from the weights. PyTorch operations, float64 sums."""
+"""Scale rules: one number per tensor, channel or group, estimated once from the weights. PyTorch operations, float64
+sums.
+"""
 
 import itertools
 import math
@@ -10,17 +12,24 @@ from torch import Tensor
 from . import reference
 from .quantizer import Codebook, Quantizer
 
-# clip = a * rms - b * mean|w|, by number of levels. Choi et al., "Accurate and efficient 2-bit quantized neural networks", MLSys
-# 2019, with the coefficients of IBM's fms-model-optimizer; 17 levels: those of LUQ and of the ASkewSGD authors.
+# clip = a * rms - b * mean|w|, by number of levels. Choi et al., "Accurate and efficient 2-bit quantized neural
+# networks", MLSys 2019, with the coefficients of IBM's fms-model-optimizer; 17 levels: those of LUQ and of the ASkewSGD
+# authors.
 _SAWB = {
     2: (0.0, -1.0), 3: (2.6, 1.71), 4: (3.12, 2.064), 8: (7.509, 6.892), 15: (12.035, 12.03), 16: (12.68, 12.80), 17: (12.1, 12.2),
     32: (17.74, 18.64), 127: (28.24, 30.81), 255: (31.76, 35.04), 256: (31.76, 35.04),
 }  # fmt: skip
-_COARSE, _FINE, _REFITS = 64, 128, 3  # of the min-MSE search: scales 16 % apart, within 20 % of the best of them, and least squares
+_COARSE, _FINE, _REFITS = (
+    64,
+    128,
+    3,
+)  # of the min-MSE search: scales 16 % apart, within 20 % of the best of them, and least squares
 _CHUNK = 2**20  # numbers that min-MSE works on at a time, at least one row: 8 MiB per float64 temporary
 
 
-def estimate(weight: Tensor, quantizer: Quantizer, *, pretrained: bool | str, name: str, normalized: bool = False) -> Tensor:
+def estimate(
+    weight: Tensor, quantizer: Quantizer, *, pretrained: bool | str, name: str, normalized: bool = False
+) -> Tensor:
     """The scale that a weight gets, by the quantizer's rule.
 
     Args:
@@ -30,9 +39,8 @@ def estimate(weight: Tensor, quantizer: Quantizer, *, pretrained: bool | str, na
         name: of the weight, for messages.
         normalized: whether the network has normalisation layers; it matters to "auto".
 
-    Returns:
-        () | (channels, 1, ..) | (rows, groups), float32 (float64 for float64 weights), > 0; weight units per level unit. A row of
-        zeros gets the mean of the tensor's other scales, an empty tensor 1.
+    Returns: () | (channels, 1, ..) | (rows, groups), float32 (float64 for float64 weights), > 0; weight units per level
+        unit. A row of zeros gets the mean of the tensor's other scales, an empty tensor 1.
 
     Raises:
         ValueError: the weights hold NaN, infinity or nothing but zeros, or the shape does not fit the quantizer.
@@ -50,7 +58,9 @@ def estimate(weight: Tensor, quantizer: Quantizer, *, pretrained: bool | str, na
         return torch.ones(shape, dtype=dtype, device=weight.device)
     if not weight.isfinite().all():
         bad = int((~weight.isfinite()).sum())
-        raise ValueError(f"{name} holds {bad} NaN or infinite weights: no scale can be estimated; repair them, or give Quantizer(scale=..)")
+        raise ValueError(
+            f"{name} holds {bad} NaN or infinite weights: no scale can be estimated; repair them, or give Quantizer(scale=..)"
+        )
     rows = weight.detach().reshape(math.prod(shape), -1).to(dtype)  # in logical order, whatever the layout
     if quantizer.scale == "auto":
         scale = _auto(rows, weight, quantizer.codebook, pretrained, normalized)
@@ -59,9 +69,16 @@ def estimate(weight: Tensor, quantizer: Quantizer, *, pretrained: bool | str, na
     # A dead row, of zeros or of what weight decay left of it, says nothing.
     alive = (scale >= torch.finfo(dtype).tiny) & weight.any()
     if not alive.any():
-        raise ValueError(f"{name} holds nothing but zeros: no scale can be estimated; give it one, such as Quantizer(.., scale=0.05)")
+        raise ValueError(
+            f"{name} holds nothing but zeros: no scale can be estimated; give it one, such as Quantizer(.., scale=0.05)"
+        )
     scale = torch.where(alive, scale, scale[alive].mean())
-    _check_range(scale, dtype, f"scale = {quantizer.scale!r} of {name}", "take levels of about the size of the weights, or give a scale")
+    _check_range(
+        scale,
+        dtype,
+        f"scale = {quantizer.scale!r} of {name}",
+        "take levels of about the size of the weights, or give a scale",
+    )
     return scale.to(dtype).reshape(shape)
 
 
@@ -70,7 +87,9 @@ def _check_range(scale: Tensor, dtype: torch.dtype, what: str, remedy: str) -> N
     least, most = torch.finfo(dtype).tiny, torch.finfo(dtype).max
     outside = ~((scale >= least) & (scale <= most))
     if outside.any():
-        raise ValueError(f"{what}: {scale[outside][0].item()} is outside of {least:.3g} .. {most:.3g}, the range of {dtype}; {remedy}")
+        raise ValueError(
+            f"{what}: {scale[outside][0].item()} is outside of {least:.3g} .. {most:.3g}, the range of {dtype}; {remedy}"
+        )
 
 
 def is_torch_default(weight: Tensor) -> bool:
@@ -99,11 +118,10 @@ def share_outside(weight: Tensor, scale: Tensor, levels: Sequence[float]) -> flo
 
 def _auto(rows: Tensor, weight: Tensor, codebook: Codebook, pretrained: bool | str, normalized: bool) -> Tensor:
     """(rows,) float64; 0 for a row of zeros. Measured: docs/recipes.md.
-
-    A trained network says its scale itself, and so does a deliberate init. torch's default init says nothing about it: the shape does.
-    Between normalisation layers no init says anything. Without them the signal must not fade: there two levels are as large as the weights
-    are in the mean square, which the least squared error is not, three are not set tighter, and where no level is 0, which would take them
-    in, dead weights do not count.
+    A trained network says its scale itself, and so does a deliberate init. torch's default init says nothing about it: the
+       shape does. Between normalisation layers no init says anything. Without them the signal must not fade: there two
+       levels are as large as the weights are in the mean square, which the least squared error is not, three are not set
+       tighter, and where no level is 0, which would take them in, dead weights do not count.
     """
     if not pretrained and weight.dim() >= 2 and (normalized or is_torch_default(weight)):
         scale = _of_torch_default(weight, codebook) if normalized else _by_shape(weight, codebook)
@@ -112,7 +130,9 @@ def _auto(rows: Tensor, weight: Tensor, codebook: Codebook, pretrained: bool | s
         return 1.1 * _mean_abs(rows)
     if pretrained is not True:
         return min_mse(rows, codebook)
-    tighter = 0.85 if len(codebook) in range(3 if normalized else 4, 8) else 1.0  # weights that move on do better with less way to go
+    tighter = (
+        0.85 if len(codebook) in range(3 if normalized else 4, 8) else 1.0
+    )  # weights that move on do better with less way to go
     if normalized or len(codebook) >= 8 or 0 in codebook.levels:
         return tighter * min_mse(rows, codebook)
     pair = len(codebook) == 2 and codebook.levels[0] == -codebook.levels[1]
@@ -140,8 +160,10 @@ def _rms(rows: Tensor) -> Tensor:
 
 
 def _dilution(rows: Tensor) -> Tensor:
-    """sqrt(2 / pi) rms(w) / mean|w|, at least 1: what weights near 0, as weight decay leaves those of dead inputs and units, take off the
-    root mean square of the others. 1 for normal weights, 1 / sqrt(share) if only a share of them is alive."""
+    """sqrt(2 / pi) rms(w) / mean|w|, at least 1: what weights near 0, as weight decay leaves those of dead inputs and
+    units, take off the root mean square of the others. 1 for normal weights, 1 / sqrt(share) if only a share of them is
+    alive.
+    """
     mean = _mean_abs(rows)
     return torch.where(mean > 0, math.sqrt(2 / math.pi) * _rms(rows) / mean, 1).clamp(min=1)
 
@@ -162,13 +184,17 @@ def _of_torch_default(weight: Tensor, codebook: Codebook) -> float:
 
 
 def _by_shape(weight: Tensor, codebook: Codebook) -> float:
-    """sqrt(2 / fan_in) (16 / sqrt(fan_in fan_out))^(1/4) / rms(levels): that init says nothing about the scale that a layer should have."""
+    """sqrt(2 / fan_in) (16 / sqrt(fan_in fan_out))^(1/4) / rms(levels): that init says nothing about the scale that a
+    layer should have.
+    """
     fan_in, fan_out = _fans(weight)
     return math.sqrt(2 / fan_in) * (16 / math.sqrt(fan_in * fan_out)) ** 0.25 / codebook.rms
 
 
 def sawb_clip(rows: Tensor, levels: int, name: str) -> Tensor:
-    """(rows,) float64: the statistics-aware clipping point; max|w| where the formula leaves nothing (weights all of one size)."""
+    """(rows,) float64: the statistics-aware clipping point; max|w| where the formula leaves nothing (weights all of one
+    size).
+    """
     if levels not in _SAWB:
         raise ValueError(
             f"scale = 'sawb' of {name}: there are no coefficients for {levels} levels, only for {', '.join(map(str, _SAWB))}; take 'mse'"
@@ -180,10 +206,11 @@ def sawb_clip(rows: Tensor, levels: int, name: str) -> Tensor:
 
 def min_mse(rows: Tensor, codebook: Codebook) -> Tensor:
     """(rows,) float64: the scales s > 0 that minimise sum (w - s q(w / s))^2 row by row, q being the nearest level.
-
-    For an assignment of levels the best scale is A / B, A = sum w q, B = sum q^2, and takes A^2 / B off the error. So it is the
-    assignments that are tried: all of them for up to 3 levels, and for up to 17 in rows of a few thousand weights, else those of
-    some 200 scales. That is within 1 % of the least error, but for more than 17 levels in rows of a few hundred weights.
+    For an assignment of levels the best scale is A / B, A = sum w q, B = sum q^2, and takes A^2 / B off the error. So it
+       is the
+       assignments that are tried: all of them for up to 3 levels, and for up to 17 in rows of a few thousand weights, else
+       those of some 200 scales. That is within 1 % of the least error, but for more than 17 levels in rows of a few
+       hundred weights.
     """
     if rows.is_cuda and torch.are_deterministic_algorithms_enabled():
         return min_mse(rows.cpu(), codebook).to(rows.device)  # torch's cumsum on CUDA is not deterministic, and refuses
@@ -192,8 +219,8 @@ def min_mse(rows: Tensor, codebook: Codebook) -> Tensor:
     exact = len(codebook) <= 3 or (len(codebook) <= 17 and breaks <= 2**16)
     chunks = rows.split(max(1, _CHUNK // (breaks if exact else rows.shape[1])))
     best = torch.cat([(_sweep if exact else _search)(chunk, levels) for chunk in chunks])
-    # Where all weights are of the sign that the levels don't have, the smaller the scale the better, and none is the best. What
-    # such a row needs is room to train, so it gets a scale of the size of its weights.
+    # Where all weights are of the sign that the levels don't have, the smaller the scale the better, and none is the
+    # best. What such a row needs is room to train, so it gets a scale of the size of its weights.
     return torch.where(best > 0, best, _largest(rows) / codebook.max_abs)
 
 
@@ -212,14 +239,18 @@ def _sweep(rows: Tensor, levels: Tensor) -> Tensor:
 
 def _every_fit(rows: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
     """A and B of every assignment that some scale asks for, (rows, 1 + changes).
-
-    From scale 0 up, the assignment changes only where some w / scale, falling towards 0, crosses the middle between two levels. So
-    the crossings are sorted, and A and B followed through all of them.
+    From scale 0 up, the assignment changes only where some w / scale, falling towards 0, crosses the middle between two
+       levels. So the crossings are sorted, and A and B followed through all of them.
     """
     pairs = list(itertools.pairwise(levels.tolist()))
-    falls = ([(a, b) for a, b in pairs if a + b < 0], [(b, a) for a, b in pairs if a + b > 0])  # of w < 0 and w > 0: from, to
+    falls = (
+        [(a, b) for a, b in pairs if a + b < 0],
+        [(b, a) for a, b in pairs if a + b > 0],
+    )  # of w < 0 and w > 0: from, to
     width = max(map(len, falls))
-    padded = [[*fall, *[(sign, sign)] * (width - len(fall))] for fall, sign in zip(falls, (-1.0, 1.0), strict=True)]  # no change
+    padded = [
+        [*fall, *[(sign, sign)] * (width - len(fall))] for fall, sign in zip(falls, (-1.0, 1.0), strict=True)
+    ]  # no change
     before, after = levels.new_tensor(padded).reshape(2, width, 2).unbind(2)
 
     w, side = rows.double(), (rows > 0).long()
@@ -232,15 +263,18 @@ def _every_fit(rows: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
         return torch.cat((first, change.flatten(1).gather(1, order).cumsum_(1).add_(first)), 1)
 
     a = follow(w * start, w.unsqueeze(2) * (after - before)[side])
-    b = follow(start * start, torch.where(w.unsqueeze(2) != 0, (after * after - before * before)[side], 0))  # 0 crosses nothing
+    b = follow(
+        start * start, torch.where(w.unsqueeze(2) != 0, (after * after - before * before)[side], 0)
+    )  # 0 crosses nothing
     return a, b
 
 
 def _search(rows: Tensor, levels: Tensor) -> Tensor:
-    """The best of a logarithmic grid, of a finer one around it, and of absmax, refined by least squares; 0 where none is positive.
-
-    The grid begins where the largest weight, by the outermost level of its sign, is at half of it, so that weights fall on smaller
-    levels alone, and ends where it is 5,000 times the level. The finer one is for the many levels of short rows, whose error is jagged.
+    """The best of a logarithmic grid, of a finer one around it, and of absmax, refined by least squares; 0 where none
+       is positive.
+    The grid begins where the largest weight, by the outermost level of its sign, is at half of it, so that weights fall on
+       smaller levels alone, and ends where it is 5,000 times the level. The finer one is for the many levels of short
+       rows, whose error is jagged.
     """
     sides = ((rows.amax(1).double(), levels[-1]), (-rows.amin(1).double(), -levels[0]))
     high = 2 * torch.stack([largest / reach for largest, reach in sides if reach > 0]).amax(0)
@@ -282,7 +316,9 @@ def _sorted_fit(rows: Tensor, levels: Tensor) -> Callable[[Tensor], tuple[Tensor
 
 
 def _direct_fit(rows: Tensor, levels: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """The same by rounding every weight: cheaper for uniform levels, where the row is too short for the searches to pay."""
+    """The same by rounding every weight: cheaper for uniform levels, where the row is too short for the searches to
+    pay.
+    """
     book = reference.codebook(levels.tolist(), rows)
 
     def fit(scale: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 // From the values in a launch to the types that the kernels are compiled for.
 #pragma once
 
-#include "spans.h"
+#include "launch.h"
 
 namespace askew {
 

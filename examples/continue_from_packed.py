@@ -1,8 +1,7 @@
 """Goes on training from a packed file: a ternary digits model meets mirrored digits, and learns them.
-
-Trains on scikit-learn's digits, saves codes and scales, and forgets everything else. Then the cameras change: all images are mirrored.
-A fresh model is read from the file, an optimizer takes over levels and scales, and the ternary weights leave their levels and find
-new ones. ``python -m examples.continue_from_packed``
+ Trains on scikit-learn's digits, saves codes and scales, and forgets everything else. Then the cameras change: all
+images are mirrored. A fresh model is read from the file, an optimizer takes over levels and scales, and the ternary
+weights leave their levels and find new ones. ``python -m examples.continue_from_packed``
 """
 
 import tempfile
@@ -41,7 +40,9 @@ def all_codes(optimizer: askew.AskewSGD) -> list[Tensor]:
 
 
 def main(folder: Path) -> tuple[float, float, float, int]:
-    """Accuracy in per cent: on the digits, on mirrored ones before and after training on; and the number of codes that changed."""
+    """Accuracy in per cent: on the digits, on mirrored ones before and after training on; and the number of codes that
+    changed.
+    """
     old, new = digits(SEED), mirrored(digits(SEED))
     torch.manual_seed(SEED)
     model = mlp(HIDDEN)
@@ -60,7 +61,9 @@ def main(folder: Path) -> tuple[float, float, float, int]:
     after = accuracy(again, new)
     changed = sum(int((now != then).sum()) for now, then in zip(all_codes(optimizer), codes, strict=True))
     total = sum(then.numel() for then in codes)
-    print(f"mirrored digits  {after:5.1f} %   trained on: {changed:,} of {total:,} codes changed, every weight on a level")
+    print(
+        f"mirrored digits  {after:5.1f} %   trained on: {changed:,} of {total:,} codes changed, every weight on a level"
+    )
     save_packed(again, optimizer, folder / "mirrored.safetensors")
     return first, before, after, changed
 

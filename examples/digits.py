@@ -1,7 +1,6 @@
 """Digits: scikit-learn's 8 x 8 handwritten digits and a small MLP, the task that the demo and the accuracy table share.
-
-Trains one network three ways on the same data in the same order: in full precision, with a straight-through estimator, and
-with askew_cuda. Every weight matrix is quantized, the first and the last one included; biases are not.
+ Trains one network three ways on the same data in the same order: in full precision, with a straight-through estimator,
+and with askew_cuda. Every weight matrix is quantized, the first and the last one included; biases are not.
 """
 
 from collections.abc import Callable
@@ -46,10 +45,10 @@ def mlp(hidden: int) -> nn.Sequential:
 
 
 class StraightThrough(nn.Module):
-    """The rival: the forward pass sees the rounded weight, the gradient goes to the latent one as if it had not been rounded.
-
-    The scale is estimated anew in every forward pass of the training: mean|w| for 1 bit and ternary; for more levels one least-squares
-    refit of the min-MSE scale to the current rounding.
+    """The rival: the forward pass sees the rounded weight, the gradient goes to the latent one as if it had not been
+       rounded.
+    The scale is estimated anew in every forward pass of the training: mean|w| for 1 bit and ternary; for more levels one
+       least-squares refit of the min-MSE scale to the current rounding.
     """
 
     def __init__(self, quantizer: askew.Quantizer, weight: Tensor):
@@ -79,9 +78,16 @@ def accuracy(model: nn.Module, data: Data) -> float:
 
 
 def fit(
-    model: nn.Module, data: Data, optimizer: torch.optim.Optimizer, seed: int, anneal: askew.Anneal | None, each: Callable[[], None]
+    model: nn.Module,
+    data: Data,
+    optimizer: torch.optim.Optimizer,
+    seed: int,
+    anneal: askew.Anneal | None,
+    each: Callable[[], None],
 ) -> None:
-    """The training loop: a cosine learning rate to zero, the data order of the seed; ``each`` is called after every step."""
+    """The training loop: a cosine learning rate to zero, the data order of the seed; ``each`` is called after every
+    step.
+    """
     order = torch.Generator().manual_seed(seed)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps(data))
     for _ in range(EPOCHS):
@@ -116,12 +122,16 @@ def straight_through(name: str, hidden: int, seed: int, each: Callable[[], None]
     data, model = digits(seed), _seeded(hidden, seed)
     for layer in model:
         if isinstance(layer, nn.Linear):
-            parametrize.register_parametrization(layer, "weight", StraightThrough(askew.Quantizer.parse(name), layer.weight))
+            parametrize.register_parametrization(
+                layer, "weight", StraightThrough(askew.Quantizer.parse(name), layer.weight)
+            )
     fit(model, data, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), seed, None, each)
     return accuracy(model, data)
 
 
-def quantized(name: str, hidden: int, seed: int, each: Callable[[nn.Module, askew.AskewSGD], None] = lambda *_: None, **keywords) -> float:
+def quantized(
+    name: str, hidden: int, seed: int, each: Callable[[nn.Module, askew.AskewSGD], None] = lambda *_: None, **keywords
+) -> float:
     """Test accuracy with askew_cuda's defaults, lr 0.5, after finalize(): every weight matrix is on its levels.
 
     ``each(model, optimizer)`` is called after every step; ``keywords`` go to the param groups.

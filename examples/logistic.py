@@ -1,10 +1,11 @@
-"""The paper's convex toy: logistic regression whose ten weights are to be -1 or 1, next to the best of all 1,024 sign patterns.
+"""The paper's convex toy: logistic regression whose ten weights are to be -1 or 1, next to the best of all 1,024 sign
+patterns.
 
     python -m examples.logistic [--seeds 32] [--size 1.0]
-
-As in the authors' notebook: inputs uniform in [-1, 1]^10, labels drawn from the model with weights -size or +size, 6,000 samples, no bias,
-the loss summed over a batch of 100 and divided by 6,000, SGD at lr 2, halved at epoch 30, 50 epochs. In their notebook epsilon stays 1
-for all 50; the other rows let it fall. A data set per seed; all seeds train at once, which elementwise rules don't notice.
+ As in the authors' notebook: inputs uniform in [-1, 1]^10, labels drawn from the model with weights -size or +size,
+6,000 samples, no bias, the loss summed over a batch of 100 and divided by 6,000, SGD at lr 2, halved at epoch 30, 50
+epochs. In their notebook epsilon stays 1 for all 50; the other rows let it fall. A data set per seed; all seeds train
+at once, which elementwise rules don't notice.
 """
 
 import argparse
@@ -63,8 +64,9 @@ def draw_sign(weight: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Method:
-    """How to train. ``seen``: what the forward pass sees of the weight, which takes the gradient. ``keywords``: of the optimizer and of
-    Anneal. ``planned``: epochs that the annealing is made for."""
+    """How to train. ``seen``: what the forward pass sees of the weight, which takes the gradient. ``keywords``: of the
+    optimizer and of Anneal. ``planned``: epochs that the annealing is made for.
+    """
 
     seen: Callable[[Tensor], Tensor] = lambda weight: weight
     clamp: bool = False

@@ -1,10 +1,10 @@
 """The paper's non-convex toy: two moons and a network of nine weights, next to all 512 networks with weights -1 and 1.
 
     python -m examples.two_moons [--seeds 32]
-
-As in the authors' notebook: 2,000 training and 200 test points, inputs standardised; 2-3-1, ReLU, no bias, batch normalisation without
-affine part after both layers; batches of 100, 50 epochs, lr 0.1 without a schedule; AskewSGD on Adam's gradient, alpha 1, epsilon 0.99 per
-epoch from epoch 20 on. That ends at 0.75, so that the network which is trained is not the one which is rounded. All seeds train at once.
+ As in the authors' notebook: 2,000 training and 200 test points, inputs standardised; 2-3-1, ReLU, no bias, batch
+normalisation without affine part after both layers; batches of 100, 50 epochs, lr 0.1 without a schedule; AskewSGD on
+Adam's gradient, alpha 1, epsilon 0.99 per epoch from epoch 20 on. That ends at 0.75, so that the network which is
+trained is not the one which is rounded. All seeds train at once.
 """
 
 import argparse
@@ -36,7 +36,9 @@ class Data:
 def moons() -> tuple[Data, Data]:
     """Training and test data, standardised by the training inputs. Always the same."""
     drawn = [make_moons(n, noise=0.1, random_state=0) for n in (2000, 200)]
-    (x, y), (test_x, test_y) = [(torch.tensor(x, dtype=torch.float32), torch.tensor(y, dtype=torch.float32)) for x, y in drawn]
+    (x, y), (test_x, test_y) = [
+        (torch.tensor(x, dtype=torch.float32), torch.tensor(y, dtype=torch.float32)) for x, y in drawn
+    ]
     mean, std = x.mean(0), x.std(0, correction=0)
     return Data((x - mean) / std, y), Data((test_x - mean) / std, test_y)
 
@@ -51,7 +53,6 @@ class Statistics:
 
 def logits(weights: list[Tensor], x: Tensor, statistics: Statistics | None = None, training: bool = False) -> Tensor:
     """(S, n) of S networks with weights S x (out, in), for inputs (n, 2) or (S, n, 2).
-
     Normalised by the batch's own statistics; with ``statistics`` given, they are updated in training, and used otherwise.
     """
     x = x.expand(len(weights[0]), -1, -1)
@@ -85,8 +86,9 @@ def all_binary() -> list[Tensor]:
 
 @dataclass(frozen=True)
 class Method:
-    """How to train: ``rule`` makes the optimizer. ``seen``: what the forward pass sees of a weight, which takes the gradient. ``anneal``:
-    keywords of Anneal."""
+    """How to train: ``rule`` makes the optimizer. ``seen``: what the forward pass sees of a weight, which takes the
+    gradient. ``anneal``: keywords of Anneal.
+    """
 
     rule: Callable[[list[nn.Parameter]], torch.optim.Optimizer]
     seen: Callable[[Tensor], Tensor] = lambda weight: weight
@@ -127,9 +129,15 @@ class Trained:
 def train(data: Data, method: Method, seeds: int) -> Trained:
     """Trains that many networks, each with its own initialisation."""
     torch.manual_seed(0)
-    weights = [nn.Parameter((torch.rand(seeds, *shape) * 2 - 1) * shape[1] ** -0.5) for shape in SHAPES]  # torch's Linear
+    weights = [
+        nn.Parameter((torch.rand(seeds, *shape) * 2 - 1) * shape[1] ** -0.5) for shape in SHAPES
+    ]  # torch's Linear
     optimizer, statistics = method.rule(weights), Statistics(seeds)
-    anneal = None if method.anneal is None else askew.Anneal(optimizer, total_steps=EPOCHS * len(data.x) // BATCH, **method.anneal)
+    anneal = (
+        None
+        if method.anneal is None
+        else askew.Anneal(optimizer, total_steps=EPOCHS * len(data.x) // BATCH, **method.anneal)
+    )
     for _ in range(EPOCHS):
         for batch in torch.randperm(len(data.x)).split(BATCH):
             seen = [method.seen(weight.detach()).requires_grad_() for weight in weights]
@@ -146,8 +154,9 @@ def train(data: Data, method: Method, seeds: int) -> Trained:
 
 
 def evaluate(trained: Trained, data: Data, test: Data) -> dict[str, Tensor]:
-    """Of each network, (S,): training loss and test accuracy as it is and rounded; then with the statistics that training left
-    ("old") and with those of its own on the training data."""
+    """Of each network, (S,): training loss and test accuracy as it is and rounded; then with the statistics that
+    training left ("old") and with those of its own on the training data.
+    """
     as_seen, rounded = [trained.seen(w) for w in trained.weights], [sign(w) for w in trained.weights]
     fresh = Statistics(len(rounded[0]))
     for _ in range(100):
@@ -169,7 +178,9 @@ def main() -> None:
     data, test = moons()
     best = loss(logits(all_binary(), data.x), data.y)
     print(f"best of 512 binary networks: training loss {best.min():.5f}")
-    print(f"{'mean of seeds':32}{'loss':>8}{'accuracy':>10}{'rounded loss':>14}{'rounded, old':>14}{'rounded, own':>14}")
+    print(
+        f"{'mean of seeds':32}{'loss':>8}{'accuracy':>10}{'rounded loss':>14}{'rounded, old':>14}{'rounded, own':>14}"
+    )
     for name, method in METHODS.items():
         found = evaluate(train(data, method, seeds), data, test)
         numbers = [found[key].mean().item() for key in found]

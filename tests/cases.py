@@ -1,7 +1,7 @@
 """One table of cases for all backends. A case is plain data; tensors are built afresh, from its own seed, at each run.
-
-The table is a covering selection: every pair of values of two factors occurs together in some case, and so does every triple of
-the factors in TRIPLES; what can't go together is listed in FORBIDDEN. A new backend is one more entry in BACKENDS.
+ The table is a covering selection: every pair of values of two factors occurs together in some case, and so does every
+triple of the factors in TRIPLES; what can't go together is listed in FORBIDDEN. A new backend is one more entry in
+BACKENDS.
 """
 
 import functools
@@ -29,8 +29,22 @@ def _float32(values: Sequence[float]) -> tuple[float, ...]:
 
 
 def _nf4() -> tuple[float, ...]:
-    positive = (0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941)
-    negative = (0.09105003625154495, 0.18477343022823334, 0.28444138169288635, 0.39491748809814453, 0.5250730514526367, 0.6961928009986877)
+    positive = (
+        0.07958029955625534,
+        0.16093020141124725,
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+    )
+    negative = (
+        0.09105003625154495,
+        0.18477343022823334,
+        0.28444138169288635,
+        0.39491748809814453,
+        0.5250730514526367,
+        0.6961928009986877,
+    )
     return (-1.0, *(-x for x in reversed(negative)), 0.0, *positive, 0.7229568362236023, 1.0)
 
 
@@ -64,7 +78,12 @@ RULES: dict[str, dict[str, float | bool]] = {
 }
 
 _RECOVERY = {"skew_at": "velocity", "recovery": 0.5, "alpha": None, "max_step": 0.5}
-_ALPHA = {"skew_at": "velocity", "recovery": None, "alpha": 5.0, "max_step": 0.25}  # lr alpha is above 1 with one of the two lr
+_ALPHA = {
+    "skew_at": "velocity",
+    "recovery": None,
+    "alpha": 5.0,
+    "max_step": 0.25,
+}  # lr alpha is above 1 with one of the two lr
 ANNEALINGS: dict[str, dict[str, object]] = {
     "capture": {"anneal": "capture"} | _RECOVERY,
     "capture_alpha": {"anneal": "capture"} | _ALPHA,
@@ -112,8 +131,8 @@ class Case(NamedTuple):
         return STATES[1:] if RULES[self.rule]["amsgrad"] else STATES[1:3]
 
 
-# Below, at and above the widths of the vectors and of two of them. The last: two chunks of 2^15 and less than a vector, so that of
-# two threads one starts inside the tensor.
+# Below, at and above the widths of the vectors and of two of them. The last: two chunks of 2^15 and less than a vector,
+# so that of two threads one starts inside the tensor.
 SIZES = (0, 1, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, (2 << 15) + 7)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 FACTORS: dict[str, tuple] = {
@@ -144,7 +163,9 @@ FORBIDDEN: tuple[tuple[str, Callable, str, Callable], ...] = (
 
 
 def required() -> tuple[list[str], list[frozenset]]:
-    """(names of the factors, all that must be covered). One item of cover: the (factor, value) indices that have to occur together."""
+    """(names of the factors, all that must be covered). One item of cover: the (factor, value) indices that have to
+    occur together.
+    """
     names = list(FACTORS)
     forbidden = set()
     for one, is_one, other, is_other in FORBIDDEN:
@@ -185,7 +206,9 @@ def covering() -> list[Case]:
                 if not all(frozenset((cell, other)) in allowed for other in chosen):
                     continue
                 now = chosen | {cell}
-                gain = sum(item in left and item <= now for item in holding[cell]) + source.random() / 2  # ties: by chance
+                gain = (
+                    sum(item in left and item <= now for item in holding[cell]) + source.random() / 2
+                )  # ties: by chance
                 if gain > best_gain:
                     best, best_gain = cell, gain
             chosen.add(best)
@@ -202,10 +225,21 @@ def case_id(case: Case) -> str:
     def short(dtype: torch.dtype) -> str:
         return str(dtype).removeprefix("torch.")
 
-    words = [short(case.dtype), case.layout, case.size, case.rule, case.codebook, case.granularity, case.annealing, f"eps{case.epsilon:g}"]
+    words = [
+        short(case.dtype),
+        case.layout,
+        case.size,
+        case.rule,
+        case.codebook,
+        case.granularity,
+        case.annealing,
+        f"eps{case.epsilon:g}",
+    ]
     words += [name if isinstance(name, str) else short(name) for name in case.outputs]
     words += [
-        word for word, there in (("noclip", not case.clip), ("wide", case.wide_state), ("hostile", case.values == "hostile")) if there
+        word
+        for word, there in (("noclip", not case.clip), ("wide", case.wide_state), ("hostile", case.values == "hostile"))
+        if there
     ]
     words += [f"scaled{case.grad_scale:g}"] if case.grad_scale else []
     words += [case.rounding] if case.rounding != "nearest" else []
@@ -239,7 +273,9 @@ def shape_of(case: Case) -> tuple[int, ...]:
 
 
 def draw_scale(case: Case, generator: torch.Generator) -> Tensor:
-    """float64 numbers that float32 holds: powers of two, where levels and midpoints are exact, and others; now and then a zero."""
+    """float64 numbers that float32 holds: powers of two, where levels and midpoints are exact, and others; now and then
+    a zero.
+    """
     shape = shape_of(case)
     if case.granularity == "tensor":
         scale_shape = ()
@@ -266,7 +302,11 @@ def draw(case: Case) -> tuple[list[Drawn], list[Tensor]]:
     hostile, drawn, scales = case.values == "hostile", [], []
     for which, shape in enumerate([shape_of(case), (0,), (5,)]):
         layout = case.layout if which == 0 else same_layout(case.layout, len(shape))
-        layouts = itertools.cycle(["transposed", "contiguous", "strided", "misaligned"]) if layout == "mixed" else itertools.repeat(layout)
+        layouts = (
+            itertools.cycle(["transposed", "contiguous", "strided", "misaligned"])
+            if layout == "mixed"
+            else itertools.repeat(layout)
+        )
         scale = draw_scale(case if which == 0 else case._replace(granularity="tensor"), generator)
         values = {
             "weights": draw_weight(generator, shape, scale, case.levels, case.dtype, hostile).to(case.dtype),
@@ -274,9 +314,13 @@ def draw(case: Case) -> tuple[list[Drawn], list[Tensor]]:
         }
         for name in case.states:
             moment = torch.randn(shape, generator=generator, dtype=torch.float64) * 0.3
-            values[name] = (moment.square() if name.endswith("sqs") else moment).to(torch.float32 if case.wide_state else case.dtype)
+            values[name] = (moment.square() if name.endswith("sqs") else moment).to(
+                torch.float32 if case.wide_state else case.dtype
+            )
         if case.rounding == "remainder":  # the weights are those of a float32 training
-            values["weights"], values["remainders"] = rounding.split(values["weights"].float() * (1 + 2**-12), case.dtype)
+            values["weights"], values["remainders"] = rounding.split(
+                values["weights"].float() * (1 + 2**-12), case.dtype
+            )
         if "codes" in case.outputs:
             values["codes"] = torch.full(shape, 77, dtype=torch.uint8)
         if len(case.outputs) > 1:
@@ -287,7 +331,9 @@ def draw(case: Case) -> tuple[list[Drawn], list[Tensor]]:
 
 
 class Built(NamedTuple):
-    """The tensors of a case: lists by their names in the operator's signature, and the guarded buffers that most of them lie in."""
+    """The tensors of a case: lists by their names in the operator's signature, and the guarded buffers that most of
+    them lie in.
+    """
 
     lists: dict[str, list[Tensor]]
     buffers: list[tuple[str, Guarded]]
@@ -305,7 +351,9 @@ def build(case: Case, device: str = "cpu") -> Built:
         lists[name].append(buffer.view)
     if case.is_adamw:  # torch keeps them in float32, or in float64 where that is the default
         dtype = torch.float64 if case.seed % 2 else torch.float32
-        lists["steps"] = [torch.tensor(case.seed % 5 * 37 + which, dtype=dtype) for which in range(len(lists["weights"]))]
+        lists["steps"] = [
+            torch.tensor(case.seed % 5 * 37 + which, dtype=dtype) for which in range(len(lists["weights"]))
+        ]
     return Built(lists, buffers)
 
 
@@ -322,7 +370,10 @@ def _compiled(operator: Callable[..., None], capability: str) -> Callable[..., N
 
     def call(*lists, lr, epsilon, grad_scale=None, found_inf=None, **settings) -> None:
         scalars = {"lr": lr, "epsilon": epsilon, "grad_scale": grad_scale, "found_inf": found_inf}
-        tensors = {key: torch.tensor(value, dtype=torch.float64) if isinstance(value, float) else value for key, value in scalars.items()}
+        tensors = {
+            key: torch.tensor(value, dtype=torch.float64) if isinstance(value, float) else value
+            for key, value in scalars.items()
+        }
         remainders = settings.pop("remainders", ())
         rounds = {"seed": None, "streams": [], "first_elements": []}
         rounds |= {key: settings.pop(key) for key in rounds if key in settings}
@@ -344,7 +395,9 @@ COMPILED = {
 BACKENDS = {"reference": REFERENCE, **COMPILED}
 # The same operators without torch's dispatcher: another way in, not another way to compute.
 DIRECT = (
-    {"direct": Backend(*(_compiled(operator, CAPABILITIES[0]) for operator in (EXTENSION.sgd_, EXTENSION.adamw_)))} if EXTENSION else {}
+    {"direct": Backend(*(_compiled(operator, CAPABILITIES[0]) for operator in (EXTENSION.sgd_, EXTENSION.adamw_)))}
+    if EXTENSION
+    else {}
 )
 
 # Where there is a GPU and the extension has kernels for it.
@@ -353,7 +406,9 @@ CUDA = {"cuda": COMPILED[f"cpu-{CAPABILITIES[0]}"]._replace(device="cuda")} if O
 
 
 def on_threads(count: int, backend: Backend) -> Backend:
-    """The backend on so many threads; what surrounds it stays on one, since two that share a core wait for each other."""
+    """The backend on so many threads; what surrounds it stays on one, since two that share a core wait for each
+    other.
+    """
 
     def on(operator: Callable[..., None]) -> Callable[..., None]:
         def call(*lists, **settings) -> None:
@@ -384,7 +439,9 @@ def call(case: Case, lists: dict[str, list[Tensor]], backend: Backend, **changes
 
 
 def run(case: Case, backend: Backend, **changes: object) -> dict[str, Tensor]:
-    """One step of fresh tensors; everything mutable, by name, as it is afterwards. Fails where anything else was written to."""
+    """One step of fresh tensors; everything mutable, by name, as it is afterwards. Fails where anything else was
+    written to.
+    """
     built = build(case, backend.device)
     before = [(name, buffer.outside().clone(), buffer.view.clone()) for name, buffer in built.buffers]
     call(case, built.lists, backend, **changes)

@@ -3,17 +3,20 @@
 import torch
 from torch import Tensor
 
-# How far a step may be from its value in exact arithmetic, relative to the largest of |w|, |d| and scale * |level| in it.
+# How far a step may be from its value in exact arithmetic, relative to the largest of |w|, |d| and scale * |level| in
+# it.
 #
-# A step is a chain of fewer than 32 operations, each with a rounding error of half an ulp: 2^-53 of its result in float64, 2^-24
-# in float32. The truth is computed from the same numbers before they are rounded to the type, which adds less than one more each.
+# A step is a chain of fewer than 32 operations, each with a rounding error of half an ulp: 2^-53 of its result in
+# float64, 2^-24 in float32. The truth is computed from the same numbers before they are rounded to the type, which adds
+# less than one more each.
 TOLERANCES = {
-    # 32 * 2^-53 = 4e-15 of our own; golden.json's truth is computed in float64 too, by another formula, and promises 1e-12.
+    # 32 * 2^-53 = 4e-15 of our own; golden.json's truth is computed in float64 too, by another formula, and promises
+    # 1e-12.
     torch.float64: 1e-12,
     # 32 * 2^-24, rounded up.
     torch.float32: 2e-6,
-    # Float32 arithmetic; but weight, gradient and state are rounded to 8 significant bits when they are read, and the weight
-    # once more when it is stored: four times 2^-9.
+    # Float32 arithmetic; but weight, gradient and state are rounded to 8 significant bits when they are read, and the
+    # weight once more when it is stored: four times 2^-9.
     torch.bfloat16: 4 * 2**-9 + 2e-6,
     # The same with 11 significant bits.
     torch.float16: 4 * 2**-12 + 2e-6,
@@ -38,7 +41,9 @@ def _alike(actual: Tensor, expected: Tensor, what: str) -> None:
 
 
 def assert_same_bits(actual: Tensor, expected: Tensor, what: str) -> None:
-    """Raises unless dtypes, shapes and all values are the same: NaN where NaN is expected, of whatever payload, and -0 counts as +0."""
+    """Raises unless dtypes, shapes and all values are the same: NaN where NaN is expected, of whatever payload, and -0
+    counts as +0.
+    """
     _alike(actual, expected, what)
     if actual.dtype != expected.dtype:
         raise AssertionError(f"{what}: dtype {actual.dtype}, expected {expected.dtype}")
@@ -54,7 +59,9 @@ def assert_same_bits(actual: Tensor, expected: Tensor, what: str) -> None:
 
 
 def assert_close(actual: Tensor, expected: Tensor, bound: float | Tensor, what: str) -> None:
-    """Raises unless |actual - expected| <= bound everywhere, in float64. A NaN or an infinity on either side is never close."""
+    """Raises unless |actual - expected| <= bound everywhere, in float64. A NaN or an infinity on either side is never
+    close.
+    """
     _alike(actual, expected, what)
     error = (actual.double() - expected.double()).abs()
     wrong = ~(error <= bound)

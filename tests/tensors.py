@@ -1,4 +1,6 @@
-"""Hostile tensors: laid out in every way that torch allows, guarded on both sides, with values that reach every branch."""
+"""Hostile tensors: laid out in every way that torch allows, guarded on both sides, with values that reach every
+branch.
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -50,14 +52,23 @@ def _at_random(generator: torch.Generator, shape: Sequence[int], kinds: Tensor) 
 
 def _spoilt(generator: torch.Generator, x: Tensor) -> Tensor:
     """With NaN and infinities in about every eighth place."""
-    bad = torch.tensor([float("nan"), float("inf"), float("-inf")], dtype=x.dtype)[torch.randint(0, 3, x.shape, generator=generator)]
+    bad = torch.tensor([float("nan"), float("inf"), float("-inf")], dtype=x.dtype)[
+        torch.randint(0, 3, x.shape, generator=generator)
+    ]
     return torch.where(torch.rand(x.shape, generator=generator) < 0.125, bad, x)
 
 
 def draw_weight(
-    generator: torch.Generator, shape: Sequence[int], scale: Tensor, levels: Sequence[float], dtype: torch.dtype, hostile: bool
+    generator: torch.Generator,
+    shape: Sequence[int],
+    scale: Tensor,
+    levels: Sequence[float],
+    dtype: torch.dtype,
+    hostile: bool,
 ) -> Tensor:
-    """Weights, float64: on levels, on midpoints, close to both, anywhere inside, outside, far outside, zeros of both signs, subnormal."""
+    """Weights, float64: on levels, on midpoints, close to both, anywhere inside, outside, far outside, zeros of both
+    signs, subnormal.
+    """
 
     def uniform() -> Tensor:
         return torch.rand(shape, generator=generator, dtype=torch.float64)
@@ -96,6 +107,8 @@ def draw_weight(
 def draw_gradient(generator: torch.Generator, shape: Sequence[int], hostile: bool) -> Tensor:
     """Gradients, float64: from far below to far above what moves a weight across the codebook, and zeros."""
     normal = torch.randn(shape, generator=generator, dtype=torch.float64)
-    kinds = torch.stack([normal, normal * 1e-3, normal * 0.1, normal * 20, torch.zeros_like(normal), -torch.zeros_like(normal)])
+    kinds = torch.stack(
+        [normal, normal * 1e-3, normal * 0.1, normal * 20, torch.zeros_like(normal), -torch.zeros_like(normal)]
+    )
     g = _at_random(generator, shape, kinds)
     return _spoilt(generator, g) if hostile else g

@@ -1,0 +1,262 @@
+"""The backends: which are here, why the others are not, which one a call takes, and the call.
+ Each backend offers ``sgd_`` and ``adamw_`` with the arguments of :mod:`askew_cuda.reference`, whose results it
+reproduces.
+"""
+
+import functools
+import importlib
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+
+from . import reference
+
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+# A found_inf of 1: the operator checks its arguments and leaves everything as it is.
+SKIP = torch.ones((), dtype=torch.float64)
+
+Tensors = Sequence[torch.Tensor]
+Scalar = float | torch.Tensor | None  # one that changes from step to step
+
+_REINSTALL = "reinstall it: `pip install --no-build-isolation --force-reinstall --no-deps .` in its checkout"
+
+
+def _load() -> tuple[Any, str]:
+    """The compiled extension, or None and the reason with its remedy."""
+    try:
+        return importlib.import_module(f"{__package__}._C"), ""
+    except ModuleNotFoundError:
+        return (
+            None,
+            f"the package was installed without its compiled extension; with a C++20 compiler and torch in place, {_REINSTALL}",
+        )
+    except ImportError as error:  # built for another torch, most of the time
+        return None, f"the compiled extension does not load under torch {torch.__version__} ({error}); {_REINSTALL}"
+
+
+extension, _extension_absent = _load()
+
+if extension is not None:
+
+    def _fake(*names: str | None) -> Callable[..., None]:
+        """Nothing is returned; all results are mutated arguments. A real tensor among fake ones would be left out
+        silently, so the lists that are named must be where the weights are.
+        """
+
+        def check(weights: Tensors, *lists: Any, **settings: Any) -> None:
+            *tensors_of, _levels, codes, snapped, remainders = lists
+            named = (*names, "codes", "snapped", "remainders")
+            for name, tensors in zip(named, (*tensors_of, codes, snapped, remainders), strict=True):
+                for index, (weight, tensor) in enumerate(zip(weights, tensors, strict=False)):
+                    if name is not None and tensor.device != weight.device:
+                        raise ValueError(
+                            f"askew_cuda: {name}[{index}] is on {tensor.device} but weights[{index}] is on {weight.device}"
+                        )
+
+        return check
+
+    torch.library.register_fake("askew_cuda::sgd_", _fake("grads", "momentum_buffers", "scales"))
+    torch.library.register_fake(
+        "askew_cuda::adamw_", _fake("grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", None, "scales")
+    )
+
+
+Result = TypeVar("Result")
+
+
+def _once(function: Callable[..., Result]) -> Callable[..., Result]:
+    """functools.cache, but for a warning when torch.compile traces it."""
+    known: dict[tuple[object, ...], Result] = {}
+
+    @functools.wraps(function)
+    def call(*key: object) -> Result:
+        if key not in known:
+            known[key] = function(*key)
+        return known[key]
+
+    return call
+
+
+def build_info() -> dict[str, object] | None:
+    """What the compiled extension was built with (torch, compiler, cuda, threads); None where there is none."""
+    return None if extension is None else extension.build_info()
+
+
+def _cuda_absent(device: torch.device) -> str:
+    """Why the extension can't step weights on this device by CUDA kernels; "" where it can."""
+    if extension.build_info()["cuda"] is None:
+        return f"the extension was built without CUDA kernels; with the CUDA toolkit in place (nvcc; CUDA_HOME says where), {_REINSTALL}"
+    if device.type != "cuda":
+        return f"it steps CUDA tensors, and the weights are on {device}"
+    if torch.version.hip is not None:
+        return "torch is built for ROCm, whose GPUs don't run CUDA kernels; backend='triton' may"
+    if not torch.cuda.is_available():
+        return f"torch {torch.__version__} finds no GPU that it can use"
+    return extension.cuda_problem(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def triton_version() -> str:
+    """Triton's version, "" where it is not installed. It is imported when it is asked for first, not with the
+    package.
+    """
+    try:
+        version: str = importlib.import_module("triton").__version__
+    except ImportError:
+        return ""
+    return version
+
+
+def _triton_absent(device: torch.device, dtype: torch.dtype) -> str:
+    """absent() for Triton, which is loaded only where all else is fit for it."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if dtype == torch.float64:
+        return "its kernels compute in float32; backend='reference' steps float64 weights on any device"
+    if device.type == "cpu" and not interpreted:
+        return "it steps GPU tensors; CPU tensors too, slowly, where TRITON_INTERPRET=1 is set before Triton is loaded"
+    if device.type not in ("cpu", "cuda", "xpu"):
+        return f"it steps cuda (NVIDIA, AMD) and xpu (Intel) tensors, and the weights are on {device}"
+    version = triton_version()
+    if not version:
+        return "triton is not installed: `pip install triton`"
+    if tuple(int(number) for number in version.split(".")[:2]) < (
+        3,
+        6,
+    ):  # 3.5 divides with subnormal numbers flushed to zero
+        return f"triton 3.6 or newer is needed, and {version} is installed: `pip install --upgrade triton`"
+    if device.type == "cpu":
+        return ""
+    if interpreted:
+        return f"TRITON_INTERPRET=1 is set: it steps CPU tensors only, and the weights are on {device}; unset it"
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return "torch finds no GPU"
+    if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"Triton needs compute capability 8.0, and {torch.cuda.get_device_name(device)} has less"
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "Triton needs a C compiler at run time: install gcc or clang, or name one in CC"
+    return ""
+
+
+def absent(backend: str, device: torch.device, dtype: torch.dtype, rounds: bool = False) -> str:
+    """Why ``backend`` can't step weights of this dtype on this device, and what helps; "" where it can. rounds: it is
+    to round them otherwise than to nearest.
+    """
+    if dtype not in DTYPES:
+        return f"weights of {dtype} are not supported; float32, float64, bfloat16 and float16 are"
+    if backend == "cpu":
+        return _extension_absent or (
+            "" if device.type == "cpu" else f"it steps CPU tensors, and the weights are on {device}"
+        )
+    if backend == "cuda":
+        return _extension_absent or _cuda_absent(device)
+    if backend == "triton":
+        return (
+            "it rounds to nearest only; low_precision = 'nearest' would do" if rounds else _triton_absent(device, dtype)
+        )
+    return ""
+
+
+@_once
+def choose(backend: str, device: torch.device, dtype: torch.dtype, rounds: bool = False) -> str:
+    """The backend that steps weights of this dtype on this device: the one asked for, or the first present one for
+    "auto".
+
+    Raises:
+        ValueError: ``backend`` is not a backend's name. TypeError: no backend has this dtype.
+        RuntimeError: it is absent; the message says why and what helps.
+    """
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(f"backend = {backend!r}; 'auto', 'cuda', 'triton', 'cpu' or 'reference'")
+    if dtype not in DTYPES:
+        raise TypeError(absent("reference", device, dtype))
+    if backend != "auto":
+        reason = absent(backend, device, dtype, rounds)
+        if reason:
+            raise RuntimeError(f"backend = {backend!r} is absent: {reason}")
+        return backend
+    # Triton's interpreter is for tests, not for "auto".
+    chosen = next(
+        name
+        for name in BACKENDS
+        if (name, device.type) != ("triton", "cpu") and not absent(name, device, dtype, rounds)
+    )
+    if chosen == "reference":
+        own = "cpu" if device.type == "cpu" else "cuda"
+        warnings.warn(
+            f"askew_cuda steps {device.type} weights by its slow pure PyTorch reference: {absent(own, device, dtype)}",
+            stacklevel=2,
+        )
+    return chosen
+
+
+def explain(backend: str, device: torch.device, dtype: torch.dtype, rounds: bool = False) -> str:
+    """What choose() says, and of which weights; for "auto" with the reasons why no other backend of the device was
+    taken before it.
+    """
+    chosen = choose(backend, device, dtype, rounds)
+    before = BACKENDS[: BACKENDS.index(chosen)] if backend == "auto" else ()
+    reasons = [
+        f"{name} is absent: {absent(name, device, dtype, rounds)}"
+        for name in before
+        if (name == "cpu") == (device.type == "cpu")
+    ]
+    return f"{chosen} for {dtype} on {device}" + (f" ({'; '.join(reasons)})" if reasons else "")
+
+
+def scalar(value: Scalar) -> torch.Tensor | None:
+    """A scalar that changes from step to step, as the operators take it."""
+    return value if value is None or isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.float64)
+
+
+def _compiled(name: str) -> Callable[..., None]:
+    """The operator through the dispatcher where something listens there (torch.compile, fake tensors, tracing); else
+    without it.
+    """
+    dispatched, direct = getattr(torch.ops.askew_cuda, name).default, getattr(extension, name)
+    plain = (torch.Tensor, torch.nn.Parameter)
+
+    def call(
+        weights: Tensors, *lists: Any, lr: Scalar, epsilon: Scalar, grad_scale: Scalar = None, found_inf: Scalar = None,
+        remainders: Tensors = (), seed: int | torch.Tensor | None = None, streams: Sequence[int] = (),
+        first_elements: Sequence[int] = (), **settings: Any,
+    ) -> None:  # fmt: skip
+        scalars = {"lr": lr, "epsilon": epsilon, "grad_scale": grad_scale, "found_inf": found_inf}
+        settings |= {key: scalar(value) for key, value in scalars.items()}
+        settings |= {
+            "seed": torch.tensor(seed) if isinstance(seed, int) else seed,
+            "streams": streams,
+            "first_elements": first_elements,
+        }
+        listening = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+        if listening or not weights or type(weights[0]) not in plain:
+            dispatched(weights, *lists, remainders, **settings)
+        else:
+            direct(weights, *lists, remainders, **settings)
+
+    return call
+
+
+class Operators(NamedTuple):
+    """The two operators of a backend; :func:`askew_cuda.reference.sgd_` describes their arguments."""
+
+    sgd_: Callable[..., None]
+    adamw_: Callable[..., None]
+
+
+@_once
+def operators(backend: str) -> Operators:
+    """The operators of a backend that is present."""
+    if backend == "reference":
+        return Operators(reference.sgd_, reference.adamw_)
+    if backend == "triton":
+        from .triton import launch
+
+        # The launch follows addresses, which a trace does not have: torch.compile breaks its graph there.
+        reason = "the Triton backend is launched outside of torch.compile's graphs"
+        return Operators(*(torch.compiler.disable(each, reason=reason) for each in (launch.sgd_, launch.adamw_)))
+    return Operators(_compiled("sgd_"), _compiled("adamw_"))

@@ -1,0 +1,632 @@
+"""The base of AskewSGD and AskewAdamW: param groups, state, the step, weights on their levels for a while or for
+good.
+"""
+
+import contextlib
+import functools
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import compress
+from typing import Any, NamedTuple, overload
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from . import backends, checkpoints, scales
+from .hints import LostSteps
+from .interrupts import deferred
+from .keywords import CONSTRAINT, Group, check_group, resolve_rate
+from .quantizer import Quantizer, codes, distance, snap
+
+Call = functools.partial[None]
+
+
+def next_seed(seed: Any) -> Any:
+    """The seed of the next step; a tensor is advanced in place, on its device. A congruential generator mod 2^63
+    (Knuth, MMIX).
+    """
+    if isinstance(seed, Tensor):
+        return seed.mul_(6364136223846793005).add_(1442695040888963407).bitwise_and_(2**63 - 1)
+    return (seed * 6364136223846793005 + 1442695040888963407) % 2**63
+
+
+class Staged:
+    """What a step adds to the optimizer - scales, zeroed moments, buffers for outputs - held back until nothing can
+    fail any more.
+    """
+
+    def __init__(self) -> None:
+        self._added: dict[tuple[int, Any], tuple[dict[Any, Any], Any]] = {}
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the step adds nothing."""
+        return not self._added
+
+    def get(self, kept: dict[Any, Any], key: Any, make: Callable[[], Any]) -> Any:
+        """``kept[key]``, or what ``make`` makes, once, which becomes it at commit()."""
+        if key in kept:
+            return kept[key]
+        where = (id(kept), key)
+        if where not in self._added:
+            self._added[where] = (kept, make())
+        return self._added[where][1]
+
+    def put(self, kept: dict[Any, Any], key: Any, value: Any) -> Any:
+        """The value, which becomes ``kept[key]`` at commit()."""
+        self._added[(id(kept), key)] = (kept, value)
+        return value
+
+    def commit(self) -> None:
+        """From now on the optimizer has it."""
+        for (_, key), (kept, value) in self._added.items():
+            kept[key] = value
+
+
+class Batch(NamedTuple):
+    """Weights of one group that step in one call, their gradients and their states."""
+
+    weights: list[Tensor]
+    grads: list[Tensor]
+    states: list[dict[str, Any]]
+    staged: Staged
+
+    def pick(self, wanted: list[bool]) -> "Batch":
+        """Those that are wanted."""
+        weights, grads, states = self[:3]
+        return Batch(
+            list(compress(weights, wanted)), list(compress(grads, wanted)), list(compress(states, wanted)), self.staged
+        )
+
+    def tensors(self, key: str, make: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        """A state tensor of each weight; made where it is missing."""
+        try:
+            return [state[key] for state in self.states]
+        except KeyError:
+            pairs = zip(self.weights, self.states, strict=True)
+            return [self.staged.get(state, key, functools.partial(make, weight)) for weight, state in pairs]
+
+
+@dataclass(frozen=True)
+class TensorReport:
+    """One tensor, before finalize() snapped it. Distances are in units of half the distance between levels: 0 on a
+    level, 1 half-way.
+    """
+
+    name: str
+    numel: int
+    max_distance: float
+    share_on_level: float
+
+
+@dataclass(frozen=True)
+class FinalizeReport:
+    """What finalize() did: in all, and per tensor. ``never_stepped`` names quantized weights that never received a
+    gradient.
+    """
+
+    max_distance: float
+    share_on_level: float
+    never_stepped: tuple[str, ...]
+    tensors: tuple[TensorReport, ...]
+
+
+class QuantizedOptimizer(torch.optim.Optimizer):
+    """An optimizer whose param groups may bring a quantizer and the keywords around it. Subclasses bring the rule."""
+
+    _step_supports_amp_scaling = (
+        True  # torch.amp.GradScaler: sets grad_scale and found_inf here, and leaves p.grad alone
+    )
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any], constraint: dict[str, Any]):
+        unknown = set(constraint) - set(CONSTRAINT)
+        if unknown:
+            raise TypeError(
+                f"{type(self).__name__}: unknown keywords {', '.join(sorted(unknown))}; beyond torch's there are {', '.join(CONSTRAINT)}"
+            )
+        self._start()
+        super().__init__(params, {**defaults, **CONSTRAINT, **constraint})
+
+    def _start(self) -> None:
+        """What is neither saved nor copied."""
+        self.outputs: dict[Tensor, dict[str, Tensor]] = {}
+        self.first_elements: dict[Tensor, int] = {}  # of weights that are parts of larger ones, for stochastic rounding
+        self._stepped: dict[Tensor, bool] = {}  # weights that received a gradient
+        self._parsed: list[tuple[object, Quantizer]] = []
+        self._fresh_norms: bool | None = None
+        self._quantized_depth = 0
+        self._lent: dict[Tensor, Tensor] = {}  # scales that are not set yet, while quantized() holds them
+        self._verified: list[Any] | None = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_parsed" not in self.__dict__:  # unpickled or copied; load_state_dict also comes through here
+            self._start()
+        self._stepped.update(
+            (weight, True) for weight, kept in self.state.items() if kept and isinstance(weight, Tensor)
+        )
+        for group in self.param_groups:
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
+            self._quantizer(group)
+
+    @staticmethod
+    def _check_rule(group: Group) -> None:
+        """Ranges of what the rule alone has."""
+        raise NotImplementedError
+
+    def add_param_group(self, param_group: Group) -> None:
+        """As torch's; the group may bring any of the keywords of the constructor. Nothing is added when one is
+        wrong.
+        """
+        group = dict(param_group)
+        if not isinstance(group["params"], (Tensor, set)):  # torch wraps the one and refuses the other
+            group["params"] = list(group["params"])
+        group["recovery"], group["alpha"] = resolve_rate(
+            group, self.defaults, group.get("skew_at", self.defaults["skew_at"])
+        )
+        quantizer = self._check(group)
+        group["quantizer"] = None if quantizer is None else quantizer.plain()
+        group["outputs"] = list(group.get("outputs", self.defaults["outputs"]))
+        group["state_dtype"] = None if group.get("state_dtype", self.defaults["state_dtype"]) is None else "float32"
+        super().add_param_group(group)
+        self._fresh_norms = None
+        unique = {weight: i for i, weight in reversed(list(enumerate(group["params"])))}  # torch has warned of others
+        for key in {"params", "param_names"} & set(group):
+            group[key] = [group[key][i] for i in reversed(unique.values())]
+        self._quantizer(group)
+
+    def _check(self, group: Group) -> Quantizer | None:
+        """Whether the group, and the defaults where it is silent, can be stepped; its quantizer."""
+        settings = {**self.defaults, **group}
+        check_group(settings)
+        self._check_rule(settings)
+        quantizer = None if settings["quantizer"] is None else Quantizer.parse(settings["quantizer"])
+        self._check_weights(settings["params"], settings, quantizer)
+        return quantizer
+
+    @staticmethod
+    def _check_weights(params: Any, settings: Group, quantizer: Quantizer | None) -> None:
+        """Whether the weights of a group can be stepped as the group says."""
+        for index, item in enumerate([params] if isinstance(params, Tensor) else params):
+            name, weight = item if isinstance(item, tuple) else (f"params[{index}]", item)
+            if not isinstance(weight, Tensor):
+                continue  # torch's own error says it best
+            if weight.layout != torch.strided or weight.is_complex() or weight.dtype not in backends.DTYPES:
+                raise TypeError(
+                    f"{name} is {weight.dtype} ({weight.layout}); dense float32, float64, bfloat16 and float16 weights can be stepped"
+                )
+            if settings["state_dtype"] is not None and weight.dtype == torch.float64:
+                raise ValueError(f"state_dtype = float32, but {name} is float64; it is for 16-bit weights")
+            if settings.get("capturable") and weight.device.type == "cpu":
+                raise ValueError(
+                    f"capturable = True, but {name} is on the CPU; it is for weights on a GPU, in CUDA graphs. Leave it False"
+                )
+            if quantizer is not None:
+                quantizer.check(weight, name)
+            chosen = QuantizedOptimizer._choose(settings, weight.device, weight.dtype)
+            if settings["fused"] and chosen == "reference":
+                raise RuntimeError(
+                    f"fused = True, but the pure PyTorch reference would step {name} on {weight.device}; leave it None"
+                )
+
+    @staticmethod
+    def _choose(group: Group, device: torch.device, dtype: torch.dtype) -> str:
+        """The backend of weights of a group."""
+        rounds = dtype.itemsize == 2 and group["low_precision"] != "nearest"
+        return backends.choose(group["backend"], device, dtype, rounds)
+
+    def _quantizer(self, group: Group) -> Quantizer | None:
+        plain = group["quantizer"]
+        if plain is None:
+            return None
+        for known, quantizer in self._parsed:
+            if known == plain:
+                return quantizer
+        self._parsed.append((plain, Quantizer.parse(plain)))
+        return self._parsed[-1][1]
+
+    def _named(self, group: Group) -> Iterator[tuple[str, Tensor]]:
+        names = group.get("param_names")
+        where = next(i for i, each in enumerate(self.param_groups) if each is group)
+        for i, weight in enumerate(group["params"]):
+            yield (names[i] if names else f"param_groups[{where}]['params'][{i}]"), weight
+
+    def _scale(self, weight: Tensor) -> Tensor | None:
+        """The weight's scale, if it is set."""
+        return self.state[weight].get("scale") if weight in self.state else None
+
+    def _has_fresh_norms(self) -> bool:
+        """Whether the optimizer has weights of normalisation layers, as they are before a training; looked at once, not
+        for each weight.
+        """
+        if self._fresh_norms is None:
+            self._fresh_norms = any(
+                scales.is_fresh_gain(weight.detach()) for group in self.param_groups for weight in group["params"]
+            )
+        return self._fresh_norms
+
+    def _estimate(self, group: Group, quantizer: Quantizer, name: str, weight: Tensor) -> Tensor:
+        normalized = group["normalized"]
+        if normalized is None and not group["pretrained"]:
+            normalized = self._has_fresh_norms()
+        return scales.estimate(
+            weight.detach(), quantizer, pretrained=group["pretrained"], normalized=bool(normalized), name=name
+        )
+
+    def _new_scale(self, group: Group, quantizer: Quantizer, name: str, weight: Tensor) -> Tensor:
+        """A weight's scale, to be set for ever; warns when the first clip would tear a trained network apart."""
+        scale = self._estimate(group, quantizer, name, weight)
+        if group["clip"] and not (group["pretrained"] or scales.is_torch_default(weight) or self._has_fresh_norms()):
+            outside = scales.share_outside(weight.detach(), scale, quantizer.codebook.levels)
+            if outside > 0.25:
+                warnings.warn(
+                    f"{name}: clipping to the outermost levels will move {outside:.0%} of its weights in the first step; "
+                    "if the network is trained already, pass pretrained=True; clip=False leaves them outside",
+                    stacklevel=4,
+                )
+        return scale
+
+    @torch.no_grad()
+    def prepare(self) -> None:
+        """Sets every quantized weight's scale now, from the weights as they are, instead of at its first step.
+
+        It is the one moment that may synchronise with a device: call it before capturing a graph or compiling.
+
+        Raises: ValueError: a weight holds NaN, infinity or nothing but zeros; the message names it. No scale has been
+            set then.
+        """
+        found = {}
+        for group in self.param_groups:
+            quantizer = self._quantizer(group)
+            if quantizer is not None:
+                for name, weight in self._named(group):
+                    if self._scale(weight) is None:
+                        found[weight] = self._new_scale(group, quantizer, name, weight)
+        with deferred():
+            for weight, scale in found.items():
+                self.state[weight]["scale"] = scale
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One step: base rule, constraint, clip and outputs in one pass over each tensor. ``p.grad`` is never written.
+        The step is made as a whole or not at all: state is allocated and arguments are checked before the first weight moves,
+               and Ctrl-C waits for the last one. What is left: a call that has to copy on its way - the reference, and
+               gradients in another memory order than their weights - stops where there is no memory for it.
+
+               Args:
+                   closure: reevaluates the model and returns the loss; it sees the trained weights.
+
+               Raises: RuntimeError: called inside :meth:`quantized`. ValueError: a gradient is sparse, or a scale can't be
+                   set. Nothing has
+                       moved then.
+        """
+        try:
+            if self._quantized_depth:
+                raise RuntimeError(
+                    "step() inside quantized(): the weights are snapped copies there; leave the block first"
+                )
+            loss = None
+            if closure is not None:
+                with torch.enable_grad():
+                    loss = closure()
+            if not self._overflowed():
+                self._make()
+            return loss
+        except BaseException:
+            for key in (
+                "grad_scale",
+                "found_inf",
+            ):  # GradScaler takes them back after a step that succeeds, and only then
+                self.__dict__.pop(key, None)
+            raise
+
+    def _make(self) -> None:
+        staged = Staged()
+        calls = [call for group in self.param_groups for call in self._group_calls(group, staged)]
+        lost = (
+            LostSteps(self.param_groups, self._stepped)
+            if not (staged.is_empty or torch.compiler.is_compiling())
+            else None
+        )
+        alone = staged.is_empty and len(calls) == 1 and calls[0].func not in backends.operators("reference")
+        if alone or torch.compiler.is_compiling():
+            self._commit(staged, calls)  # before and after, there is one compiled call between them
+        else:
+            self._verify(calls, anew=not staged.is_empty)
+            with deferred():
+                self._commit(staged, calls)
+            if lost and not self._overflowed(wait=True):  # nothing moves then
+                lost.warn()
+
+    def _verify(self, calls: list[Call], anew: bool) -> None:
+        """Has the operators check the arguments of all calls; not again while settings and scales stay the ones that
+        were checked.
+        """
+        settings = [
+            {key: value for key, value in call.keywords.items() if not isinstance(value, Tensor)} for call in calls
+        ]
+        plain = [settings, [list(map(id, call.args[-4])) for call in calls]]
+        if anew or plain != self._verified:
+            for call in calls:
+                call(found_inf=backends.SKIP)
+            self._verified = plain
+
+    def _commit(self, staged: Staged, calls: list[Call]) -> None:
+        staged.commit()
+        for call in calls:
+            call()
+        for group in self.param_groups:
+            if group["low_precision"] == "stochastic":
+                group["seed"] = next_seed(group["seed"])
+        if len(self._stepped) < sum(len(group["params"]) for group in self.param_groups):
+            self._stepped.update(
+                (weight, True) for group in self.param_groups for weight in group["params"] if weight.grad is not None
+            )
+
+    def _group_calls(self, group: Group, staged: Staged) -> Iterator[Call]:
+        """One call per device and dtype, to be made once all of the step is known to be good."""
+        weights, grads = [], []
+        for weight in group["params"]:
+            grad = weight.grad
+            if grad is not None:
+                weights.append(weight)
+                grads.append(grad)
+        if any([grad.is_sparse for grad in grads]):
+            name = next(
+                name for name, weight in self._named(group) if weight.grad is not None and weight.grad.is_sparse
+            )
+            raise ValueError(
+                f"the gradient of {name} is sparse; dense gradients are needed (sparse=False in an embedding)"
+            )
+        states: list[Any] = list(map(self.state.get, weights))
+        if None in states:
+            states = [staged.get(self.state, weight, dict) for weight in weights]
+        batch = Batch(weights, grads, states, staged)
+        kinds = {(device, dtype) for device in {w.device for w in weights} for dtype in {w.dtype for w in weights}}
+        for device, dtype in kinds:
+            same = batch if len(kinds) == 1 else batch.pick([w.dtype == dtype and w.device == device for w in weights])
+            if same.weights:
+                if (
+                    device.type == "cuda"
+                    and not torch.compiler.is_compiling()
+                    and torch.cuda.is_current_stream_capturing()
+                ):
+                    self._check_capture(group, same)
+                yield from self._calls(group, backends.operators(self._choose(group, device, dtype)), same)
+
+    @staticmethod
+    def _check_capture(group: Group, batch: Batch) -> None:
+        """Whether a CUDA graph that is being captured would do, when it is replayed, what a step does then."""
+        if not group.get("capturable", True):
+            raise RuntimeError(
+                "step() in a CUDA graph capture with capturable = False: the step would never be counted; pass True"
+            )
+        if group["quantizer"] is None:
+            return
+        if not isinstance(group["epsilon"], Tensor) or group["epsilon"].device.type == "cpu":
+            raise RuntimeError(
+                f"step() in a CUDA graph capture with epsilon = {group['epsilon']!r}: the graph would never anneal; "
+                "pass epsilon=torch.tensor(1.0, device=...), which Anneal fills in place"
+            )
+        if any("scale" not in state for state in batch.states):
+            raise RuntimeError(
+                "step() in a CUDA graph capture before the scales are set: call prepare(), or step once, before it"
+            )
+
+    def _calls(self, group: Group, backend: backends.Operators, batch: Batch) -> Iterator[Call]:
+        """The calls of a batch: operators with all their arguments. Nothing is changed."""
+        raise NotImplementedError
+
+    def _moments(self, group: Group, batch: Batch, key: str) -> list[Tensor]:
+        """A state tensor of each weight; zeros where it is missing."""
+        dtype = None if group["state_dtype"] is None else torch.float32
+        return batch.tensors(key, lambda weight: torch.zeros_like(weight, dtype=dtype, requires_grad=False))
+
+    def _rounding(self, group: Group, batch: Batch) -> dict[str, Any]:
+        """How the weights of a batch are rounded, as the operators take it."""
+        if group["low_precision"] == "nearest" or batch.weights[0].dtype.itemsize != 2:
+            return {}
+        if group["low_precision"] == "remainder":
+            zeros = functools.partial(torch.zeros_like, dtype=torch.int16, requires_grad=False)
+            return {"remainders": batch.tensors("remainder", zeros)}
+        number = {
+            weight: i for i, weight in enumerate(weight for each in self.param_groups for weight in each["params"])
+        }
+        first = [self.first_elements.get(weight, 0) for weight in batch.weights]
+        seed = group["seed"] if isinstance(group["seed"], Tensor) else torch.tensor(group["seed"])
+        return {"seed": seed, "streams": [number[weight] for weight in batch.weights], "first_elements": first}
+
+    def _scales(self, group: Group, batch: Batch) -> list[Tensor]:
+        """The scale of each weight; estimated now where it is missing."""
+        quantizer = self._quantizer(group)
+        if quantizer is None:
+            return []
+        names: dict[Tensor, str] = {}
+
+        def estimate(weight: Tensor) -> Tensor:
+            if not names:
+                names.update((each, name) for name, each in self._named(group))
+            return self._new_scale(group, quantizer, names[weight], weight)
+
+        return batch.tensors("scale", estimate)
+
+    def _outputs(self, group: Group, batch: Batch) -> tuple[list[Tensor], list[Tensor]]:
+        """Buffers for codes and snapped weights; empty lists where they are not wanted."""
+        lists: dict[str, list[Tensor]] = {"codes": [], "snapped": []}
+        for key in group["outputs"]:
+            dtype = torch.uint8 if key == "codes" else None
+            for weight in batch.weights:
+                kept = batch.staged.get(self.outputs, weight, dict)
+                make = functools.partial(torch.empty_like, weight, dtype=dtype, requires_grad=False)
+                lists[key].append(batch.staged.get(kept, key, make))
+        return lists["codes"], lists["snapped"]
+
+    def _constraint(self, group: Group, batch: Batch) -> tuple[tuple[float, ...], dict[str, Any]]:
+        """Levels and keyword arguments of a call that both rules share."""
+        quantizer = self._quantizer(group)
+        keys = ("weight_decay", "maximize", "anneal", "skew_at", "recovery", "alpha", "max_step", "clip")
+        settings = {key: group[key] for key in keys}
+        settings |= {key: backends.scalar(group[key]) for key in ("lr", "epsilon")}
+        for key in ("grad_scale", "found_inf"):  # set by torch.amp.GradScaler, on its own device
+            value = getattr(self, key, None)
+            settings[key] = value.to(batch.weights[0].device) if isinstance(value, Tensor) else backends.scalar(value)
+        return (() if quantizer is None else quantizer.codebook.levels), settings
+
+    def _overflowed(self, wait: bool = False) -> bool:
+        """Whether AMP found an infinity: the step then does nothing. Unless told to, it does not wait for a device to
+        know: False.
+        """
+        found: Tensor | float | None = getattr(self, "found_inf", None)
+        known = wait or not isinstance(found, Tensor) or found.device.type == "cpu"
+        return known and found is not None and bool(found != 0)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a checkpoint of this optimizer, or of torch's of the same rule: then the groups keep their quantizers
+               and their keywords.
+        Weights are matched by name where both have names (the groups may then differ), else by position. Scales are taken over
+               as they are; a checkpoint without them drops the stored ones (set again at the next step). What says how to
+               compute (backend, outputs, fused, ..) stays as it is here. ``state_dict`` is not mutated, and no tensor is
+               shared with it.
+
+               Raises:
+                   ValueError, TypeError: the weights don't match, or a value is out of range. Nothing has been loaded then.
+        """
+        state_dict = state_dict.copy()
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = before(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        state, groups = checkpoints.adopt(state_dict, self.param_groups)
+        for group in groups:
+            self._check(group)
+        with deferred():
+            self.__setstate__({"state": state, "param_groups": groups})
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
+    def _quantized_weights(self) -> Iterator[tuple[str, Tensor, Tensor, tuple[float, ...], Group]]:
+        """name, weight, scale, levels and group of each quantized weight; a scale that is not set yet is computed, not
+        stored.
+        """
+        for group in self.param_groups:
+            quantizer = self._quantizer(group)
+            if quantizer is not None:
+                for name, weight in self._named(group):
+                    scale = self._scale(weight)
+                    scale = self._lent.get(weight) if scale is None else scale
+                    scale = self._estimate(group, quantizer, name, weight) if scale is None else scale
+                    yield name, weight, scale, quantizer.codebook.levels, group
+
+    def quantized_parameters(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """(weight, codes, levels, scale) of every quantized weight: the snapped weight is ``scale * levels[codes]``.
+
+        codes: uint8, as the weight. levels: (K,), the scale's dtype. scale: () | (channels, 1, ..) | (rows, groups),
+        the last for ``weight.reshape(rows, groups, -1)``. Nothing is mutated.
+        """
+        for _, weight, scale, levels, _ in self._quantized_weights():
+            yield weight, codes(weight.detach(), scale, levels), scale.new_tensor(levels), scale
+
+    @contextlib.contextmanager
+    def quantized(self) -> Iterator[None]:
+        """Weights on their levels inside the block; the trained ones are back after it, whatever happens in it. May be
+        nested.
+
+        Holds a copy of the quantized weights meanwhile. step() is refused inside.
+        """
+        if self._quantized_depth:
+            self._quantized_depth += 1
+            try:
+                yield
+            finally:
+                self._quantized_depth -= 1
+            return
+        trained: list[tuple[Tensor, Tensor]] = []
+        try:
+            try:
+                with torch.no_grad(), deferred():
+                    for _, weight, scale, levels, _ in self._quantized_weights():
+                        snapped = snap(weight, scale, levels)
+                        trained.append((weight, weight.detach().clone()))
+                        self._lent[weight] = scale
+                        weight.copy_(snapped)
+                    self._quantized_depth = 1
+                yield
+            finally:
+                with deferred():
+                    self._give_back(trained)
+        finally:  # Ctrl-C may come on the way to where it is held back
+            self._give_back(trained)
+
+    @torch.no_grad()
+    def _give_back(self, trained: list[tuple[Tensor, Tensor]]) -> None:
+        while trained:
+            weight, value = trained[-1]
+            weight.copy_(value)
+            trained.pop()
+        self._lent.clear()
+        self._quantized_depth = 0
+
+    @torch.no_grad()
+    def finalize(self) -> FinalizeReport:
+        """Snaps every quantized weight onto its level, for good, and says how far they were.
+
+        Holds a copy of the quantized weights meanwhile: all of them are snapped, or none.
+
+        Returns: The largest distance, in units of half the distance between levels, the share of weights that were on a
+            level, and the names of quantized weights that never received a gradient; per tensor and in all.
+
+        Raises:
+            ValueError: a weight holds NaN; nothing has been snapped. RuntimeError: called inside :meth:`quantized`.
+        """
+        if self._quantized_depth:
+            raise RuntimeError("finalize() inside quantized(): leave the block first")
+        found, tensors, annealing = list(self._quantized_weights()), [], 0.0
+        for name, weight, scale, levels, group in found:
+            away = distance(weight, scale, levels)
+            if away.isnan().any():
+                raise ValueError(f"finalize: {name} holds {int(away.isnan().sum())} NaN weights; they have no level")
+            largest, share = (float(away.max()), float((away == 0).double().mean())) if away.numel() else (0.0, 1.0)
+            tensors.append(TensorReport(name, weight.numel(), largest, share))
+            annealing = max(annealing, float(group["epsilon"]))
+        total = sum(each.numel for each in tensors)
+        largest = max((each.max_distance for each in tensors), default=0.0)
+        share = sum(each.share_on_level * each.numel for each in tensors) / total if total else 1.0
+        if annealing > 0:
+            warnings.warn(
+                f"finalize: epsilon is still {annealing:.3g}: {1 - share:.1%} of the weights are off their levels and will move, "
+                f"by up to {largest:.3g} of half the distance between levels; anneal to 0 first",
+                stacklevel=2,
+            )
+        ready = [(weight, snap(weight, scale, levels), scale) for _, weight, scale, levels, _ in found]
+        with deferred():
+            for weight, snapped, scale in ready:
+                weight.copy_(snapped)
+                self.state[weight]["scale"] = scale
+                if "remainder" in self.state[weight]:
+                    self.state[weight]["remainder"].zero_()
+        never = tuple(name for name, weight, *_ in found if weight not in self._stepped)
+        return FinalizeReport(largest, share, never, tuple(tensors))
+
+    def __repr__(self) -> str:
+        lines = [f"{type(self).__name__} ("]
+        for i, group in enumerate(self.param_groups):
+            quantizer = self._quantizer(group)
+            kinds = dict.fromkeys((weight.device, weight.dtype) for weight in group["params"])
+            rounds = group["low_precision"] != "nearest"
+            chosen = [
+                backends.explain(group["backend"], device, dtype, rounds and dtype.itemsize == 2)
+                for device, dtype in kinds
+            ]
+            shown = {key: value for key, value in sorted(group.items()) if key not in ("params", "param_names")}
+            shown["quantizer"] = None if quantizer is None else quantizer.summary()
+            lines += [f"Parameter Group {i}", *(f"    {key}: {value}" for key, value in shown.items())]
+            lines.append(f"    runs on: {', '.join(chosen) or 'nothing'}")
+        return "\n".join([*lines, ")"])

@@ -1,0 +1,148 @@
+"""Codes to bytes and back, and codes to weights: what packed files and packed layers share.
+ A byte holds its codes as digits, the first code in the lowest place: base 2, 4, 16 and 256 are 1, 2, 4 and 8 bits,
+little end first; base 3 puts five ternary codes into a byte (3^5 = 243), 1.6 bits each, where log2(3) = 1.585 is the
+least possible. Codes are in logical row-major order, whatever the memory format of the weight; the last byte is filled
+up with zeros.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import reference
+
+
+class Packing(NamedTuple):
+    """Digits of which base, and how many of them a byte holds."""
+
+    base: int
+    per_byte: int
+
+
+PACKINGS = {
+    1: Packing(2, 8),
+    1.6: Packing(3, 5),
+    2: Packing(4, 4),
+    4: Packing(16, 2),
+    8: Packing(256, 1),
+}  # by bits per weight
+TERNARY = {"1.6bit": 1.6, "2bit": 2}
+
+
+def width(levels: int, ternary: str = "1.6bit") -> float:
+    """Bits per weight for a codebook of 2 to 256 levels: the smallest of 1, 2, 4, 8 that holds them; three levels as
+    ``ternary`` says.
+
+    Raises:
+        ValueError: ``ternary`` is neither "1.6bit" nor "2bit".
+
+    >>> [width(levels) for levels in (2, 3, 4, 5, 16, 17, 256)]
+    [1, 1.6, 2, 4, 4, 8, 8]
+    """
+    if ternary not in TERNARY:
+        raise ValueError(f"ternary = {ternary!r}; '1.6bit' (five codes to a byte) or '2bit' is needed")
+    return TERNARY[ternary] if levels == 3 else next(bits for bits in (1, 2, 4, 8) if 2**bits >= levels)
+
+
+def packed_size(numel: int, bits: float) -> int:
+    """Bytes that ``numel`` codes take.
+
+    >>> packed_size(6, 1.6)
+    2
+    """
+    return -(-numel // PACKINGS[bits].per_byte)
+
+
+def pack(codes: Tensor, bits: float) -> Tensor:
+    """Codes as bytes.
+
+    Args:
+        codes: (...), uint8, each below the base of ``bits``; any memory format. Not mutated.
+        bits: 1, 1.6, 2, 4 or 8 per code.
+
+    Returns:
+        (packed_size,), uint8, on the codes' device.
+
+    >>> pack(torch.tensor([1, 0, 2], dtype=torch.uint8), 2).tolist()  # 1 + 0 * 4 + 2 * 16
+    [33]
+    """
+    base, per_byte = PACKINGS[bits]
+    flat = codes.reshape(-1)
+    if per_byte == 1:
+        return flat.clone()
+    digits = flat.new_zeros(packed_size(len(flat), bits) * per_byte)
+    digits[: len(flat)] = flat
+    digits = digits.reshape(-1, per_byte)
+    packed = digits[:, -1].clone()
+    for place in reversed(range(per_byte - 1)):
+        packed.mul_(base).add_(digits[:, place])
+    return packed
+
+
+def unpack(packed: Tensor, bits: float, numel: int) -> Tensor:
+    """The first ``numel`` codes of (bytes,) uint8: (numel,) uint8. Inverse of :func:`pack`.
+
+    >>> unpack(torch.tensor([33], dtype=torch.uint8), 2, 3).tolist()
+    [1, 0, 2]
+    """
+    return _digits(packed, bits)[:numel]
+
+
+def unpack_at(packed: Tensor, bits: float, positions: Tensor) -> Tensor:
+    """The codes at some positions only: (...) int64, each in [0, numel), to (...) uint8."""
+    base, per_byte = PACKINGS[bits]
+    if per_byte == 1:
+        return packed[positions]
+    place = torch.tensor([base**k for k in range(per_byte)], dtype=torch.uint8, device=packed.device)[
+        positions % per_byte
+    ]
+    return (packed[positions // per_byte] // place) % base
+
+
+def fault(packed: Tensor, bits: float, numel: int, levels: int) -> str | None:
+    """What is wrong with packed codes, in words; None for what :func:`pack` makes of codes below ``levels``."""
+    base, per_byte = PACKINGS[bits]
+    if packed.numel() and base**per_byte < 256 and int(packed.max()) >= base**per_byte:
+        return f"a byte is {int(packed.max())}; five ternary codes make at most {base**per_byte - 1}"
+    digits = _digits(packed, bits)
+    codes, padding = digits[:numel], digits[numel:]
+    if codes.numel() and int(codes.max()) >= levels:
+        return f"a code is {int(codes.max())}; codes below {levels}, the number of levels, are needed"
+    if padding.numel() and int(padding.max()) != 0:
+        return "the last byte is not filled up with zeros"
+    return None
+
+
+def restore(codes: Tensor, scale: Tensor, levels: Sequence[float], dtype: torch.dtype) -> Tensor:
+    """The weights that codes stand for, bitwise what ``quantizer.snap`` gives: scale * level, rounded once more to
+    ``dtype``.
+
+    Args:
+        codes: (...), uint8, each below K. Not mutated.
+        scale: () | (channels, 1, ..) | (rows, groups), of the arithmetic type; weight units per level unit.
+        levels: K strictly increasing float32 numbers; level units.
+        dtype: of the weights.
+
+    >>> restore(torch.tensor([0, 2], dtype=torch.uint8), torch.tensor(0.5), (-1, 0, 1), torch.float32)
+    tensor([-0.5000,  0.5000])
+    """
+    if codes.numel() == 0:  # scales of nothing may not broadcast
+        return torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    book = reference.codebook(levels, scale)
+    return (reference.spread(scale, codes) * book.unit * book.level(codes.to(scale.dtype))).to(dtype)
+
+
+def _digits(packed: Tensor, bits: float) -> Tensor:
+    """All digits, those of the padding included: (bytes * per_byte,) uint8."""
+    base, per_byte = PACKINGS[bits]
+    if per_byte == 1:
+        return packed
+    places = torch.tensor([base**k for k in range(per_byte)], dtype=torch.uint8, device=packed.device)
+    if base == 3:
+        return (packed.unsqueeze(1) // places).remainder_(base).reshape(-1)
+    shifts = torch.arange(per_byte, dtype=torch.uint8, device=packed.device) * int(
+        bits
+    )  # the same digits, without a division
+    return (packed.unsqueeze(1) >> shifts).bitwise_and_(base - 1).reshape(-1)

@@ -1,0 +1,429 @@
+"""Packed files: a model with codes and scales in place of its quantized weights, in one safetensors file that training
+can go on from.
+ A quantized weight ``name`` is stored as ``name.codes`` (bytes, see :mod:`askew_cuda.packed.bits`) and ``name.scale``;
+everything else in the model's state_dict as it is. The manifest, JSON in the header's metadata, says how to read it::
+
+    {"version": 1,
+     "quantized": {name: {"shape": [..], "dtype": "float32", "layout": "row-major", "quantizer": "ternary/channel",
+                          "levels": [-1, 0, 1], "bits": 1.6}},
+     "tied": {another name of a tensor: the name that it is stored under},
+     "sha256": {stored tensor: of its bytes}}
+
+and has a checksum of its own, so that a flipped bit is found wherever it is.
+"""
+
+import hashlib
+import json
+import math
+import os
+import reprlib
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from .. import reference
+from ..quantizer import Quantizer
+from ..quantizer import codes as nearest_codes
+from .bits import PACKINGS, fault, pack, packed_size, restore, unpack, width
+from .safetensors import TensorReader, TensorWriter, replacing
+
+VERSION = 1
+LAYOUT = "row-major"  # logical order of the dimensions, whatever the memory format
+_MANIFEST, _CHECKSUM = "askew_cuda", "askew_cuda.sha256"  # keys of the metadata
+_DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Packed(NamedTuple):
+    """A quantized weight as the manifest describes it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    quantizer: Quantizer
+    bits: float
+
+
+def save_packed(
+    model: nn.Module, optimizer: torch.optim.Optimizer, path: str | os.PathLike[str], *, ternary: str = "1.6bit"
+) -> None:
+    """Writes the model as it is after ``optimizer.finalize()``: packed codes and scales, and everything else of its
+       state_dict.
+    Weights that are off their levels are saved snapped. Nothing is mutated. The file appears at once and whole, or not at
+       all: an old one stays until then, whatever happens. Written tensor by tensor; tied tensors once.
+
+       Args:
+           model: on any devices, in any memory format.
+           optimizer: an AskewSGD or AskewAdamW with quantized weights of this model.
+           path: of the safetensors file; its folder exists.
+           ternary: codes of three levels at "1.6bit", five to a byte, or at "2bit", which is simpler to read elsewhere.
+
+       Raises: ValueError: a quantized weight is NaN or not in the model, a scale is unfit, or the state_dict holds what a
+           file can't. TypeError: the optimizer is not one of ours. OSError: the file can't be written.
+    """
+    state, tied = model_state(model, "save_packed")
+    known = {weight: name for name, weight in state.items()}
+    by_weight = quantized_weights(optimizer, "save_packed")
+    for weight in by_weight:
+        if weight not in known:
+            raise ValueError(
+                f"save_packed: a quantized weight of shape {tuple(weight.shape)} is not in the model; "
+                "give the model that the optimizer trains"
+            )
+    described, tensors = {}, {}
+    for name, weight in state.items():
+        if weight not in by_weight:
+            tensors[name] = weight.dtype, tuple(weight.shape)
+            continue
+        quantizer = by_weight[weight]
+        bits = width(len(quantizer.codebook), ternary)
+        described[name] = _describe(Packed(tuple(weight.shape), weight.dtype, quantizer, bits))
+        tensors[f"{name}.codes"] = torch.uint8, (packed_size(weight.numel(), bits),)
+        tensors[f"{name}.scale"] = reference.arithmetic(weight.dtype), quantizer.scale_shape(weight)
+    if len(tensors) != len(state) + len(by_weight):
+        raise ValueError(
+            "save_packed: the model has a tensor NAME.codes or NAME.scale beside a quantized weight NAME; rename it"
+        )
+
+    def metadata(digests: dict[str, str]) -> dict[str, str]:
+        manifest = {"version": VERSION, "quantized": described, "tied": tied, "sha256": digests}
+        text = json.dumps(manifest, separators=(",", ":"))
+        return {"format": "pt", _MANIFEST: text, _CHECKSUM: hashlib.sha256(text.encode()).hexdigest()}
+
+    with replacing(path) as file:
+        writer = TensorWriter(file, tensors, metadata)
+        for name, weight in state.items():
+            if weight not in by_weight:
+                writer.write(name, weight)
+        for weight, bits, codes, scale in packed_weights(optimizer, by_weight, known, ternary):
+            name = known[weight]
+            writer.write(f"{name}.codes", pack(codes, bits))
+            writer.write(f"{name}.scale", scale)
+        writer.finish()
+
+
+def load_packed(path: str | os.PathLike[str], model: nn.Module) -> list[dict[str, Any]]:
+    """Reads a packed file into a model, every quantized weight bitwise ``scale * level``, and returns what goes on
+       training it.
+    The file is checked as a whole - header, manifest, checksums, codes, scales, names, shapes and dtypes against the model
+       - before anything in the model changes. Then its parameters and buffers are overwritten in place, one by one.
+       Nothing is unpickled.
+
+       Args:
+           path: of a file that :func:`save_packed` wrote.
+           model: of the architecture and dtypes that were saved, on any devices, in any memory format. Mutated.
+
+       Returns: Param groups for a fresh AskewSGD or AskewAdamW, with named parameters: the quantized weights, one group
+           per quantizer and scale, ``pretrained="packed"``, quantizers with the very scales of the file; then all others
+           that require a gradient.
+
+       Raises: ValueError: the file is truncated, damaged, foreign, of another version, or does not fit the model; the
+           message names file,
+               tensor and what was expected, and the model is unchanged. OSError: it can't be read.
+    """
+    with open(path, "rb") as file:
+        reader = TensorReader(file, path)
+        manifest = read_manifest(reader)
+        quantized = {name: read_packed(reader, name, raw) for name, raw in manifest["quantized"].items()}
+        sources = _match(reader, manifest, quantized, model)
+        state = model.state_dict(keep_vars=True)
+        for name, tensor in state.items():
+            _fits(reader, name, tensor, sources[name], quantized)
+        for stored in reader.entries:
+            _verify(reader, stored, manifest["sha256"][stored], quantized)
+        targets: dict[str, dict[Tensor, None]] = {}
+        for name, source in sources.items():
+            targets.setdefault(source, {})[state[name]] = None
+        with torch.no_grad():
+            for source, tensors in targets.items():
+                value = _value(reader, source, quantized)
+                for tensor in tensors:
+                    tensor.copy_(value)
+        return _groups(reader, model, sources, quantized)
+
+
+# What saving shares with packed layers
+
+
+def model_state(model: nn.Module, caller: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of the model's state_dict, each under its first name, and from its other names to that one.
+
+    Raises:
+        ValueError: an entry is not one of the model's parameters and buffers, in whose place it could be loaded again.
+    """
+    own = {*model.parameters(), *model.buffers()}
+    first: dict[Tensor, str] = {}
+    tied: dict[str, str] = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        if not isinstance(value, Tensor) or value not in own or value.layout != torch.strided or value.is_meta:
+            raise ValueError(
+                f"{caller}: {name} of the model's state_dict is {type(value).__name__}; packed files hold dense parameters and buffers "
+                "of the model that have memory (not meta), and no extra state"
+            )
+        if first.setdefault(value, name) != name:
+            tied[name] = first[value]
+    return {name: value for value, name in first.items()}, tied
+
+
+def quantized_weights(optimizer: torch.optim.Optimizer, caller: str) -> dict[Tensor, Quantizer]:
+    """Every quantized weight and its quantizer.
+
+    Raises:
+        TypeError: not an optimizer of ours. ValueError: it quantizes nothing.
+    """
+    if not hasattr(optimizer, "quantized_parameters"):
+        raise TypeError(
+            f"{caller}: optimizer = {type(optimizer).__name__}; the AskewSGD or AskewAdamW that trained the model is needed"
+        )
+    found = {
+        weight: Quantizer.parse(group["quantizer"])
+        for group in optimizer.param_groups
+        if group["quantizer"] is not None
+        for weight in group["params"]
+    }
+    if not found:
+        raise ValueError(
+            f"{caller}: the optimizer quantizes no weight; give groups from askew_cuda.param_groups, or quantizer="
+        )
+    return found
+
+
+def packed_weights(
+    optimizer: torch.optim.Optimizer, by_weight: dict[Tensor, Quantizer], names: dict[Tensor, str], ternary: str
+) -> Iterator[tuple[Tensor, float, Tensor, Tensor]]:
+    """(weight, bits, codes, scale) of every quantized weight, one at a time; codes (...) uint8, as the weight. Nothing
+    is mutated.
+
+    Raises:
+        ValueError: a weight is NaN, or a scale is not of the shape, dtype and range that its quantizer sets.
+    """
+    for weight, codes, _, scale in cast(Any, optimizer).quantized_parameters():
+        quantizer, name = by_weight[weight], names[weight]
+        if weight.isnan().any():
+            raise ValueError(
+                f"{name} holds {int(weight.isnan().sum())} NaN weights; they have no level: repair them before packing"
+            )
+        wanted = reference.arithmetic(weight.dtype), quantizer.scale_shape(weight)
+        if (scale.dtype, tuple(scale.shape)) != wanted or not _in_range(scale):
+            raise ValueError(
+                f"the scale of {name} is {scale.dtype} of shape {tuple(scale.shape)}, the least {_least(scale)}; {wanted[0]} of shape "
+                f"{wanted[1]}, positive and finite, is needed: it is set at the first step, leave it alone"
+            )
+        yield weight, width(len(quantizer.codebook), ternary), _settled(codes, scale, quantizer, weight.dtype), scale
+
+
+def _settled(codes: Tensor, scale: Tensor, quantizer: Quantizer, dtype: torch.dtype) -> Tensor:
+    """Codes that the restored weights have again, so that loading and saving changes no byte. In 16 bits the outermost
+    of many levels
+    may be rounded to a number that is closer to its neighbour, which is rounded to the same: then the neighbour's code
+        is taken.
+    """
+    if dtype.itemsize != 2:
+        return codes
+    levels = quantizer.codebook.levels
+    snapped = restore(codes, scale, levels, dtype)
+    again = nearest_codes(snapped, scale, levels)
+    return torch.where(restore(again, scale, levels, dtype) == snapped, again, codes)
+
+
+def _in_range(scale: Tensor) -> bool:
+    """Whether scales are positive, finite, and have a reciprocal: the range that optimizers accept."""
+    info = torch.finfo(scale.dtype)
+    return bool(((scale >= info.tiny) & (scale <= info.max)).all())
+
+
+def _least(scale: Tensor) -> float:
+    return float(scale.min()) if scale.numel() else 1.0
+
+
+# The manifest
+
+
+def _describe(packed: Packed) -> dict[str, object]:
+    quantizer = replace(packed.quantizer, scale="auto")  # the rule has done its work: the scales are stored
+    return {
+        "shape": list(packed.shape),
+        "dtype": str(packed.dtype).removeprefix("torch."),
+        "layout": LAYOUT,
+        "quantizer": quantizer.plain(),
+        "levels": list(quantizer.codebook.levels),
+        "bits": packed.bits,
+    }
+
+
+def read_manifest(reader: TensorReader) -> dict[str, Any]:
+    """The manifest, its version, checksum and outer form checked."""
+    text = reader.metadata.get(_MANIFEST)
+    if text is None:
+        raise reader.error(
+            "it is a safetensors file without a manifest of askew_cuda; a file from save_packed is needed"
+        )
+    try:
+        manifest = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise reader.error(f"its manifest is not JSON ({error}); the file is damaged") from error
+    version = manifest.get("version") if isinstance(manifest, dict) else None
+    if type(version) is not int or version != VERSION:
+        raise reader.error(
+            f"its manifest has version {reprlib.repr(version)}; version {VERSION} is needed: take the askew_cuda that wrote it"
+        )
+    if reader.metadata.get(_CHECKSUM) != hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest():
+        raise reader.error("its manifest does not have the checksum that the header says; the file is damaged")
+    if set(manifest) != {"version", "quantized", "tied", "sha256"} or not all(
+        isinstance(manifest[key], dict) for key in ("quantized", "tied", "sha256")
+    ):
+        raise reader.error(f"its manifest has {sorted(manifest)}; version, quantized, tied and sha256 are needed")
+    return manifest
+
+
+def read_packed(reader: TensorReader, name: str, raw: object) -> Packed:
+    """An entry of the manifest that says nothing impossible; whether it fits file and model is still to be seen."""
+    keys = {"shape", "dtype", "layout", "quantizer", "levels", "bits"}
+    if not isinstance(raw, dict) or set(raw) != keys:
+        raise reader.error(f"{name!r} is described by {reprlib.repr(raw)}; {', '.join(sorted(keys))} are needed")
+    try:
+        quantizer = Quantizer.parse(raw["quantizer"])
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise reader.error(f"{name!r} has quantizer {reprlib.repr(raw['quantizer'])}: {error}") from error
+    bits, shape = raw["bits"], raw["shape"]
+    for wrong, key, wanted in (
+        (quantizer.scale != "auto", "quantizer", "one without a scale, which is stored beside the codes,"),
+        (
+            raw["levels"] != list(quantizer.codebook.levels),
+            "levels",
+            f"{list(quantizer.codebook.levels)}, as its quantizer says,",
+        ),
+        (not isinstance(raw["dtype"], str) or raw["dtype"] not in _DTYPES, "dtype", f"one of {', '.join(_DTYPES)}"),
+        (raw["layout"] != LAYOUT, "layout", repr(LAYOUT)),
+        (
+            type(bits) not in (int, float) or bits not in PACKINGS or PACKINGS[bits].base < len(quantizer.codebook),
+            "bits",
+            f"1, 1.6, 2, 4 or 8, enough for {len(quantizer.codebook)} levels,",
+        ),
+        (
+            not isinstance(shape, list) or not all(type(each) is int and each >= 0 for each in shape),
+            "shape",
+            "a list of sizes",
+        ),
+    ):
+        if wrong:
+            raise reader.error(f"{name!r} has {key} = {reprlib.repr(raw[key])}; {wanted} is needed")
+    return Packed(tuple(shape), _DTYPES[raw["dtype"]], quantizer, bits)
+
+
+# File against model
+
+
+def _match(
+    reader: TensorReader, manifest: dict[str, Any], quantized: dict[str, Packed], model: nn.Module
+) -> dict[str, str]:
+    """From each name in the model to the name that its tensor is stored under."""
+    parts = {f"{name}.{part}" for name in quantized for part in ("codes", "scale")}
+    _same(reader, parts, parts & set(reader.entries), "tensors in the file")
+    _same(reader, set(reader.entries), set(manifest["sha256"]), "checksums")
+    stored = (set(reader.entries) - parts) | set(quantized)
+    for name, first in manifest["tied"].items():
+        if not isinstance(first, str) or first not in stored or name in stored:
+            raise reader.error(
+                f"{name!r} is tied to {reprlib.repr(first)}; the name of a tensor in the file, which it is not itself, is needed"
+            )
+    own, tied = model_state(model, "load_packed")
+    _same(reader, {*own, *tied}, stored | set(manifest["tied"]), "names in the file that the model also has")
+    sources = {name: manifest["tied"].get(name, name) for name in (*own, *tied)}
+    for name, first in tied.items():
+        if sources[name] != sources[first]:
+            raise reader.error(
+                f"{name!r} and {first!r} are two tensors in the file, but one in the model; untie them before loading"
+            )
+    return sources
+
+
+def _same(reader: TensorReader, wanted: set[str], found: set[str], what: str) -> None:
+    if wanted != found:
+        missing, unexpected = ([*map(repr, sorted(names)[:5])] for names in (wanted - found, found - wanted))
+        raise reader.error(
+            f"{what}: missing {', '.join(missing) or 'none'}; unexpected {', '.join(unexpected) or 'none'}"
+        )
+
+
+def _fits(reader: TensorReader, name: str, tensor: Tensor, source: str, quantized: dict[str, Packed]) -> None:
+    """A tensor of the model against what the file has for it."""
+    packed = quantized.get(source)
+    shape, dtype = packed[:2] if packed else (reader.entries[source].shape, reader.entries[source].dtype)
+    if tuple(tensor.shape) != shape:
+        raise reader.error(f"{name!r} has shape {shape}; {tuple(tensor.shape)}, as in the model, is needed")
+    if tensor.dtype != dtype:
+        raise reader.error(
+            f"{name!r} is {dtype}; {tensor.dtype}, as in the model, is needed; model.to({dtype}) before loading"
+        )
+    if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
+        raise reader.error(
+            f"{name!r} is expanded in the model: several of its elements share memory; make it contiguous to load it"
+        )
+    if packed is None:
+        return
+    try:
+        packed.quantizer.check(tensor, name)
+    except ValueError as error:
+        raise reader.error(str(error)) from error
+    wanted = {
+        f"{source}.codes": (torch.uint8, (packed_size(tensor.numel(), packed.bits),)),
+        f"{source}.scale": (reference.arithmetic(dtype), packed.quantizer.scale_shape(tensor)),
+    }
+    for part, (dtype, shape) in wanted.items():
+        entry = reader.entries[part]
+        if (entry.dtype, entry.shape) != (dtype, shape):
+            raise reader.error(f"{part!r} is {entry.dtype} of shape {entry.shape}; {dtype} of shape {shape} is needed")
+
+
+def _verify(reader: TensorReader, stored: str, digest: object, quantized: dict[str, Packed]) -> None:
+    """Reads one stored tensor, and checks checksum, codes and scale."""
+    values, found = reader.read(stored)
+    if found != digest:
+        raise reader.error(
+            f"{stored!r} has SHA-256 {found}; {reprlib.repr(digest)}, as the manifest says, is needed: the file is damaged"
+        )
+    name, _, part = stored.rpartition(".")
+    packed = quantized.get(name)
+    if packed is None or part not in ("codes", "scale"):
+        return
+    if part == "scale":
+        if not _in_range(values):
+            raise reader.error(
+                f"{stored!r} holds a scale that is not positive, finite and normal (the least is {_least(values)})"
+            )
+        return
+    wrong = fault(values, packed.bits, math.prod(packed.shape), len(packed.quantizer.codebook))
+    if wrong is not None:
+        raise reader.error(f"{stored!r}: {wrong}")
+
+
+def _value(reader: TensorReader, source: str, quantized: dict[str, Packed]) -> Tensor:
+    """The tensor that the file holds under a name, restored; on the CPU."""
+    packed = quantized.get(source)
+    if packed is None:
+        return reader.read(source)[0]
+    codes = unpack(reader.read(f"{source}.codes")[0], packed.bits, math.prod(packed.shape))
+    scale = reader.read(f"{source}.scale")[0]
+    return restore(codes.reshape(packed.shape), scale, packed.quantizer.codebook.levels, packed.dtype)
+
+
+def _groups(
+    reader: TensorReader, model: nn.Module, sources: dict[str, str], quantized: dict[str, Packed]
+) -> list[dict[str, Any]]:
+    """Quantized weights by quantizer and scale, then the rest."""
+    groups: dict[Quantizer, dict[str, Any]] = {}
+    rest: list[tuple[str, Tensor]] = []
+    for name, weight in model.named_parameters():  # tied ones once
+        source = sources.get(name)
+        if source in quantized:  # frozen ones, too: they have to be known when the model is packed again
+            scale = reader.read(f"{source}.scale")[0]
+            given = scale.tolist() if scale.shape[:1] != (0,) else 1.0  # a list of no rows would not tell the shape
+            book = quantized[source].quantizer
+            quantizer = Quantizer(book.codebook, given, book.granularity, book.group_size)
+            group = groups.setdefault(quantizer, {"params": [], "quantizer": quantizer.plain(), "pretrained": "packed"})
+            group["params"].append((name, weight))
+        elif weight.requires_grad:
+            rest.append((name, weight))
+    return [*groups.values(), *([{"params": rest, "quantizer": None}] if rest else [])]

@@ -1,0 +1,212 @@
+"""Packed layers: Linear, Conv2d and Embedding that hold codes and scales in place of a weight, and unpack it when they
+are called.
+ For a model that is only used: the weight exists while its layer computes, and in no other moment. Memory is the aim,
+not speed.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..quantizer import Quantizer
+from .bits import pack, restore, unpack, unpack_at
+from .file import packed_weights, quantized_weights
+
+
+class PackedLayer(nn.Module):
+    """What packed layers share: the buffers ``codes`` (bytes,) uint8 and ``scale``, and the weight that is made of
+       them.
+    A layer is taken over as it is, hooks and bias included, but for its weight. ``weight`` is a fresh tensor each time,
+       bitwise the snapped weight, in its memory format; writing to it changes nothing. Casting the layer (``half()``)
+       casts that tensor; codes and scale keep their dtypes. The state_dict holds codes, scale and, as ``_extra_state``, a
+       uint8 tensor that says how they are packed, so that codes of another codebook are refused.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    trained_dtype: torch.dtype
+
+    def __init__(self, layer: nn.Module, packed: Tensor, scale: Tensor, quantizer: Quantizer, bits: float):
+        nn.Module.__init__(self)  # that of the layer would make a weight
+        weight = layer.get_parameter("weight")
+        self.__dict__.update(vars(layer))
+        self._parameters = {name: value for name, value in layer._parameters.items() if name != "weight"}
+        self._buffers = dict(layer._buffers)
+        self.register_buffer("codes", packed)
+        self.register_buffer("scale", scale.clone())
+        self.levels, self.bits, self.shape = quantizer.codebook.levels, bits, tuple(weight.shape)
+        self.strides = torch.empty_like(
+            weight, device="meta"
+        ).stride()  # of channels_last, say: kernels round by memory format
+        self.dtype = self.trained_dtype = weight.dtype
+        plain = replace(quantizer, scale="auto").plain()
+        self.label = plain if isinstance(plain, str) else f"{len(self.levels)} levels/{quantizer.granularity}"
+
+    @property
+    def weight(self) -> Tensor:
+        """(...), unpacked now; without gradient."""
+        codes = unpack(self.codes, self.bits, math.prod(self.shape)).reshape(self.shape)
+        weight = self._restore(codes, self.scale)
+        if weight.stride() != self.strides:
+            weight = torch.empty_strided(self.shape, self.strides, dtype=weight.dtype, device=weight.device).copy_(
+                weight
+            )
+        return weight
+
+    def _restore(self, codes: Tensor, scale: Tensor) -> Tensor:
+        """Rounded to the dtype of the training first: casting a packed layer gives what casting the snapped one
+        does.
+        """
+        return restore(codes, scale, self.levels, self.trained_dtype).to(self.dtype)
+
+    def reset_parameters(self) -> None:
+        """Refused: there is no weight to initialise."""
+        raise RuntimeError(
+            f"reset_parameters() of {self!r}: packed layers are not trained; initialise the model before packing it"
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLayer":
+        scale, dtype = self.scale, fn(torch.empty(0, dtype=self.dtype, device=self.scale.device)).dtype
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.dtype = dtype
+        if self.scale.dtype != scale.dtype:  # the scale is what was trained, to the last bit
+            self.scale = scale.to(self.scale.device)
+        return self
+
+    def get_extra_state(self) -> Tensor:
+        """(bytes,) uint8, JSON: shape, dtype, levels and bits."""
+        packing = {"shape": self.shape, "dtype": str(self.trained_dtype), "levels": self.levels, "bits": self.bits}
+        return torch.frombuffer(bytearray(json.dumps(packing).encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Nothing to set: it was found equal in :meth:`_load_from_state_dict`."""
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        theirs, mine = state_dict.get(f"{prefix}_extra_state"), self.get_extra_state()
+        if isinstance(theirs, Tensor) and not torch.equal(theirs.cpu(), mine):
+            said = bytes(theirs.tolist()).decode(errors="replace") if theirs.dtype == torch.uint8 else repr(theirs)
+            error_msgs.append(f"{prefix}codes: packed as {said:.300}; {bytes(mine.tolist()).decode():.300} is needed")
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def extra_repr(self) -> str:
+        shape = "x".join(map(str, self.shape))
+        return f"{super().extra_repr()}, weight={shape} {str(self.dtype).removeprefix('torch.')}, {self.label}, {self.bits} bit"
+
+
+class PackedLinear(PackedLayer, nn.Linear):  # type: ignore[override] # weight is a property here
+    """nn.Linear with a packed weight; made by :func:`pack_modules`."""
+
+
+class PackedConv2d(PackedLayer, nn.Conv2d):  # type: ignore[override] # weight is a property here
+    """nn.Conv2d with a packed weight; made by :func:`pack_modules`."""
+
+
+class PackedEmbedding(PackedLayer, nn.Embedding):  # type: ignore[override] # weight is a property here
+    """nn.Embedding with a packed weight, of which only the rows that are looked up are unpacked; made by
+    :func:`pack_modules`.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(...) int64 or int32 to (..., embedding_dim). Raises IndexError for an index outside of [0,
+        num_embeddings).
+        """
+        rows, dim = self.shape
+        index = input.long().reshape(-1)
+        if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < rows:
+            raise IndexError(
+                f"PackedEmbedding: an index is outside of [0, {rows}): {int(index.min())} .. {int(index.max())}"
+            )
+        positions = index.unsqueeze(1) * dim + torch.arange(dim, device=index.device)
+        scale = self.scale if self.scale.numel() <= 1 else self.scale[index]
+        return self._restore(unpack_at(self.codes, self.bits, positions), scale).reshape(*input.shape, dim)
+
+
+PACKED = {nn.Linear: PackedLinear, nn.Conv2d: PackedConv2d, nn.Embedding: PackedEmbedding}
+
+
+def pack_modules(model: nn.Module, optimizer: torch.optim.Optimizer, *, ternary: str = "1.6bit") -> nn.Module:
+    """Replaces every layer whose weight is quantized by one that holds codes and scales only; outputs are those of the
+    snapped model.
+
+    Args:
+        model: whose nn.Linear, nn.Conv2d and nn.Embedding layers with quantized weights are replaced, in place. Tied
+            weights share their codes. The weights are freed when the optimizer is dropped, too.
+        optimizer: the AskewSGD or AskewAdamW with the scales. Not mutated, and of no use for this model afterwards.
+        ternary: codes of three levels at "1.6bit", five to a byte, or at "2bit".
+
+    Returns:
+        The model; where it is itself such a layer, the packed layer.
+
+    Raises: ValueError: a quantized weight is of another type of layer, is not in the model, or holds NaN; nothing has
+        changed. TypeError: the optimizer is not one of ours.
+
+    >>> import askew_cuda as askew
+    >>> model = nn.Sequential(nn.Linear(4, 10, bias=False))
+    >>> groups = askew.param_groups(model, {"*": "ternary"}, verbose=False)
+    >>> pack_modules(model, askew.AskewSGD(groups, lr=0.1))
+    Sequential(
+      (0): PackedLinear(in_features=4, out_features=10, bias=False, weight=10x4 float32, ternary, 1.6 bit)
+    )
+    """
+    by_weight = quantized_weights(optimizer, "pack_modules")
+    layers = _layers(model, set(by_weight))
+    names: dict[Tensor, str] = {weight: name for name, weight in model.named_parameters()}
+    new: dict[nn.Module, nn.Module] = {}
+    with torch.no_grad():
+        for weight, bits, codes, scale in packed_weights(optimizer, by_weight, names, ternary):
+            packed = pack(codes, bits)
+            for layer in layers[weight]:
+                new[layer] = PACKED[type(layer)](layer, packed, scale, by_weight[weight], bits)
+    for module in list(model.modules()):
+        for name, child in module._modules.items():
+            if child in new:
+                setattr(module, name, new[child])
+    return new.get(model, model)
+
+
+def _layers(model: nn.Module, weights: set[Tensor]) -> dict[Tensor, list[nn.Module]]:
+    """The layers of each quantized weight; raises ValueError unless all of them can be packed."""
+    found: dict[Tensor, list[nn.Module]] = {weight: [] for weight in weights}
+    for path, module in model.named_modules():
+        for name, weight in module._parameters.items():
+            if weight is None or weight not in weights:
+                continue
+            kind, whole = type(module), f"{path}.{name}".removeprefix(".")
+            why = None
+            if kind not in PACKED or name != "weight":
+                why = f"{name} of {kind.__name__} can't be packed; the weights of nn.Linear, nn.Conv2d and nn.Embedding themselves can"
+            elif getattr(module, "max_norm", None) is not None:
+                why = "an Embedding with max_norm writes to its weight when it is called, and can't be packed"
+            elif "forward" in vars(module):
+                why = "forward() of its layer was replaced; undo that before packing"
+            if why is not None:
+                raise ValueError(
+                    f"pack_modules: {whole}: {why}. Leave it unquantized, or use save_packed, which takes every layer"
+                )
+            found[weight].append(module)
+    for weight, layers in found.items():
+        if not layers:
+            raise ValueError(
+                f"pack_modules: a quantized weight of shape {tuple(weight.shape)} is not in the model; "
+                "give the model that the optimizer trains"
+            )
+    return found

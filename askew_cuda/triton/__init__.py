@@ -1,0 +1,1 @@
+"""The Triton backend: loaded when it is asked for first."""

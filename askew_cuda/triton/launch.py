@@ -1,0 +1,395 @@
+"""The Triton backend: from the lists of a call to one launch of :mod:`askew_cuda.triton.kernel`.
+ A launch steps all tensors of a call: a table on the device says where they lie, and a map which tensor each program's
+block is in. Both are kept: the map is made anew only for other layouts, the table where tensors lie elsewhere. Nothing
+is read from the device, and numbers that lie there are read by the kernel; with one exception: AdamW's step counts on
+the CPU can only stand still for a ``found_inf`` that the host has read.
+
+With TRITON_INTERPRET=1 in the environment Triton runs the same code on the CPU, slowly, for tests.
+"""
+
+import contextlib
+import functools
+import itertools
+import math
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import NamedTuple, TypeVar
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import reference
+from .checks import Lists, by_channel, check_constraint, check_lists, check_moments
+from .kernel import step_kernel
+
+Tensors = Sequence[Tensor]
+Scalar = float | Tensor | None  # one that changes from step to step
+Rule = tuple[float | Tensor, ...]  # the settings of SGD or AdamW, in the order in which the kernel unpacks them
+Made = TypeVar("Made")
+
+BLOCK, WARPS = 512, 4  # weights and warps of a program: 4 weights per thread, 16 bytes of float32
+INTERPRETED = not isinstance(step_kernel, triton.JITFunction)
+DEVICES = ("cpu",) if INTERPRETED else ("cuda", "xpu")
+# Triton's interpreter converts to bfloat16 by cutting off: there its bits are handled as integers, and rounded by the
+# kernel.
+STORAGE = {
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.uint16 if INTERPRETED else tl.bfloat16,
+    None: None,
+}
+
+
+class Latest(dict[Hashable, Made]):
+    """The last things that were made, by what they were made from."""
+
+    def __init__(self, limit: int):
+        super().__init__()
+        self.limit = limit
+
+    def make(self, key: Hashable, maker: Callable[[], Made]) -> Made:
+        if key not in self:
+            if len(self) == self.limit:
+                del self[next(iter(self))]
+            self[key] = maker()
+        return self[key]
+
+
+class Layout(NamedTuple):
+    """What a launch needs to know of its tensors, but where they lie; and the last tables that said that, too."""
+
+    owner: Tensor  # (programs,) int32, on the device: the tensor that a program's block is in
+    columns: Tensor  # (tensors, 4) int64: size, scale run, scale count, first block
+    per_tensor: bool  # no weight has more than one scale
+    tables: Latest[Tensor]
+
+
+layouts: Latest[Layout | None] = Latest(64)
+captured: list[tuple[object, ...]] = []  # what CUDA graphs go on reading, as long as the process lives
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether launches are being captured in a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def refuse_capture(device: torch.device) -> None:
+    """Copies to the device can't be captured."""
+    if capturing(device):
+        raise RuntimeError(
+            "askew_cuda: step() in a CUDA graph capture with tensors that no step has seen where they lie now; make one step before it "
+            "and keep the gradients (zero_grad(set_to_none=False)), or use backend='cuda'"
+        )
+
+
+def scale_in_order(weight: Tensor, scale: Tensor) -> Tensor:
+    """The scales in the order in which a weight in memory order meets them."""
+    if (
+        scale.numel() <= 1
+        or weight.numel() == 0
+        or weight.is_contiguous()
+        or by_channel(weight, scale)
+        or scale.shape[1] == 1
+    ):
+        return scale.contiguous()
+    # groups are counted in logical order: in another memory order each weight brings its own
+    each = scale.reshape(-1, 1).expand(-1, weight.numel() // scale.numel()).reshape(weight.shape)
+    return torch.empty_like(weight, dtype=scale.dtype).copy_(each)
+
+
+def scale_layout(weight: Tensor, scale: Tensor) -> tuple[int, int]:
+    """(run, count): element i of the weight, in memory order, has scale[(i // run) % count]."""
+    size, count = weight.numel(), scale.numel()
+    if count <= 1 or size == 0:
+        return max(size, 1), 1
+    return (size // count if weight.is_contiguous() or count == size else weight.stride(0)), count
+
+
+def make_layout(lists: Lists) -> Layout:
+    """For tensors in memory order. A block never crosses a tensor; an empty one has none."""
+    refuse_capture(lists.weights[0].device)
+    scales = zip(lists.weights, lists.scales, strict=True) if lists.scales else ()
+    runs = [scale_layout(weight, scale) for weight, scale in scales] or [(1, 1)] * len(lists.weights)
+    sizes = torch.tensor([weight.numel() for weight in lists.weights])
+    blocks = (sizes + (BLOCK - 1)) // BLOCK
+    owner = torch.repeat_interleave(torch.arange(len(sizes), dtype=torch.int32), blocks)
+    columns = torch.cat([sizes[:, None], torch.tensor(runs), (blocks.cumsum(0) - blocks)[:, None]], 1)
+    return Layout(owner.to(lists.weights[0].device), columns, all(count == 1 for _, count in runs), Latest(8))
+
+
+def addresses_of(lists: Lists) -> tuple[tuple[int, ...], ...]:
+    """The first columns of the table: addresses of weights, gradients, three states, codes, snapped weights and scales;
+    0 without.
+    """
+    every = (lists.weights, lists.grads, *[*lists.state.values(), (), ()][:3], lists.codes, lists.snapped, lists.scales)
+    return tuple([tuple([t.data_ptr() for t in tensors]) or (0,) * len(lists.weights) for tensors in every])
+
+
+def make_table(addresses: tuple[tuple[int, ...], ...], layout: Layout) -> Tensor:
+    """(tensors, COLUMNS) int64, on the device. The host waits for the copy, this once, so that any stream may use
+    it.
+    """
+    refuse_capture(layout.owner.device)
+    columns = torch.tensor(addresses).t()
+    aligned = (columns[:, :-1] % 16 == 0).all(1, keepdim=True)
+    return torch.cat([columns, layout.columns, aligned], 1).to(layout.owner.device)
+
+
+def in_memory_order(lists: Lists) -> tuple[Lists, list[tuple[Tensor, Tensor]]]:
+    """The lists with copies where tensors don't lie as their weights do, and what to write back: (original, copy)."""
+    written = []
+
+    def copied(tensor: Tensor, copy: Tensor, name: str) -> Tensor:
+        copy.copy_(tensor)
+        if name != "grads":
+            written.append((tensor, copy))
+        return copy
+
+    def like(weight: Tensor, tensor: Tensor, name: str) -> Tensor:
+        return (
+            tensor
+            if tensor.stride() == weight.stride()
+            else copied(tensor, torch.empty_like(weight, dtype=tensor.dtype), name)
+        )
+
+    def dense(weight: Tensor) -> Tensor:
+        if torch.ops.aten.is_non_overlapping_and_dense(weight):
+            return weight
+        return copied(weight, torch.empty_like(weight, memory_format=torch.contiguous_format), "weights")
+
+    weights = [dense(weight) for weight in lists.weights]
+    beside = {
+        name: [like(weight, tensor, name) for weight, tensor in zip(weights, tensors, strict=False)]
+        for name, tensors in lists.beside_weights().items()
+    }
+    state: dict[str, Tensors] = {name: beside[name] for name in lists.state}
+    scales = [scale_in_order(weight, scale) for weight, scale in zip(weights, lists.scales, strict=False)]
+    return Lists(weights, beside["grads"], state, scales, lists.levels, beside["codes"], beside["snapped"]), written
+
+
+def layout_of(lists: Lists) -> Layout | None:
+    """The layout of these tensors, checked and made when it is seen first; None where they have to be brought into
+    order.
+    """
+    beside = lists.beside_weights()
+    tensors = [*lists.weights, *itertools.chain.from_iterable(beside.values()), *lists.scales]
+    lengths = (*((name, len(each)) for name, each in beside.items()), len(lists.scales))
+
+    def make() -> Layout | None:
+        if lists.weights[0].device.type not in DEVICES:
+            raise ValueError(
+                f"askew_cuda: weights[0] is on {lists.weights[0].device}; this Triton steps {' and '.join(DEVICES)} tensors"
+            )
+        check_lists(lists)
+        ordered = in_memory_order(lists)[0]
+        same = [*ordered.weights, *itertools.chain.from_iterable(ordered.beside_weights().values()), *ordered.scales]
+        return make_layout(lists) if all(a is b for a, b in zip(tensors, same, strict=True)) else None
+
+    return layouts.make(
+        (lists.levels, lengths, tuple([(t.dtype, t.device, t.shape, t.stride()) for t in tensors])), make
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def codebook(levels: tuple[float, ...], device: torch.device) -> tuple[tuple[float, float, float, float | Tensor], int]:
+    """(book, capacity) as the kernel takes them; capacity 0: no table is needed."""
+    if not levels:
+        return (0.0, 0.0, 0.0, 0.0), 0
+    like = torch.zeros((), dtype=torch.float32)
+    book = reference.codebook(levels, like)
+    ends = (float(book.unit), float(book.lowest), float(book.highest))
+    if isinstance(book, reference.UniformCodebook):
+        return (*ends, float(book.top)), 0
+    capacity = 16 if len(levels) <= 16 else 256
+    rows = (book.levels, book.midpoints, book.below, book.above, book.below.reciprocal(), book.above.reciprocal())
+    table = torch.full((len(rows), capacity), math.inf)
+    for row, values in zip(table, rows, strict=True):
+        row[: len(values)] = values
+    return (*ends, table.to(device)), capacity
+
+
+def number(name: str, value: Scalar, default: float, device: torch.device) -> float | Tensor:
+    """A scalar as the kernel takes it: a number where the host has it, else where it lies, in float32."""
+    if value is None:
+        return default
+    if not isinstance(value, Tensor) or (value.is_cpu and device.type != "cpu"):
+        return float(value)
+    if value.device != device:
+        raise ValueError(
+            f"askew_cuda: {name} is on {value.device} and the weights on {device}; it can be a number, there, or on the CPU"
+        )
+    return value.detach().to(torch.float32)
+
+
+def snap_radius(dtype: torch.dtype, levels: tuple[float, ...], lr: Scalar, recovery: float | None, alpha: float | None,
+                device: torch.device) -> float | Tensor:  # fmt: skip
+    """The reference's, computed in double; where it depends on an lr that lies on the device, there."""
+    if alpha is not None and isinstance(lr, Tensor) and lr.device == device:
+        unbounded = (
+            reference.snap_radius(dtype, levels, 2.0**-30) * 2.0**-30
+        )  # at a rate of 1, without the lower bound: exactly
+        rate = lr.detach().double() * alpha
+        return torch.where(rate > 0, (unbounded / rate.clamp(max=1)).clamp(min=2.0**-16), 2.0**-16).float()
+    share = recovery if alpha is None else float(lr or 0.0) * alpha
+    return reference.snap_radius(dtype, levels, share) if share else 2.0**-16
+
+
+def bias_corrections(
+    steps: Tensors, beta1: float, beta2: float, device: torch.device
+) -> tuple[float | Tensor, float | Tensor]:
+    """1 / (1 - beta1^t) and 1 / sqrt(1 - beta2^t) for the step to come, computed in double, rounded once to float32:
+    two numbers where all weights have taken as many steps, else two tensors with one for each weight.
+    """
+    if not steps[0].is_cpu:
+        return device_bias_corrections(torch.stack(list(steps)), beta1, beta2)
+    counts = [step.item() + 1 for step in steps]
+    pairs = [(1 / (1 - beta1**count), 1 / math.sqrt(1 - beta2**count)) for count in counts]
+    if len(set(counts)) == 1:
+        return pairs[0]
+    first, second = (
+        torch.tensor(each, dtype=torch.float32).to(device, non_blocking=True) for each in zip(*pairs, strict=True)
+    )
+    return first, second
+
+
+def device_bias_corrections(steps: Tensor, beta1: float, beta2: float) -> tuple[Tensor, Tensor]:
+    """The same where the steps lie. A device's powers may be an ulp of double away, so these one of float32."""
+    count = steps.double() + 1
+    return (1 / (1 - beta1**count)).float(), (1 / (1 - beta2**count).sqrt()).float()
+
+
+def advance(steps: Tensors, infinite: float | Tensor) -> None:
+    """One step more, but where AMP found an infinity: on a device that is known there alone."""
+    if isinstance(infinite, float):
+        torch._foreach_add_(list(steps), 1)
+    else:
+        torch._foreach_add_(list(steps), (infinite == 0).to(steps[0].dtype))
+
+
+@contextlib.contextmanager
+def ready(device: torch.device) -> Iterator[None]:
+    """Where Triton launches: on the current device. NumPy, which interprets, is to compute with infinities and NaN
+    without a word.
+    """
+    if device.type != "cpu":
+        with torch.get_device_module(device).device(device):
+            yield
+    else:
+        import numpy
+
+        with numpy.errstate(all="ignore"):
+            yield
+
+
+def launch(lists: Lists, layout: Layout | None, rule: Rule, lr: float | Tensor, epsilon: float | Tensor, grad_scale: float | Tensor,
+           found_inf: float | Tensor, pull: tuple[float, float, float | Tensor], **flags: bool) -> None:  # fmt: skip
+    """One launch for all tensors, whose versions it increments. flags: the kernel's constants that the lists don't
+    say.
+    """
+    device = lists.weights[0].device
+    written: list[tuple[Tensor, Tensor]] = []
+    if layout is None:
+        lists, written = in_memory_order(lists)
+        layout = make_layout(lists)
+    addresses = addresses_of(lists)
+    table = layout.tables.make(addresses, functools.partial(make_table, addresses, layout))
+    book, capacity = codebook(lists.levels, device)
+    if capturing(device):
+        captured.append((table, layout.owner, book))
+    states = [tensors for tensors in lists.state.values() if tensors]
+    kinds = (
+        lists.weights[0].dtype,
+        states[0][0].dtype if states else torch.float32,
+        lists.snapped[0].dtype if lists.snapped else None,
+    )
+    weight_type, state_type, snapped_type = (STORAGE[kind] for kind in kinds)
+    if len(layout.owner):
+        with ready(device):
+            step_kernel[(len(layout.owner),)](
+                table, layout.owner, lr, epsilon, grad_scale, found_inf, pull, book, rule, BLOCK=BLOCK, WEIGHT_TYPE=weight_type,
+                STATE_TYPE=state_type, SNAPPED_TYPE=snapped_type, CODED=bool(lists.codes), STATES=len(states),
+                QUANTIZED=bool(lists.levels), CAPACITY=capacity, PER_TENSOR=layout.per_tensor, num_warps=WARPS, enable_fp_fusion=False,
+                **flags,
+            )  # fmt: skip
+    for original, copy in written:
+        original.copy_(copy)
+    # Autograd must see that these changed: a backward pass over a graph from before the step is an error, as with
+    # torch's optimizers.
+    for changed in (lists.weights, lists.codes, lists.snapped):
+        torch.autograd.graph.increment_version([tensor for tensor in changed if not tensor.is_inference()])
+
+
+def call(lists: Lists, rule: Rule, *, lr: Scalar, epsilon: Scalar, grad_scale: Scalar, found_inf: float | Tensor, maximize: bool,
+         anneal: str, skew_at: str, recovery: float | None, alpha: float | None, max_step: float, clip: bool,
+         decays: bool, nesterov: bool = False, adamw: bool = False) -> bool:  # fmt: skip
+    """What both rules share: scalars to where the kernel finds them, settings to its constants. False: an infinity was
+    found, and nothing has been done.
+    """
+    check_constraint(anneal, skew_at, recovery, alpha)
+    layout = layout_of(lists)  # all that can be wrong is found here, before anything is written
+    device, dtype = lists.weights[0].device, lists.weights[0].dtype
+    lr_number, epsilon_number = number("lr", lr, 0.0, device), number("epsilon", epsilon, 0.0, device)
+    scale_number = number("grad_scale", grad_scale, 1.0, device)
+    if isinstance(found_inf, float) and found_inf != 0:
+        return False
+    capture, quantized = anneal == "capture", bool(lists.levels)
+    snap = snap_radius(dtype, lists.levels, lr, recovery, alpha, device) if capture and quantized else 0.0
+    rate = alpha if recovery is None else recovery
+    assert rate is not None  # check_constraint()
+    launch(
+        lists, layout, rule, lr_number, epsilon_number, scale_number, found_inf, (float(rate), float(max_step), snap),
+        MAXIMIZE=bool(maximize), RATE_IS_ALPHA=alpha is not None, ADAMW=adamw, DECAYS=decays, NESTEROV=bool(nesterov), CAPTURE=capture,
+        SKEW_GRADIENT=quantized and skew_at == "gradient", CLIP=quantized and bool(clip),
+    )  # fmt: skip
+    return True
+
+
+@torch.no_grad()
+def sgd_(weights: Tensors, grads: Tensors, momentum_buffers: Tensors, scales: Tensors, levels: Sequence[float], codes: Tensors,
+         snapped: Tensors, *, lr: Scalar, momentum: float, dampening: float, weight_decay: float, nesterov: bool, maximize: bool,
+         epsilon: Scalar, anneal: str, skew_at: str, recovery: float | None, alpha: float | None, max_step: float, clip: bool,
+         grad_scale: Scalar = None, found_inf: Scalar = None) -> None:  # fmt: skip
+    """:func:`askew_cuda.reference.sgd_` in one launch, for float32, bfloat16 and float16. Raises ValueError or
+    TypeError, which names the argument and its value; nothing has changed then. lr, epsilon, grad_scale and found_inf
+    on the weights' device are not read by the host.
+    """
+    if not weights:
+        return
+    if momentum != 0 and not momentum_buffers:
+        raise ValueError(f"askew_cuda: momentum = {momentum} needs momentum_buffers")
+    infinite = number("found_inf", found_inf, 0.0, weights[0].device)
+    buffers = momentum_buffers if momentum != 0 else []
+    lists = Lists(weights, grads, {"momentum_buffers": buffers}, scales, tuple(levels), codes, snapped)
+    rule = (float(momentum), 1.0 - dampening, float(weight_decay))
+    call(lists, rule, lr=lr, epsilon=epsilon, grad_scale=grad_scale, found_inf=infinite, maximize=maximize, anneal=anneal,
+         skew_at=skew_at, recovery=recovery, alpha=alpha, max_step=max_step, clip=clip, decays=weight_decay != 0,
+         nesterov=nesterov and momentum != 0)  # fmt: skip
+
+
+@torch.no_grad()
+def adamw_(weights: Tensors, grads: Tensors, exp_avgs: Tensors, exp_avg_sqs: Tensors, max_exp_avg_sqs: Tensors, steps: Tensors,
+           scales: Tensors, levels: Sequence[float], codes: Tensors, snapped: Tensors, *,
+           lr: Scalar, beta1: float, beta2: float, eps: float, weight_decay: float, amsgrad: bool, maximize: bool,
+           epsilon: Scalar, anneal: str, skew_at: str, recovery: float | None, alpha: float | None, max_step: float, clip: bool,
+           grad_scale: Scalar = None, found_inf: Scalar = None) -> None:  # fmt: skip
+    """:func:`askew_cuda.reference.adamw_` in one launch, as :func:`sgd_`. ``steps`` are all on the CPU, where a
+    ``found_inf`` on a device is read by the host so that they can stand still, or all on the weights' device: then
+    nothing is, and the bias corrections may differ from the reference's by a last bit.
+    """
+    if not weights:
+        return
+    device = weights[0].device
+    check_moments(weights, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, amsgrad)
+    infinite = number("found_inf", found_inf, 0.0, device)
+    if isinstance(infinite, Tensor) and steps[0].is_cpu:
+        infinite = infinite.item()
+    state = {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "max_exp_avg_sqs": max_exp_avg_sqs}
+    lists = Lists(weights, grads, state, scales, tuple(levels), codes, snapped)
+    corrections = bias_corrections(steps, beta1, beta2, device)
+    rule = (float(beta1), 1.0 - beta1, float(beta2), 1.0 - beta2, float(eps), float(weight_decay), *corrections)
+    done = call(lists, rule, lr=lr, epsilon=epsilon, grad_scale=grad_scale, found_inf=infinite, maximize=maximize, anneal=anneal,
+                skew_at=skew_at, recovery=recovery, alpha=alpha, max_step=max_step, clip=clip, decays=True, adamw=True)  # fmt: skip
+    if done:
+        advance(steps, infinite)

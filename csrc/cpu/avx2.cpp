@@ -1,0 +1,14 @@
+// csrc/cpu/loop.cpp for AVX2. The pragma comes before every include, so that all that is compiled here may use it.
+#if defined(__x86_64__)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx2,f16c")
+#endif
+#define ASKEW_PACK_BYTES 32
+#define ASKEW_CPU_STEP cpu_step_avx2
+#include "loop.cpp"
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

@@ -1,0 +1,263 @@
+// The CPU backend: one pass over a range of chunks, everything in registers from load to store.
+//
+// Compiled once for each instruction set (avx2.cpp, avx512.cpp; this file alone is the baseline: SSE2, NEON). Lane
+// for lane the packs do what step.h says, so results don't depend on the width, nor on where a weight lies in a pack.
+#include "cpu.h"
+
+#include <type_traits>
+
+#include "../variants.h"
+
+#if !defined(ASKEW_PACK_BYTES)
+#define ASKEW_PACK_BYTES 16
+#define ASKEW_CPU_STEP cpu_step_baseline
+#endif
+
+namespace askew {
+namespace {
+
+// Packs per turn. Weight, gradient and state of a whole turn are loaded before its first store: large buffers often
+// start at the same offset within a page, and a load that follows a store to such an address waits for it (4 KiB
+// aliasing).
+constexpr int packs = 2;
+constexpr int64_t prefetch_bytes = 512;
+
+// A pack of a register's size, of the type that arithmetic on Storage is done in.
+template <typename Storage> using NativePack =
+    Pack<Arithmetic<Storage>, ASKEW_PACK_BYTES / sizeof(Arithmetic<Storage>)>;
+
+template <typename Any> ASKEW_FN Any* at(void* base, int64_t i) { return static_cast<Any*>(base) + i; }
+template <typename Any> ASKEW_FN const Any* at(const void* base, int64_t i) {
+  return static_cast<const Any*>(base) + i;
+}
+
+template <typename Storage, typename RuleType, typename Annealing, typename Codebook>
+struct Loop {
+  using T = Arithmetic<Storage>;
+  using P = NativePack<Storage>;
+  static constexpr int width = lanes<P>();
+  static constexpr int states = RuleType::states;
+
+  // What all spans of a call share. Copied to where it is used: a store to the weights could otherwise change it, for
+  // all that the compiler knows.
+  std::conditional_t<(sizeof(Codebook) > 1024), const Codebook&, Codebook> codebook;
+  Hyper<P> h;
+  bool wide_state;
+  Dtype snapped_dtype;
+  Rounding rounding;
+  uint64_t seed;
+
+  // Weights [begin, end) of a span.
+  ASKEW_FN void run(const Span& span, int64_t begin, int64_t end) const {
+    int64_t i = begin;
+    while (i < end) {
+      int64_t run_end = end;  // weights up to here share a scale
+      Grid<P> grid{};
+      if constexpr (Codebook::quantized) {
+        if (span.scale_count > 1) {
+          const int64_t boundary = (i / span.scale_run + 1) * span.scale_run;
+          run_end = boundary < end ? boundary : end;
+        }
+        grid = make_grid(broadcast(scale_of(span, i), P{}), codebook, h);
+      }
+      for (; i + packs * width <= run_end; i += packs * width) turn<packs>(span, i, grid);
+      for (; i + width <= run_end; i += width) one(span, i, grid);
+      if (i < run_end) {  // the run ends inside a pack: fill it up with what follows
+        const int count = end - i < width ? static_cast<int>(end - i) : width;
+        if constexpr (Codebook::quantized) {
+          if (run_end < end) {
+            P scale{};
+            for (int lane = 0; lane < width; ++lane) scale[lane] = scale_of(span, i + (lane < count ? lane : 0));
+            grid = make_grid(scale, codebook, h);
+          }
+        }
+        if (count == width)
+          one(span, i, grid);
+        else
+          part(span, i, count, grid);
+        i += count;
+      }
+    }
+  }
+
+  static ASKEW_FN T scale_of(const Span& span, int64_t i) {
+    return static_cast<const T*>(span.scale)[span.scale_count == 1 ? 0 : (i / span.scale_run) % span.scale_count];
+  }
+
+  ASKEW_FN P load_weight(const Span& span, int64_t i) const {
+    if constexpr (sizeof(Storage) == 2) {
+      if (rounding == Rounding::remainder)
+        return join<P>(load_halves<P>(at<Storage>(span.weight, i)), load_halves<P>(at<int16_t>(span.remainder, i)),
+                       Storage{});
+    }
+    return load<P>(at<Storage>(span.weight, i));
+  }
+  ASKEW_FN void store_weight(const Span& span, int64_t i, P x) const {
+    if constexpr (sizeof(Storage) == 2) {
+      using Word = Pack<uint32_t, width>;
+      if (rounding == Rounding::remainder) {
+        const Split<Word> both = split<Word>(x, Storage{});
+        store_halves(at<Storage>(span.weight, i), both.half);
+        return store_halves(at<int16_t>(span.remainder, i), both.remainder);
+      }
+      if (rounding == Rounding::stochastic) {
+        const uint64_t first = static_cast<uint64_t>(span.first_element + i);
+        Word low{};
+        for (int lane = 0; lane < width; ++lane) low[lane] = static_cast<uint32_t>(first + lane);
+        const Word high =
+            Word{} + static_cast<uint32_t>(first >> 32) + (low < static_cast<uint32_t>(first) ? Word{} + 1 : Word{});
+        const Word random = random_bits(make_key(seed, span.stream), low, high);
+        return store_halves(at<Storage>(span.weight, i), stochastic<Storage>(x, random));
+      }
+    }
+    store(at<Storage>(span.weight, i), x);
+  }
+
+  ASKEW_FN P load_state(const Span& span, int which, int64_t i) const {
+    if constexpr (sizeof(Storage) == 2) {
+      if (wide_state) return load<P>(at<T>(span.state[which], i));
+    }
+    return load<P>(at<Storage>(span.state[which], i));
+  }
+  ASKEW_FN void store_state(const Span& span, int which, int64_t i, P x) const {
+    if constexpr (sizeof(Storage) == 2) {
+      if (wide_state) return store(at<T>(span.state[which], i), x);
+    }
+    store(at<Storage>(span.state[which], i), x);
+  }
+
+  // `count` packs from weight i on.
+  template <int count>
+  ASKEW_FN void turn(const Span& span, int64_t i, const Grid<P>& grid) const {
+    P w[count], g[count], state[count][states];
+    if constexpr (count == packs) prefetch(span, i);
+#pragma GCC unroll 4
+    for (int k = 0; k < count; ++k) {
+      const int64_t j = i + k * width;
+      w[k] = load_weight(span, j);
+      g[k] = load<P>(at<Storage>(span.grad, j));
+#pragma GCC unroll 4
+      for (int which = 0; which < states; ++which)
+        state[k][which] = span.state[which] ? load_state(span, which, j) : P{};
+    }
+#pragma GCC unroll 4
+    for (int k = 0; k < count; ++k) w[k] = step<RuleType, Annealing>(w[k], g[k], state[k], grid, codebook, h);
+#pragma GCC unroll 4
+    for (int k = 0; k < count; ++k) {
+      const int64_t j = i + k * width;
+      store_weight(span, j, w[k]);
+#pragma GCC unroll 4
+      for (int which = 0; which < states; ++which)
+        if (span.state[which]) store_state(span, which, j, state[k][which]);
+    }
+    if constexpr (Codebook::quantized) {
+      if (span.codes || span.snapped) {
+#pragma GCC unroll 4
+        for (int k = 0; k < count; ++k) store_outputs(span, i + k * width, w[k], grid);
+      }
+    }
+  }
+
+  // A pack by itself, rare: one function, not a copy in each of the three places.
+  __attribute__((noinline)) void one(const Span& span, int64_t i, const Grid<P>& grid) const { turn<1>(span, i, grid); }
+
+  // (E6) of the weights as they were stored, from weight i on: 16-bit storage has rounded them.
+  ASKEW_FN void store_outputs(const Span& span, int64_t i, P w, const Grid<P>& grid) const {
+    if constexpr (sizeof(Storage) == 2) w = load<P>(at<Storage>(span.weight, i));
+    const auto index = codebook.nearest(w * grid.inverse);
+    if (span.codes) store_codes(span.codes + i, index);
+    if (!span.snapped) return;
+    const P snapped = grid.unit * codebook.level(index);
+    if (snapped_dtype == Dtype::float64)
+      return store(at<double>(span.snapped, i), __builtin_convertvector(snapped, Pack<double, width>));
+    const auto single = __builtin_convertvector(snapped, Pack<float, width>);
+    if (snapped_dtype == Dtype::float32) return store(at<float>(span.snapped, i), single);
+    if (snapped_dtype == Dtype::bfloat16) return store(at<BFloat16>(span.snapped, i), single);
+    store(at<Float16>(span.snapped, i), single);
+  }
+
+  // The last `count` < width weights of the range: a turn on copies, so that nothing beyond them is touched.
+  void part(const Span& span, int64_t i, int count, const Grid<P>& grid) const {
+    alignas(64) char weight[width * sizeof(Storage)] = {}, grad[width * sizeof(Storage)] = {},
+                                    state[states][width * sizeof(T)] = {};
+    alignas(64) char snapped[width * sizeof(double)];
+    uint16_t remainder[width] = {};
+    uint8_t codes[width];
+    const size_t state_size = wide_state ? sizeof(T) : sizeof(Storage);
+    const size_t snapped_size = snapped_dtype == Dtype::float64 ? 8 : snapped_dtype == Dtype::float32 ? 4 : 2;
+    std::memcpy(weight, at<Storage>(span.weight, i), count * sizeof(Storage));
+    std::memcpy(grad, at<Storage>(span.grad, i), count * sizeof(Storage));
+    Span copy = span;
+    copy.weight = weight;
+    copy.grad = grad;
+    copy.first_element += i;
+    if (span.remainder) std::memcpy(remainder, at<uint16_t>(span.remainder, i), count * sizeof(uint16_t));
+    copy.remainder = remainder;
+    if (span.codes) copy.codes = codes;
+    if (span.snapped) copy.snapped = snapped;
+    for (int which = 0; which < states; ++which) {
+      if (!span.state[which]) continue;
+      std::memcpy(state[which], at<char>(span.state[which], i * state_size), count * state_size);
+      copy.state[which] = state[which];
+    }
+    one(copy, 0, grid);
+    std::memcpy(at<Storage>(span.weight, i), weight, count * sizeof(Storage));
+    if (span.remainder) std::memcpy(at<uint16_t>(span.remainder, i), remainder, count * sizeof(uint16_t));
+    for (int which = 0; which < states; ++which) {
+      if (span.state[which]) std::memcpy(at<char>(span.state[which], i * state_size), state[which], count * state_size);
+    }
+    if (span.codes) std::memcpy(span.codes + i, codes, count);
+    if (span.snapped) std::memcpy(at<char>(span.snapped, i * snapped_size), snapped, count * snapped_size);
+  }
+
+  static ASKEW_FN void prefetch(const Span& span, int64_t i) {
+    for (int64_t line = 0; line < packs * ASKEW_PACK_BYTES; line += 64) {
+      const int64_t ahead = i * static_cast<int64_t>(sizeof(Storage)) + line + prefetch_bytes;
+      __builtin_prefetch(at<char>(span.weight, ahead), 1);
+      __builtin_prefetch(at<char>(span.grad, ahead), 0);
+#pragma GCC unroll 4
+      for (int which = 0; which < states; ++which)
+        if (span.state[which]) __builtin_prefetch(at<char>(span.state[which], ahead), 1);
+    }
+  }
+};
+
+template <typename V>
+ASKEW_FN auto make_codebook(Levels levels) {
+  if constexpr (V::book == Book::none) {
+    return NoCodebook{};
+  } else if constexpr (V::book == Book::uniform) {
+    return uniform_codebook<NativePack<typename V::Storage>>(levels);
+  } else {
+    TableCodebook<typename V::T, V::capacity> book;
+    for (int k = 0; k < V::capacity; ++k) fill_entry(book, levels.values, levels.count, k);
+    return book;
+  }
+}
+
+template <typename V>
+void run_chunks(const Launch& launch, const int64_t* first_chunk, int64_t begin, int64_t end) {
+  const auto codebook = make_codebook<V>(launch.levels);
+  using Run = Loop<typename V::Storage, typename V::RuleType, typename V::Annealing, std::decay_t<decltype(codebook)>>;
+  const Run loop{codebook,          hyper<typename Run::P>(launch.settings),
+                 launch.wide_state, launch.snapped_dtype,
+                 launch.rounding,   launch.settings.seed};
+  int64_t which = span_of_chunk(first_chunk, launch.span_count, begin);
+  for (int64_t chunk = begin; chunk < end; ++which) {
+    const int64_t first = first_chunk[which], next = first_chunk[which + 1];
+    const int64_t last = next < end ? next : end;
+    if (chunk >= last) continue;  // an empty span
+    const Span span = launch.spans[which];
+    const int64_t upto = (last - first) * cpu_chunk;
+    loop.run(span, (chunk - first) * cpu_chunk, upto < span.size ? upto : span.size);
+    chunk = last;
+  }
+}
+
+}  // namespace
+
+void ASKEW_CPU_STEP(const Launch& launch, const int64_t* first_chunk, int64_t begin, int64_t end) {
+  visit_variant(launch, [&](auto variant) { run_chunks<decltype(variant)>(launch, first_chunk, begin, end); });
+}
+
+}  // namespace askew

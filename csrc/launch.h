@@ -1,0 +1,58 @@
+// What a launch is told: settings (the scalars of the call), spans (one per tensor: pointers, size, scales), and the
+// map from a chunk's number to the span and the offset where it starts. Plain data, for host and device.
+#pragma once
+
+#include "maths/rounding.h"
+#include "maths/settings.h"
+
+namespace askew {
+
+enum class Rule : int32_t { sgd, adamw };
+
+// One tensor in memory order. Unused pointers are null.
+struct Span {
+  void* weight;
+  const void* grad;
+  void* state[3];  // Sgd: momentum_buffer; AdamW: exp_avg, exp_avg_sq, max_exp_avg_sq
+  uint8_t* codes;
+  void* snapped;
+  const void* scale;  // of the arithmetic type; weight i has scale[(i / scale_run) % scale_count]
+  int64_t scale_run, scale_count;
+  int64_t size;
+  void* step;             // AdamW: steps made so far, where only the device knows them; else Settings.steps holds
+  void* remainder;        // 16 bits for each weight
+  uint64_t stream;        // of random bits
+  int64_t first_element;  // number of the first weight, where the tensor is a part of a larger one
+};
+
+// All that a backend needs for one call.
+struct Launch {
+  Dtype dtype;        // of weights and gradients
+  bool wide_state;    // 16-bit weights with float32 state
+  Rounding rounding;  // of 16-bit weights
+  Rule rule;
+  Settings settings;
+  Levels levels;
+  Dtype snapped_dtype;
+  const Span* spans;
+  int64_t span_count;
+};
+
+// Weights are dealt in chunks, so that one large tensor and many small ones spread over threads alike. A chunk never
+// crosses a span; an empty span has none. first_chunk[i] is the number of chunks before span i.
+ASKEW_FN int64_t chunks_of(int64_t size, int64_t chunk_size) { return (size + chunk_size - 1) / chunk_size; }
+
+// The span that holds a chunk: the last one whose first chunk is not beyond it and that is not empty.
+ASKEW_FN int64_t span_of_chunk(const int64_t* first_chunk, int64_t span_count, int64_t chunk) {
+  int64_t low = 0, high = span_count;
+  while (high - low > 1) {
+    const int64_t middle = low + (high - low) / 2;
+    if (first_chunk[middle] <= chunk)
+      low = middle;
+    else
+      high = middle;
+  }
+  return low;
+}
+
+}  // namespace askew

@@ -1,0 +1,369 @@
+// Runs every thread of every block of CUDA launches on the processor, and compares what they leave with the CPU kernel. Built by
+// tests/test_cuda_on_host.py, with address and undefined-behaviour sanitizers. host_run CASES [SEED]
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "../../csrc/cuda/block.h"
+#include "../../csrc/cpu/cpu.h"
+
+using namespace askew;
+
+namespace {
+
+std::mt19937 source;
+int64_t below(int64_t count) { return static_cast<int64_t>(source() % count); }
+bool chance(double share) { return source() < share * 4294967296.0; }
+double normal() { return std::normal_distribution<double>()(source); }
+template <typename Any> Any pick(std::initializer_list<Any> from) { return from.begin()[below(static_cast<int64_t>(from.size()))]; }
+
+[[noreturn]] void fail(const char* what, int64_t a, int64_t b) {
+  std::fprintf(stderr, "FAILED: %s (%lld, %lld)\n", what, static_cast<long long>(a), static_cast<long long>(b));
+  std::exit(1);
+}
+
+int size_of(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
+
+// Memory that ends where the tensor ends, so that the sanitizer sees a step beyond; `offset` bytes before it must stay as they are.
+struct Buffer {
+  int64_t bytes, offset;
+  std::unique_ptr<char[]> memory;
+
+  Buffer(int64_t bytes, int64_t offset) : bytes(bytes), offset(offset), memory(new char[bytes + offset]) {
+    std::memset(memory.get(), 0x5a, bytes + offset);
+  }
+  Buffer(const Buffer& other) : Buffer(other.bytes, other.offset) { std::memcpy(memory.get(), other.memory.get(), bytes + offset); }
+  char* data() const { return memory.get() + offset; }
+};
+
+void put(char* base, Dtype dtype, int64_t i, double value) {
+  if (dtype == Dtype::float64) std::memcpy(base + i * 8, &value, 8);
+  const float single = static_cast<float>(value);
+  BFloat16 brain;
+  Float16 half;
+  narrow(brain, single);
+  narrow(half, single);
+  if (dtype == Dtype::float32) std::memcpy(base + i * 4, &single, 4);
+  if (dtype == Dtype::bfloat16) std::memcpy(base + i * 2, &brain, 2);
+  if (dtype == Dtype::float16) std::memcpy(base + i * 2, &half, 2);
+}
+
+// Same bits; a NaN of one payload is as good as another, and -0 as +0.
+template <typename Any> bool alike(const char* a, const char* b) {
+  Any x, y;
+  std::memcpy(&x, a, sizeof x);
+  std::memcpy(&y, b, sizeof y);
+  return widen(x) == widen(y) || (widen(x) != widen(x) && widen(y) != widen(y));
+}
+
+// One tensor and all that belongs to it. codes: bytes; null where absent.
+struct Tensor {
+  int64_t size, run, count;
+  std::vector<std::pair<Dtype, Buffer>> numbers;  // weight, grad, state .., snapped
+  std::vector<Buffer> codes, remainders;
+  std::vector<double> steps;
+  std::vector<Buffer> scale;
+};
+
+struct Setup {
+  Launch launch{};
+  std::vector<double> levels;
+  int states;
+  bool has_snapped, has_codes, steps_there;
+};
+
+std::vector<double> draw_levels() {
+  const int which = static_cast<int>(below(9));
+  std::vector<double> levels;
+  if (which == 0) return levels;
+  const int uniform[] = {2, 4, 16, 256};
+  if (which <= 4) {
+    for (int k = 0; k < uniform[which - 1]; ++k) levels.push_back(k - (uniform[which - 1] - 1) * 0.5);
+  } else if (which == 5) {
+    levels = {-1, 0, 1};
+  } else {  // uneven: a small table, a full one, a large one
+    const int count = which == 6 ? 9 : which == 7 ? 16 : 256;
+    for (int k = 0; k < count; ++k) levels.push_back(static_cast<float>(std::sinh((k - count / 2) * 3.0 / count)));
+  }
+  return levels;
+}
+
+Setup draw_setup() {
+  Setup setup;
+  Launch& launch = setup.launch;
+  Settings& s = launch.settings;
+  launch.dtype = pick({Dtype::float32, Dtype::float64, Dtype::bfloat16, Dtype::float16});
+  launch.rule = pick({Rule::sgd, Rule::adamw});
+  launch.wide_state = size_of(launch.dtype) == 2 && chance(0.5);
+  if (size_of(launch.dtype) == 2) launch.rounding = pick({Rounding::nearest, Rounding::remainder, Rounding::stochastic});
+  s.seed = source();
+  setup.levels = draw_levels();
+  launch.levels = {setup.levels.data(), static_cast<int>(setup.levels.size())};
+  s.lr = pick({0.0, 0.25, static_cast<double>(0.037f)});
+  s.weight_decay = pick({0.0, 0.1});
+  s.grad_scale = pick({1.0, 1024.0});
+  s.maximize = chance(0.3);
+  s.epsilon = pick({0.0, static_cast<double>(0.3f), static_cast<double>(0.96f), 1.0});
+  s.interval = chance(0.5);
+  s.skew_gradient = s.interval && chance(0.4);
+  s.rate_is_alpha = s.skew_gradient || chance(0.4);
+  s.rate = pick({0.5, 3.0});
+  s.max_step = pick({0.5, static_cast<double>(INFINITY)});
+  s.clip = chance(0.8);
+  if (launch.rule == Rule::sgd) {
+    s.momentum = pick({0.0, 0.9});
+    s.nesterov = s.momentum > 0 && chance(0.5);
+    s.dampening = s.momentum > 0 && !s.nesterov && chance(0.3) ? 0.3 : 0;
+    setup.states = s.momentum > 0 ? 1 : 0;
+  } else {
+    s.beta1 = 0.9;
+    s.beta2 = 0.99;
+    s.adam_eps = 1e-8;
+    s.amsgrad = chance(0.3);
+    s.steps = 3;
+    setup.states = s.amsgrad ? 3 : 2;
+  }
+  s.snap_unit = snap_unit(launch.dtype, launch.levels);
+  setup.has_codes = !setup.levels.empty() && chance(0.5);
+  setup.has_snapped = !setup.levels.empty() && chance(0.5);
+  setup.steps_there = launch.rule == Rule::adamw && chance(0.3);
+  launch.snapped_dtype = pick({Dtype::float32, Dtype::float64, Dtype::bfloat16, Dtype::float16});
+  return setup;
+}
+
+Tensor draw_tensor(const Setup& setup) {
+  const Launch& launch = setup.launch;
+  const bool is_double = launch.dtype == Dtype::float64;
+  Tensor tensor{pick<int64_t>({0, 1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 127, 1000, 8191, 8192, 8193, 16391}),
+                0,
+                1,
+                {},
+                {},
+                {},
+                {},
+                {}};
+  tensor.run = tensor.size > 0 ? tensor.size : 1;
+  if (chance(0.6) && tensor.size > 1) {  // per channel or group, in memory order or across it
+    tensor.run = pick<int64_t>({1, 2, 8, 9, 27, 32, tensor.size / 2, tensor.size});
+    tensor.count = chance(0.5) ? (tensor.size + tensor.run - 1) / tensor.run : 1 + below(20);
+  }
+  tensor.scale.emplace_back(tensor.count * (is_double ? 8 : 4), 0);
+  std::vector<double> scales;
+  for (int64_t i = 0; i < tensor.count; ++i) {
+    scales.push_back(pick({0.25, static_cast<double>(0.0371f), 2.0, chance(0.1) ? 0.0 : 0.5}));
+    put(tensor.scale[0].data(), is_double ? Dtype::float64 : Dtype::float32, i, scales.back());
+  }
+  const bool misaligned = chance(0.4);
+  const auto add = [&](Dtype dtype, auto value) {
+    tensor.numbers.emplace_back(dtype, Buffer(tensor.size * size_of(dtype), misaligned ? below(16 / size_of(dtype)) * size_of(dtype) : 0));
+    for (int64_t i = 0; i < tensor.size; ++i) put(tensor.numbers.back().second.data(), dtype, i, value(i));
+  };
+  add(launch.dtype, [&](int64_t i) {
+    const double scale = scales[i / tensor.run % tensor.count];
+    if (setup.levels.empty() || chance(0.3)) return normal();
+    const double level = setup.levels[below(static_cast<int64_t>(setup.levels.size()))];
+    return scale * (level + pick({0.0, 0.5, 0.25, std::exp2(-static_cast<double>(below(22)))}) * pick({-1.0, 1.0}));
+  });
+  add(launch.dtype, [&](int64_t) {
+    return chance(0.02) ? pick({static_cast<double>(NAN), static_cast<double>(INFINITY)}) : normal() * pick({0.0, 1e-3, 1.0, 30.0});
+  });
+  for (int k = 0; k < setup.states; ++k) {
+    add(launch.wide_state ? Dtype::float32 : launch.dtype, [&](int64_t) { return k > 0 ? normal() * normal() : std::fabs(normal()); });
+  }
+  if (setup.has_snapped) add(launch.snapped_dtype, [](int64_t) { return 77.0; });
+  if (setup.launch.rounding == Rounding::remainder) {
+    tensor.remainders.emplace_back(tensor.size * 2, misaligned ? below(8) * 2 : 0);
+    for (int64_t i = 0; i < tensor.size * 2; ++i) tensor.remainders[0].data()[i] = static_cast<char>(source());
+  }
+  if (setup.has_codes) tensor.codes.emplace_back(tensor.size, misaligned ? below(16) : 0);
+  if (setup.steps_there) tensor.steps.push_back(2);
+  return tensor;
+}
+
+Span span_of(Tensor& tensor, const Setup& setup) {
+  Span span{};
+  span.weight = tensor.numbers[0].second.data();
+  span.grad = tensor.numbers[1].second.data();
+  for (int k = 0; k < setup.states; ++k) span.state[k] = tensor.numbers[2 + k].second.data();
+  if (setup.has_snapped) span.snapped = tensor.numbers.back().second.data();
+  if (setup.has_codes) span.codes = reinterpret_cast<uint8_t*>(tensor.codes[0].data());
+  if (!tensor.remainders.empty()) span.remainder = tensor.remainders[0].data();
+  span.stream = static_cast<uint64_t>(tensor.size);
+  span.first_element = tensor.size % 2 ? (int64_t{1} << 32) - 20 : 0;
+  if (!setup.levels.empty()) span.scale = tensor.scale[0].data();
+  span.scale_run = tensor.run;
+  span.scale_count = tensor.count;
+  span.size = tensor.size;
+  if (setup.steps_there) span.step = tensor.steps.data();
+  return span;
+}
+
+// Variants that the program is built for: all, or few, for builds with a planted fault.
+template <typename V> constexpr bool built() {
+#if defined(FEW_VARIANTS)
+  return V::book == Book::uniform && std::is_same_v<typename V::RuleType, Sgd> && std::is_same_v<typename V::Annealing, Capture> &&
+         (std::is_same_v<typename V::Storage, float> || std::is_same_v<typename V::Storage, BFloat16>);
+#else
+  return true;
+#endif
+}
+
+// The launches as csrc/cuda.cu makes them; threads in a drawn order, for none waits for another but between the two halves.
+template <typename V>
+void run_blocks(const Launch& launch, const CudaCall& call) {
+  if constexpr (built<V>()) {
+    Arguments<V> arguments = arguments_of<V>(launch, call);
+    const int64_t at_a_time = spans_at_a_time(launch, call);
+    for (int64_t begin = 0; begin < launch.span_count; begin += at_a_time) {
+      const int64_t end = std::min(launch.span_count, begin + at_a_time), blocks = set_spans(arguments, launch, begin, end);
+      for (int64_t number = 0; number < blocks; ++number) {
+        const auto block = std::make_unique<Block<V>>();
+        std::memset(static_cast<void*>(block.get()), 0xaa, sizeof *block);  // shared memory holds what it will
+        const int turn = static_cast<int>(below(block_threads));
+        for (int thread = 0; thread < block_threads; ++thread) prepare(*block, arguments, number, (thread + turn) % block_threads);
+        for (int thread = 0; thread < block_threads; ++thread) run(*block, arguments, (thread + turn) % block_threads);
+      }
+    }
+  }
+}
+
+std::vector<int64_t> first_chunks(const std::vector<Span>& spans, int64_t chunk) {
+  std::vector<int64_t> first(1, 0);
+  for (const Span& span : spans) first.push_back(first.back() + chunks_of(span.size, chunk));
+  return first;
+}
+
+void compare(const std::vector<Tensor>& expected, const std::vector<Tensor>& actual) {
+  for (size_t t = 0; t < expected.size(); ++t) {
+    for (size_t k = 0; k < expected[t].numbers.size(); ++k) {
+      const auto& [dtype, wanted] = expected[t].numbers[k];
+      const Buffer& found = actual[t].numbers[k].second;
+      if (std::memcmp(wanted.memory.get(), found.memory.get(), wanted.offset) != 0) fail("written before the start", t, k);
+      for (int64_t i = 0; i < expected[t].size; ++i) {
+        const char *a = wanted.data() + i * size_of(dtype), *b = found.data() + i * size_of(dtype);
+        const bool same = dtype == Dtype::float64   ? alike<double>(a, b)
+                          : dtype == Dtype::float32 ? alike<float>(a, b)
+                          : dtype == Dtype::float16 ? alike<Float16>(a, b)
+                                                    : alike<BFloat16>(a, b);
+        if (!same) fail("another value than the CPU's: list, weight", static_cast<int64_t>(k), i);
+      }
+    }
+    for (const auto& [wanted, found] :
+         {std::pair{&expected[t].codes, &actual[t].codes}, {&expected[t].remainders, &actual[t].remainders}}) {
+      if (wanted->empty()) continue;
+      const Buffer &a = wanted->front(), &b = found->front();
+      if (std::memcmp(a.memory.get(), b.memory.get(), a.bytes + a.offset) != 0) fail("another value than the CPU's: bytes of tensor", t, 0);
+    }
+  }
+}
+
+// One launch, drawn. False where the program has not been built for its variant.
+bool run_case() {
+  Setup setup = draw_setup();
+  Launch& launch = setup.launch;
+  bool is_built = false;
+  visit_variant(launch, [&](auto variant) { is_built = built<decltype(variant)>(); });
+  if (!is_built) return false;
+  std::vector<Tensor> tensors;
+  for (int64_t count = pick<int64_t>({1, 2, 5, chance(0.2) ? few_spans + 3 : 3}); count > 0; --count) tensors.push_back(draw_tensor(setup));
+  std::vector<Tensor> expected = tensors;
+
+  std::vector<Span> spans;
+  for (Tensor& tensor : expected) spans.push_back(span_of(tensor, setup));
+  launch.spans = spans.data();
+  launch.span_count = static_cast<int64_t>(spans.size());
+  const bool found_inf = chance(0.1);
+  if (!found_inf) cpu_step_baseline(launch, first_chunks(spans, cpu_chunk).data(), 0, first_chunks(spans, cpu_chunk).back());
+
+  // What the device alone knows: the host's own settings are wrong then.
+  CudaCall call{};
+  const double zero = 0, one = 1, lr = launch.settings.lr, epsilon = launch.settings.epsilon;
+  const float grad_scale = static_cast<float>(launch.settings.grad_scale);
+  if (found_inf || chance(0.1)) call.numbers.found_inf = {found_inf ? &one : &zero, true};
+  const auto hide = [](double& setting, DeviceNumber& number, const void* at, bool is_double) {
+    if (!chance(0.3)) return;
+    number = {at, is_double};
+    setting = 0.123;
+  };
+  hide(launch.settings.lr, call.numbers.lr, &lr, true);
+  hide(launch.settings.epsilon, call.numbers.epsilon, &epsilon, true);
+  hide(launch.settings.grad_scale, call.numbers.grad_scale, &grad_scale, false);
+  const int64_t seed = static_cast<int64_t>(launch.settings.seed);
+  if (chance(0.3)) {
+    call.numbers.seed = &seed;
+    launch.settings.seed = 0;
+  }
+  if (setup.steps_there) launch.settings.steps = 55;
+  call.numbers.step_is_double = true;
+  for (size_t t = 0; t < tensors.size(); ++t) spans[t] = span_of(tensors[t], setup);
+  const std::vector<int64_t> first = first_chunks(spans, block_chunk);
+  if (chance(0.5)) {
+    call.spans = spans.data();
+    call.first_chunk = first.data();
+  }
+  visit_variant(launch, [&](auto variant) { run_blocks<decltype(variant)>(launch, call); });
+  compare(expected, tensors);
+  return true;
+}
+
+// Every weight in one chunk and every chunk in one span, for lists that mix empty, tiny and huge spans.
+void check_chunk_map() {
+  using V = Variant<float, Sgd, Capture, Book::uniform>;
+  const double levels[] = {-1, 1};
+  const std::vector<float> scales(1000, 1.0f);
+  for (int round = 0; round < 200; ++round) {
+    std::vector<Span> spans(1 + below(few_spans));
+    int64_t huge = round % 8 == 0 ? 1 : 0;
+    for (Span& span : spans) {
+      span = Span{};
+      span.size = pick<int64_t>({0, 0, 1, 2, block_chunk - 1, block_chunk, block_chunk + 1, 5 * block_chunk});
+      if (huge-- > 0) span.size = (int64_t{1} << 31) + below(1 << 20);
+      span.scale = scales.data();
+      span.scale_count = pick<int64_t>({1, 7, 1000});
+      span.scale_run = pick<int64_t>({1, 27, 5000, 1 << 22, int64_t{1} << 33});
+    }
+    Launch launch{};
+    launch.levels = {levels, 2};
+    launch.spans = spans.data();
+    launch.span_count = static_cast<int64_t>(spans.size());
+    CudaCall call{};
+    const std::vector<int64_t> first = first_chunks(spans, block_chunk);
+    if (chance(0.5)) {
+      call.spans = spans.data();
+      call.first_chunk = first.data();
+    }
+    Arguments<V> arguments = arguments_of<V>(launch, call);
+    const int64_t blocks = set_spans(arguments, launch, 0, launch.span_count);
+    size_t which = 0;
+    int64_t upto = 0;  // weights of the span that are covered
+    for (int64_t number = 0; number < blocks; ++number) {
+      Block<V> block;
+      prepare(block, arguments, number, 0);
+      while (upto == spans[which].size) ++which, upto = 0;
+      if (block.span.size != spans[which].size || block.span.scale_run != spans[which].scale_run)
+        fail("wrong span for block", number, which);
+      if (block.begin != upto || block.size < 1 || block.size > block_chunk) fail("wrong weights for block", number, block.begin);
+      const int32_t position = static_cast<int32_t>(below(block.size));
+      int32_t end;
+      const float* scale = &block.runs.at(position, block.span, block.begin, end);
+      if (scale - scales.data() != (upto + position) / block.span.scale_run % block.span.scale_count) fail("wrong scale", number, position);
+      upto += block.size;
+    }
+    while (which < spans.size() && upto == spans[which].size) ++which, upto = 0;
+    if (which != spans.size()) fail("weights without a block: span, first", which, upto);
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const int cases = argc > 1 ? std::atoi(argv[1]) : 1000;
+  source.seed(argc > 2 ? std::atoi(argv[2]) : 0);
+  check_chunk_map();
+  int done = 0;
+  for (int i = 0; i < cases; ++i) done += run_case();
+  std::printf("%d of %d cases: every thread of every block as the CPU\n", done, cases);
+  return done > 0 ? 0 : 1;
+}

@@ -1,0 +1,322 @@
+"""The CUDA backend on a GPU: the reference's results bit for bit, nothing waits, one launch, graphs that anneal."""
+
+import contextlib
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import askew_cuda as askew
+from askew_cuda import backends
+from tests.cases import CASES, CUDA, PLAIN, REFERENCE, RULES, build, call, case_id, run
+from tests.compare import assert_close, assert_same_bits
+
+if not CUDA:
+    pytest.skip("no GPU that torch can use, or an extension without CUDA kernels", allow_module_level=True)
+
+pytestmark = pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+BACKEND = CUDA["cuda"]
+ADAMW = [name for name, rule in RULES.items() if "beta1" in rule]
+
+
+@contextlib.contextmanager
+def nothing_waits() -> Iterator[None]:
+    """torch raises where its own operations would wait for the device."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def there(value: float, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.tensor(value, dtype=dtype, device="cuda")
+
+
+def same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], bound: float | None = None) -> None:
+    assert actual.keys() == expected.keys()
+    for key, values in expected.items():
+        if bound is None or not values.is_floating_point():
+            assert_same_bits(actual[key], values, key)
+        else:
+            finite = values.isfinite()
+            assert torch.equal(actual[key].isfinite(), finite), key
+            assert_close(
+                actual[key][finite].double(),
+                values[finite].double(),
+                bound * values[finite].double().abs() + 1e-30,
+                key,
+            )
+
+
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_the_gpu_does_what_the_reference_does(case):
+    same(run(case, BACKEND), run(case, REFERENCE))
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("annealing", ["capture", "capture_alpha", "interval", "gradient"])
+def test_numbers_may_live_on_the_device(rule, annealing):
+    case = PLAIN._replace(rule=rule, annealing=annealing, grad_scale=1024.0)
+    expected = run(case, REFERENCE)
+    numbers = {
+        "lr": there(case.lr, torch.float32),
+        "epsilon": there(case.epsilon),
+        "grad_scale": there(1024.0, torch.float32),
+    }
+    lists = build(case, "cuda").lists
+    found_inf = None if "beta1" in RULES[rule] else there(0.0, torch.float32)
+    with nothing_waits():
+        call(case, lists, BACKEND, found_inf=found_inf, **numbers)
+    for key, tensors in lists.items():
+        for i, tensor in enumerate(tensors):
+            if f"{key}[{i}]" in expected:
+                assert_same_bits(tensor.cpu(), expected[f"{key}[{i}]"], key)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_found_inf_on_the_device_leaves_all_as_it_is(rule):
+    case = PLAIN._replace(rule=rule)
+    lists = build(case, "cuda").lists
+    lists["steps"] = [step.cuda() for step in lists["steps"]]
+    before = {key: [tensor.clone() for tensor in tensors] for key, tensors in lists.items()}
+    call(case, lists, BACKEND, found_inf=there(1.0, torch.float32))
+    for key, tensors in before.items():
+        for i, tensor in enumerate(tensors):
+            assert_same_bits(lists[key][i], tensor, key)
+
+
+# 1 / (1 - beta^t) from a device's pow: 2 ulp of double in pow, as much again in the division and the root; then it is
+# rounded to the arithmetic type, where it may fall on the other side: one ulp. It goes into the displacement once, and
+# that is rounded once more.
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 4 * 2**-24), (torch.float64, 64 * 2**-53)])
+@pytest.mark.parametrize("rule", ADAMW)
+def test_step_counters_on_the_device_change_the_last_bits_at_most(rule, dtype, bound):
+    case = PLAIN._replace(rule=rule, dtype=dtype, codebook="none", granularity="tensor", outputs=(), seed=3)
+    expected = run(case, REFERENCE)
+    lists = build(case, "cuda").lists
+    before = [weight.clone() for weight in lists["weights"]]
+    lists["steps"] = [step.to("cuda", torch.float32) for step in lists["steps"]]
+    call(case, lists, BACKEND)
+    for i, step in enumerate(lists["steps"]):
+        assert float(step) == float(expected[f"steps[{i}]"])
+        wanted = expected[f"weights[{i}]"].double()
+        largest = torch.maximum(wanted.abs(), before[i].cpu().double().abs())
+        assert_close(lists["weights"][i].cpu(), wanted, bound * largest + 1e-30, f"weights[{i}]")
+
+
+def parameters(count: int, size: int = 1000) -> list[torch.nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    made = [torch.nn.Parameter(torch.randn(size, generator=generator).cuda() * 0.1) for _ in range(count)]
+    for parameter in made:
+        parameter.grad = torch.randn(size, generator=generator).cuda() * 0.01
+    return made
+
+
+def kernels(work) -> list[str]:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU], acc_events=True
+    ) as profile:
+        work()
+        torch.cuda.synchronize()
+    return [
+        event.name
+        for event in profile.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA and "kernel" in event.name
+    ]
+
+
+@pytest.mark.parametrize("count", [1, 20, 1000])
+def test_one_launch_for_a_list_and_nothing_else_on_the_device(count):
+    optimizer = askew.AskewSGD(parameters(count), lr=0.1, momentum=0.9, quantizer="4bit", outputs=("codes",))
+    optimizer.step()
+    optimizer.step()
+    names = kernels(optimizer.step)
+    assert len(names) == 1
+    assert "step_kernel" in names[0]
+
+
+@pytest.mark.parametrize("count", [3, 100])
+@pytest.mark.parametrize("kind", [askew.AskewSGD, askew.AskewAdamW])
+def test_once_it_is_prepared_nothing_waits(kind, count):
+    optimizer = kind(parameters(count), lr=0.1, quantizer="ternary")
+    anneal = askew.Anneal(optimizer, total_steps=100)
+    optimizer.prepare()
+    with nothing_waits():
+        for _ in range(3):
+            optimizer.step()
+            anneal.step()
+
+
+@pytest.mark.parametrize("count", [3, 100])
+def test_gradients_that_move_are_followed(count):
+    """With set_to_none, every backward pass allocates gradients anew: the table of spans must be built again."""
+    here, there_ = (
+        [torch.nn.Parameter(p.detach().to(device)) for p in parameters(count)] for device in ("cpu", "cuda")
+    )
+    optimizers = [
+        askew.AskewSGD(each, lr=0.1, momentum=0.9, quantizer="binary", epsilon=0.3) for each in (here, there_)
+    ]
+    generator, kept = torch.Generator().manual_seed(1), []
+    for _ in range(4):
+        for mine, theirs in zip(here, there_, strict=True):
+            mine.grad = torch.randn(mine.shape, generator=generator)
+            kept.append(theirs.grad)  # so that its memory is not used again
+            theirs.grad = mine.grad.cuda()
+        for optimizer in optimizers:
+            optimizer.step()
+    for i, (mine, theirs) in enumerate(zip(here, there_, strict=True)):
+        assert_same_bits(theirs.detach().cpu(), mine.detach(), f"weights[{i}]")
+
+
+def test_the_current_stream_is_used():
+    """A step that ran on another stream would not wait for the gradient."""
+    weight = torch.nn.Parameter(torch.zeros(1 << 20, device="cuda"))
+    optimizer = askew.AskewSGD([weight], lr=1.0)
+    weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(100_000_000)
+        weight.grad.fill_(1.0)
+        optimizer.step()
+        result = weight.detach().clone()
+    torch.cuda.synchronize()
+    assert bool((result == -1).all())
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+@pytest.mark.parametrize("count", [3, 60])
+def test_a_captured_graph_anneals_and_follows_the_schedule(kind, count):
+    """Replays against eager steps with the same numbers: bit for bit, AdamW with its counters on the device in both."""
+    results = []
+    for captured in (False, True):
+        weights = parameters(count)
+        lr, epsilon = there(0.1), there(1.0)
+        if kind == "sgd":
+            optimizer = askew.AskewSGD(weights, lr=lr, momentum=0.9, quantizer="2bit", epsilon=epsilon)
+        else:
+            optimizer = askew.AskewAdamW(weights, lr=lr, quantizer="2bit", epsilon=epsilon, capturable=True)
+        anneal = askew.Anneal(optimizer, total_steps=20, hold=0.1)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            optimizer.step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        if captured:
+            with torch.cuda.graph(graph):
+                optimizer.step()
+        for _ in range(12):
+            anneal.step()
+            scheduler.step()
+            graph.replay() if captured else optimizer.step()
+        results.append([weight.detach().clone() for weight in weights])
+    for i, (eager, replayed) in enumerate(zip(*results, strict=True)):
+        assert_same_bits(replayed, eager, f"weights[{i}]")
+
+
+# What is wrong when a capture begins, and the message.
+@pytest.mark.parametrize(
+    ("keywords", "prepared", "message"),
+    [
+        ({"epsilon": 1.0}, True, "epsilon = 1.0: the graph would never anneal"),
+        ({}, False, r"call prepare\(\)"),
+        ({"capturable": False}, True, "capturable = False: the step would never be counted"),
+    ],
+    ids=["epsilon", "scales", "capturable"],
+)
+def test_a_capture_that_would_go_wrong_is_refused(keywords, prepared, message):
+    optimizer = askew.AskewAdamW(
+        parameters(2), quantizer="binary", **{"epsilon": there(1.0), "capturable": True} | keywords
+    )
+    if prepared:
+        optimizer.prepare()
+    torch.cuda.synchronize()
+    with pytest.raises(RuntimeError, match=message), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("kind", [askew.AskewSGD, askew.AskewAdamW])
+def test_gradscaler_on_the_gpu_skips_and_counts_as_torchs_optimizer_does(kind):
+    """No step with an infinity counts, the first one included; nothing waits for the device but the scaler itself."""
+    weights = parameters(3)
+    optimizer = kind(weights, lr=0.1, quantizer="ternary")
+    scaler = torch.amp.GradScaler("cuda", init_scale=8.0)
+    taken = []
+    for overflow in (True, False, True, False):
+        before = [weight.detach().clone() for weight in weights]
+        for weight in weights:
+            weight.grad = torch.full_like(weight, math.inf if overflow else 0.5)
+        scaler.step(optimizer)
+        scaler.update()
+        taken.append([bool((weight != old).any()) for weight, old in zip(weights, before, strict=True)])
+    assert taken == [[False] * 3, [True] * 3, [False] * 3, [True] * 3]
+    if kind is askew.AskewAdamW:
+        assert [float(optimizer.state[weight]["step"]) for weight in weights] == [2.0, 2.0, 2.0]
+        assert optimizer.state[weights[0]]["step"].is_cuda
+
+
+def test_more_than_two_to_the_31_weights():
+    size = (1 << 31) + 12345
+    if torch.cuda.mem_get_info()[0] < 6 * size:
+        pytest.skip(f"needs {6 * size / 2**30:.0f} GiB of GPU memory")
+    weight = torch.zeros(size, dtype=torch.bfloat16, device="cuda")
+    grad = torch.zeros_like(weight)
+    grad[-3:] = -1.0
+    codes = torch.zeros(size, dtype=torch.uint8, device="cuda")
+    scale = torch.ones((), device="cuda")
+    settings = {
+        "momentum": 0.0,
+        "dampening": 0.0,
+        "weight_decay": 0.0,
+        "nesterov": False,
+        "maximize": False,
+        "epsilon": 1.0,
+    }
+    settings |= {
+        "anneal": "capture",
+        "skew_at": "velocity",
+        "recovery": 0.5,
+        "alpha": None,
+        "max_step": math.inf,
+        "clip": True,
+    }
+    backends.operators("cuda").sgd_([weight], [grad], [], [scale], [-1.0, 0.0, 1.0], [codes], [], lr=1.0, **settings)
+    assert weight[-4:].tolist() == [0.0, 1.0, 1.0, 1.0]
+    assert codes[-4:].tolist() == [1, 2, 2, 2]
+    assert int(codes[:-3].max()) == 1
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+def test_several_gpus_in_one_optimizer():
+    weights = [torch.nn.Parameter(torch.ones(100, device=f"cuda:{i}")) for i in range(2)]
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    askew.AskewSGD(weights, lr=0.25).step()
+    assert all(weight.tolist() == [0.75] * 100 for weight in weights)
+
+
+# What is moved to the CPU, and the message.
+@pytest.mark.parametrize("name", ["grads", "momentum_buffers", "scales", "codes", "snapped"])
+def test_tensors_on_two_devices_are_refused(name):
+    lists = build(PLAIN, "cuda").lists
+    lists[name][1] = lists[name][1].cpu()
+    before = [weight.clone() for weight in lists["weights"]]
+    with pytest.raises(ValueError, match=rf"{name}\[1\] is on cpu but weights\[1\] is on cuda:0"):
+        call(PLAIN, lists, BACKEND)
+    for i, weight in enumerate(before):
+        assert_same_bits(lists["weights"][i], weight, f"weights[{i}]")
+
+
+def test_host_counters_with_a_device_side_overflow_are_refused():
+    case = PLAIN._replace(rule="adamw")
+    lists = build(case, "cuda").lists
+    with pytest.raises(ValueError, match="keep the steps with the weights"):
+        call(case, lists, BACKEND, found_inf=there(0.0, torch.float32))
+
+
+def test_auto_takes_the_gpu():
+    assert backends.choose("auto", torch.device("cuda:0"), torch.float32) == "cuda"

@@ -1,0 +1,103 @@
+"""What the built extension's GPU code is made of: registers, spills, the width of its loads and stores. Needs no
+GPU.
+"""
+
+import functools
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.cases import EXTENSION
+
+pytestmark = pytest.mark.skipif(
+    EXTENSION is None or EXTENSION.build_info()["cuda"] is None,
+    reason="the extension was built without CUDA kernels (no nvcc was found)",
+)
+STORAGES = ("float", "double", "BFloat16", "Float16")
+
+
+def tool(name: str) -> str:
+    """A binary tool of the CUDA toolkit, from the PATH, the toolkit, or the package triton, which brings it along."""
+    triton = importlib.util.find_spec("triton")
+    folders = [os.environ.get("CUDA_HOME", "/usr/local/cuda") + "/bin"]
+    folders += [f"{Path(triton.origin).parent}/backends/nvidia/bin"] if triton else []
+    found = shutil.which(name) or shutil.which(name, path=os.pathsep.join(folders))
+    if found is None:
+        pytest.skip(
+            f"{name} is missing: it comes with the CUDA toolkit and with the package triton (pip install triton)"
+        )
+    return found
+
+
+def dump(what: str) -> str:
+    return subprocess.run(
+        [tool("cuobjdump"), what, EXTENSION.__file__], capture_output=True, text=True, check=True
+    ).stdout
+
+
+@functools.cache
+def resources() -> dict[str, dict[str, int]]:
+    """Of each kernel, by its mangled name: registers, bytes of stack (spills lie there), .."""
+    found = {}
+    for name, usage in re.findall(r"Function (\S+):\n\s*(REG:.*)", dump("-res-usage")):
+        numbers = {key: int(value) for key, value in re.findall(r"([A-Z]+)(?:\[\d\])?:(\d+)", usage)}
+        kept = found.setdefault(name, numbers)  # one kernel, several architectures: the most of each
+        for key, value in numbers.items():
+            kept[key] = max(kept.get(key, 0), value)
+    return found
+
+
+@functools.cache
+def instructions() -> dict[str, list[str]]:
+    """Memory instructions of each kernel, by its mangled name."""
+    found, current = {}, []
+    for line in dump("-sass").splitlines():
+        name = re.search(r"Function : (\S+)", line)
+        if name:
+            current = found.setdefault(name[1], [])
+        elif instruction := re.search(r"\b(LDG|STG|LDL|STL)\.\S+", line):
+            current.append(instruction[0])
+    return found
+
+
+def kernels(storage: str) -> list[str]:
+    length = f"{len(storage)}{storage}" if len(storage) > 6 else {"float": "If", "double": "Id"}[storage]
+    return [
+        name
+        for name in resources()
+        if "step_kernel" in name and f"Variant{length if length[0] == 'I' else 'INS_' + length}" in name
+    ]
+
+
+def test_every_variant_is_there():
+    """Two rules; without levels, and uniform, small and large tables under both annealings."""
+    for storage in STORAGES:
+        assert len(kernels(storage)) == 2 * (1 + 2 * 3), storage
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_registers_are_few_and_none_is_spilled(storage):
+    for name in kernels(storage):
+        hard = ("AdamW" in name) + ("Float16" in name)
+        allowed = 128 if storage == "double" or hard == 2 else 80 if hard and "Interval" in name else 64
+        used = resources()[name]
+        assert used["REG"] <= allowed, name
+        assert used["STACK"] == 0, name
+        assert used["LOCAL"] == 0, name
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_aligned_tensors_move_sixteen_bytes_at_a_time(storage):
+    for name in kernels(storage):
+        wide = [each for each in instructions()[name] if ".128" in each]
+        tensors = (
+            2 if "AdamW" not in name else 4
+        )  # weight and gradient are read at least, and the moments; all but the gradient written
+        assert sum(each.startswith("LDG") for each in wide) >= tensors, name
+        assert sum(each.startswith("STG") for each in wide) >= tensors - 1, name
+        assert not [each for each in instructions()[name] if each.startswith(("LDL", "STL"))], name

@@ -1,0 +1,431 @@
+"""The Triton backend against the reference, bit for bit: in Triton's interpreter, and on a GPU where there is one."""
+
+import inspect
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+import torch
+
+from askew_cuda import backends, doctor
+from tests.cases import BACKENDS, CASES, PLAIN, REFERENCE, Backend, Case, build, call, case_id, run
+from tests.compare import assert_close, assert_same_bits
+from tests.gpu.triton_copies import Recorder, load, on_gpu, triton
+from tests.step import test_backends, test_by_hand, test_golden
+from tests.step.test_wrong_calls import WRONG, assert_refused
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LAUNCHER = load(interpreted=True)
+BLOCK = LAUNCHER.BLOCK
+TRITON = {"interpreted": Backend(LAUNCHER.sgd_, LAUNCHER.adamw_)}
+if on_gpu():
+    TRITON["cuda"] = Backend(*backends.operators("triton"), device="cuda")
+on_all = pytest.mark.parametrize("name", TRITON)
+
+
+def smaller(case: Case) -> Case:
+    """The largest size is four blocks and less than a vector: interpreting takes its time."""
+    return case if case.size < 1000 else case._replace(size=4 * BLOCK + 7)
+
+
+@on_all
+@pytest.mark.parametrize(
+    "case", [smaller(case) for case in CASES if case.dtype in DTYPES and case.rounding == "nearest"], ids=case_id
+)
+def test_triton_does_what_the_reference_does(case, name):
+    expected, actual = run(case, REFERENCE), run(case, TRITON[name])
+    assert actual.keys() == expected.keys()
+    for key, values in expected.items():
+        assert_same_bits(actual[key], values, key)
+
+
+# Blocks of many scales, of two, and of one; counts that wrap around in a transposed weight; groups larger than a block.
+SCALED = [(1, 3), (7, 100), (513, 2), (100, 7), (3, BLOCK), (2, 3 * BLOCK + 1), (40, 40)]
+
+
+@on_all
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize(("rows", "run_length"), SCALED)
+def test_every_weight_finds_its_scale(rows, run_length, groups, layout, name):
+    generator = torch.Generator().manual_seed(0)
+    start, grad = torch.randn(2, rows, groups * run_length, generator=generator)
+    scale = torch.rand(rows, groups, generator=generator) + 0.1
+    results = []
+    for backend in (REFERENCE, TRITON[name]):
+        weight = start.t().contiguous().t() if layout == "transposed" else start.clone()
+        weight = weight.to(backend.device)
+        snapped = torch.empty_like(weight)
+        settings = {**PLAIN_SETTINGS, "lr": 0.1, "epsilon": 0.3}
+        backend.sgd_(
+            [weight], [grad.to(weight)], [], [scale.to(weight)], (-1.5, -0.5, 0.5, 1.5), [], [snapped], **settings
+        )
+        results.append((weight.cpu(), snapped.cpu()))
+    for actual, expected in zip(results[1], results[0], strict=True):
+        assert_same_bits(actual, expected, f"{rows} rows, {groups} groups of {run_length}")
+
+
+PLAIN_SETTINGS = {
+    "momentum": 0.0, "dampening": 0.0, "weight_decay": 0.0, "nesterov": False, "maximize": False, "anneal": "capture",
+    "skew_at": "velocity", "recovery": 0.5, "alpha": None, "max_step": 0.5, "clip": True,
+}  # fmt: skip
+
+
+@on_all
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_storage_is_rounded_to_nearest_even(dtype, name):
+    """Snapped weights, scale * 1: between two numbers of the type, where ties go to the even one, subnormal ones, and
+    beyond the last.
+    """
+    eps, tiny, device = torch.finfo(dtype).eps, torch.finfo(dtype).tiny, TRITON[name].device
+    factors = [1 + eps * k / 8 for k in range(17)]
+    values = [
+        *factors,
+        *(tiny * eps * x for x in (0.5, 0.75, 1.5, 2.5)),
+        *(torch.finfo(dtype).max * x for x in factors[:5]),
+    ]
+    wanted = torch.tensor(values, dtype=torch.float64).float()
+    assert wanted.isfinite().all()
+    weight = wanted.reshape(-1, 1).to(device)
+    snapped = torch.zeros(weight.shape, dtype=dtype, device=device)
+    settings = PLAIN_SETTINGS | {"lr": 0.0, "epsilon": 0.0}
+    TRITON[name].sgd_([weight], [torch.zeros_like(weight)], [], [weight.clone()], (0.0, 1.0), [], [snapped], **settings)
+    assert_same_bits(snapped.cpu().reshape(-1), wanted.to(dtype), "snapped")
+    assert snapped.isinf().sum() == 2  # from half a unit beyond the largest number on
+
+
+@pytest.mark.parametrize(
+    "test",
+    [
+        test_backends.test_a_nan_gradient_spoils_its_own_weight_and_its_code_is_zero,
+        lambda name: [
+            test_backends.test_found_inf_leaves_everything_as_it_is(name, rule) for rule in ("nesterov", "amsgrad")
+        ],
+        lambda name: [test_backends.test_a_grad_scale_is_divided_out(name, rule) for rule in ("maximize", "amsgrad")],
+        lambda name: [
+            test_backends.test_lr_and_epsilon_may_be_tensors_of_any_float_dtype(name, rule)
+            for rule in ("nesterov", "amsgrad")
+        ],
+        lambda name: [
+            test_by_hand.test_one_step(row, name, dtype) for row in test_by_hand.STEPS.values() for dtype in DTYPES
+        ],
+        lambda name: [
+            test_by_hand.test_sgd(*row, (), name, dtype) for row in test_by_hand.SGD_STEPS.values() for dtype in DTYPES
+        ],
+        lambda name: [
+            test_by_hand.test_adamw(*row, (), name, dtype)
+            for row in test_by_hand.ADAMW_STEPS.values()
+            for dtype in DTYPES
+        ],
+        lambda name: [test_by_hand.test_the_last_bit_of_the_way_is_taken_at_once(name, dtype) for dtype in DTYPES],
+        test_by_hand.test_the_code_is_that_of_the_stored_weight,
+        lambda name: test_golden.test_single_steps_of_the_specification(name, torch.float32),
+    ],
+    ids=["nan", "found_inf", "grad_scale", "tensors", "one step", "sgd", "adamw", "last bit", "code", "golden"],
+)
+def test_what_all_backends_are_tested_for(test, monkeypatch):
+    monkeypatch.setitem(BACKENDS, "interpreted", TRITON["interpreted"])
+    test("interpreted")
+
+
+@on_all
+@pytest.mark.parametrize("rule", ["nesterov", "amsgrad"])
+@pytest.mark.parametrize("infinite", [1.0, float("nan")])
+def test_found_inf_on_the_device_leaves_everything_as_it_is(infinite, rule, name):
+    case = PLAIN._replace(rule=rule)
+    untouched, lists = build(case).lists, build(case, TRITON[name].device).lists
+    call(case, lists, TRITON[name], found_inf=torch.tensor(infinite, device=TRITON[name].device))
+    for key, tensors in untouched.items():
+        for i, tensor in enumerate(tensors):
+            assert_same_bits(lists[key][i].cpu(), tensor, f"{key}[{i}]")
+
+
+def renamed(message: str) -> str:
+    """What the extension says of dtypes, in the words of Python."""
+    names = {"BFloat16": "bfloat16", "Float": "float32", "Double": "float64", "Short": "int16", "Int": "int32", "Long": "int64",
+             "ComplexFloat": "complex64"}  # fmt: skip
+    return re.sub(rf"\b({'|'.join(names)})\b", lambda found: f"torch.{names[found[0]]}", message)
+
+
+@pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG.keys())
+def test_a_wrong_call_names_the_argument_and_changes_nothing(wrong):
+    assert_refused(wrong, TRITON["interpreted"], lambda message: re.compile(renamed(message), re.IGNORECASE))
+
+
+@pytest.mark.parametrize("rule", ["momentum", "amsgrad"])
+def test_arguments_are_checked_where_an_infinity_was_found(rule):
+    case = PLAIN._replace(rule=rule)
+    lists = build(case).lists
+    lists["codes"] = [codes.int() for codes in lists["codes"]]
+    with pytest.raises(TypeError, match=r"codes\[0\] is torch.int32; codes are uint8"):
+        call(case, lists, TRITON["interpreted"], found_inf=1.0)
+
+
+def test_numbers_and_weights_elsewhere_are_refused():
+    lists = build(PLAIN).lists
+    with pytest.raises(ValueError, match="epsilon is on meta and the weights on cpu"):
+        call(PLAIN, lists, TRITON["interpreted"], epsilon=torch.tensor(0.1, device="meta"))
+    with pytest.raises(ValueError, match=r"weights\[0\] is on meta; this Triton steps cpu tensors"):
+        call(
+            PLAIN,
+            {name: [tensor.to("meta") for tensor in tensors] for name, tensors in lists.items()},
+            TRITON["interpreted"],
+        )
+    compiled = load(interpreted=False)
+    with pytest.raises(ValueError, match=r"weights\[0\] is on cpu; this Triton steps cuda and xpu tensors"):
+        call(PLAIN, lists, Backend(compiled.sgd_, compiled.adamw_))
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """The interpreted launcher with its launches, layouts and tables counted; nothing is computed."""
+    recorder, made = Recorder(LAUNCHER.step_kernel, compiles=False), Counter()
+
+    def counting(name: str):
+        maker = getattr(LAUNCHER, name)
+
+        def make(*arguments):
+            made[name] += 1
+            return maker(*arguments)
+
+        return make
+
+    for name in ("make_layout", "make_table"):
+        monkeypatch.setattr(LAUNCHER, name, counting(name))
+    monkeypatch.setattr(LAUNCHER, "step_kernel", recorder)
+    monkeypatch.setattr(LAUNCHER, "layouts", LAUNCHER.Latest(64))
+    return recorder, lambda: (len(recorder.given), made["make_layout"], made["make_table"])
+
+
+def test_a_call_is_one_launch_and_its_table_is_kept(counted):
+    recorder, count = counted
+    case = PLAIN._replace(rule="amsgrad", size=BLOCK)
+    lists: dict[str, list] = {}
+    for k in range(100):  # of three tensors each, one of them empty
+        for key, tensors in build(case._replace(seed=k)).lists.items():
+            lists.setdefault(key, []).extend(tensors)
+    for lr in (0.1, 0.2, 0.3):
+        call(case, lists, TRITON["interpreted"], lr=lr, epsilon=lr)
+    assert count() == (3, 1, 1)
+    assert recorder.given[0][0] == (100 * (3 + 1),)  # blocks: three of the 3 x BLOCK weights, one of the five
+    kept = lists["grads"]
+    for grads in ([grad.clone() for grad in kept], kept):  # as after zero_grad()
+        call(case, lists | {"grads": grads}, TRITON["interpreted"])
+        call(case, lists | {"grads": grads}, TRITON["interpreted"])
+        assert count()[1:] == (1, 2)
+    lists["weights"][0] = (
+        torch.empty(BLOCK, 3).t().copy_(lists["weights"][0])
+    )  # another memory order: gradient and state are copied
+    call(case, lists, TRITON["interpreted"])
+    call(case, lists, TRITON["interpreted"])
+    assert count() == (9, 3, 4)
+    lists = {name: tensors[3:] for name, tensors in lists.items()}
+    call(case, lists, TRITON["interpreted"])
+    call(case, lists, TRITON["interpreted"])
+    assert count() == (11, 4, 5)
+
+
+def test_what_is_kept_is_dropped_one_by_one(counted):
+    _, count = counted
+    every = [build(PLAIN._replace(size=size)).lists for size in range(1, 71)]
+    for lists in [*every, *every[-64:]]:
+        call(PLAIN, lists, TRITON["interpreted"])
+    assert count()[1:] == (70, 70)
+    assert len(LAUNCHER.layouts) == 64
+    call(PLAIN, every[0], TRITON["interpreted"])
+    assert count()[1:] == (71, 71)
+    every = [build(PLAIN).lists for _ in range(9)]
+    for lists in [*every, *every[-8:], every[0]]:
+        call(PLAIN, lists, TRITON["interpreted"])
+    assert count()[2] == 71 + 9 + 1  # a layout keeps eight tables
+
+
+def test_a_graph_captures_what_was_seen_before(counted, monkeypatch):
+    recorder, _ = counted
+    lists = build(PLAIN).lists
+    monkeypatch.setattr(LAUNCHER, "captured", [])
+    call(PLAIN, build(PLAIN).lists, TRITON["interpreted"])  # others of the same layout
+    monkeypatch.setattr(LAUNCHER, "capturing", lambda device: True)
+    for case in (PLAIN, PLAIN._replace(size=34)):
+        with pytest.raises(RuntimeError, match="no step has seen where they lie"):
+            call(case, lists if case is PLAIN else build(case).lists, TRITON["interpreted"])
+    assert len(recorder.given) == 1
+    monkeypatch.setattr(LAUNCHER, "capturing", lambda device: False)
+    call(PLAIN, lists, TRITON["interpreted"])
+    monkeypatch.setattr(LAUNCHER, "capturing", lambda device: True)
+    call(PLAIN, lists, TRITON["interpreted"])
+    assert LAUNCHER.captured[0][:2] == recorder.given[-1][1][:2]  # table and map are kept for it
+
+
+def test_nothing_is_launched_for_nothing(counted):
+    recorder, _ = counted
+    for operator in TRITON["interpreted"][:2]:
+        operator(
+            **{name: [] for name in inspect.signature(operator).parameters}
+        )  # without weights nothing is looked at
+    weight = torch.zeros(3, 0)
+    TRITON["interpreted"].sgd_(
+        [weight], [weight], [], [torch.ones(3, 1)], (-1.0, 1.0), [], [], **PLAIN_SETTINGS, lr=0.1, epsilon=0.3
+    )
+    assert not recorder.given
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.5), (0.99, 0.9999)])
+def test_bias_corrections_of_steps_on_a_device_are_an_ulp_away_at_most(betas):
+    counts = torch.cat([torch.arange(1000), torch.logspace(3, 7, 200).round()]).float()
+    expected = [
+        torch.tensor(each) for each in zip(*(host_corrections(count, betas) for count in counts.tolist()), strict=True)
+    ]
+    for device in ("cpu", *on_gpu()):
+        for found, wanted in zip(LAUNCHER.device_bias_corrections(counts.to(device), *betas), expected, strict=True):
+            assert found.dtype == torch.float32
+            assert_close(found.cpu(), wanted.float(), 2**-23 * wanted.double(), f"{betas} on {device}")
+
+
+@pytest.mark.parametrize("rule", ["adamw", "amsgrad"])
+def test_a_step_with_a_devices_bias_corrections_is_bounded(rule, monkeypatch):
+    """They are an ulp away at most, each factor of the direction: 2^-23 relative twice, and two roundings more."""
+    case = PLAIN._replace(rule=rule, codebook="none", granularity="tensor", outputs=(), size=1000)
+    expected = run(case, REFERENCE)
+    monkeypatch.setattr(
+        LAUNCHER,
+        "bias_corrections",
+        lambda steps, *betas: LAUNCHER.device_bias_corrections(torch.stack(steps), *betas[:2]),
+    )
+    for key, values in run(case, TRITON["interpreted"]).items():
+        bound = 2**-21 * (values.abs().double() + case.lr * 100) if key.startswith("weights") else 0.0
+        assert_close(values, expected[key], bound, key)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_steps_on_a_device_stand_still_where_an_infinity_was_found(dtype):
+    steps = [torch.tensor(float(count), dtype=dtype) for count in (0, 7)]
+    for infinite, expected in (
+        (0.0, [1, 8]),
+        (torch.tensor(1.0), [1, 8]),
+        (torch.tensor(0.0), [2, 9]),
+        (torch.tensor(float("nan")), [2, 9]),
+    ):
+        LAUNCHER.advance(steps, infinite)
+        assert [step.item() for step in steps] == expected
+
+
+def host_corrections(count: float, betas: tuple[float, float]) -> tuple[float, float]:
+    return LAUNCHER.bias_corrections([torch.tensor(count)], *betas, torch.device("cpu"))
+
+
+TRAINING = """
+import torch, askew_cuda as askew
+from askew_cuda import backends
+
+print("before:", "triton" in __import__("sys").modules)
+results = []
+for backend in ("cpu" if backends.extension else "reference", "triton"):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.Tanh(), torch.nn.Linear(6, 3))
+    quantized = {"params": [model[0].weight, model[2].weight], "quantizer": "ternary/channel", "outputs": ("codes",)}
+    groups = [quantized, {"params": [model[0].bias, model[2].bias]}]
+    rule = askew.AskewAdamW(groups, lr=torch.tensor(0.01), backend=backend)
+    anneal = askew.Anneal(rule, total_steps=10)
+    compiled = torch.compile(rule.step, backend="aot_eager") if backend == "triton" else rule.step
+    for count in range(10):
+        rule.zero_grad()
+        model(torch.randn(4, 8)).square().sum().backward()
+        compiled() if count > 7 else rule.step()
+        anneal.step()
+    print(repr(rule).count(f"runs on: {backend} for torch.float32 on cpu"), [w._version for w in model.parameters()])
+    results.append([*model.parameters(), *(each["codes"] for each in rule.outputs.values())])
+print("same:", all(torch.equal(a, b) for a, b in zip(*results, strict=True)), len(results[0]))
+print("auto:", backends.choose("auto", torch.device("cpu"), torch.float32))
+"""
+
+
+def test_an_optimizer_trains_with_it():
+    """As users get there: TRITON_INTERPRET in the environment, backend="triton"; "auto" is not led to an interpreter.
+    The last steps are compiled, but for the launch.
+    """
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    run = subprocess.run(
+        [sys.executable, "-W", "error", "-c", TRAINING], capture_output=True, text=True, env=environment, check=True
+    )
+    before, own, triton_, same, auto = run.stdout.splitlines()
+    assert before == "before: False"
+    assert triton_ == own
+    assert own.startswith("2 [1")  # both groups; weights that know that they were changed
+    assert same == "same: True 6"
+    assert auto == "auto: cpu" if backends.extension else "auto: reference"
+
+
+CUDA = torch.device("cuda")
+
+
+def why(monkeypatch, device: torch.device | str = CUDA, dtype=torch.float32, **changes: object) -> str:
+    """absent()'s reason on a machine with a GPU, but for the changes."""
+    machine = {
+        "version": triton.__version__,
+        "interpret": "",
+        "available": True,
+        "capability": (9, 0),
+        "compiler": "gcc",
+    } | changes
+    monkeypatch.setenv("TRITON_INTERPRET", machine["interpret"])
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(backends, "triton_version", lambda: machine["version"])
+    monkeypatch.setattr(backends.shutil, "which", lambda name: machine["compiler"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: machine["available"])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: machine["capability"])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old GPU")
+    return backends.absent("triton", torch.device(device), dtype)
+
+
+def test_why_it_is_absent(monkeypatch):
+    assert why(monkeypatch) == ""
+    assert why(monkeypatch, "xpu") == ""
+    assert why(monkeypatch, "cpu", interpret="1") == ""
+    assert "TRITON_INTERPRET=1 is set before" in why(monkeypatch, "cpu")
+    assert "TRITON_INTERPRET=1 is set: it steps CPU tensors only" in why(monkeypatch, interpret="1")
+    assert "the weights are on mps" in why(monkeypatch, "mps")
+    assert "compute in float32" in why(monkeypatch, dtype=torch.float64)
+    assert "not supported" in why(monkeypatch, dtype=torch.int32)
+    assert "triton is not installed" in why(monkeypatch, version="")
+    assert "triton 3.6 or newer is needed, and 3.5.1 is installed" in why(monkeypatch, version="3.5.1")
+    assert "torch finds no GPU" in why(monkeypatch, available=False)
+    assert "compute capability 8.0, and Old GPU has less" in why(monkeypatch, capability=(7, 5))
+    assert "a C compiler" in why(monkeypatch, compiler=None)
+
+
+def test_the_doctor_tests_what_is_interpreted(monkeypatch, capsys):
+    operators = backends.operators
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(
+        backends,
+        "operators",
+        lambda name: backends.Operators(*TRITON["interpreted"][:2]) if name == "triton" else operators(name),
+    )
+    assert doctor.doctor() == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert (
+        "triton        present (interpreted on the CPU); self-test: 48 of 48 cases equal the reference bit for bit"
+        in lines
+    )
+
+
+def test_auto_takes_it_on_a_gpu_without_cuda_kernels_and_says_why(monkeypatch):
+    assert why(monkeypatch) == ""
+    absent = backends.absent
+    monkeypatch.setattr(
+        backends, "absent", lambda backend, *kind: "no kernels" if backend == "cuda" else absent(backend, *kind)
+    )
+    monkeypatch.setattr(
+        backends, "choose", backends.choose.__wrapped__
+    )  # what it has found before is of another machine
+    assert (
+        backends.explain("auto", CUDA, torch.float32) == "triton for torch.float32 on cuda (cuda is absent: no kernels)"
+    )
+    assert backends.explain("triton", CUDA, torch.float32) == "triton for torch.float32 on cuda"
+    with pytest.raises(RuntimeError, match="backend = 'triton' is absent: it steps GPU tensors"):
+        backends.choose("triton", torch.device("cpu"), torch.float32)

@@ -1,0 +1,77 @@
+"""askew-cuda doctor and askew-cuda inspect."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import askew_cuda as askew
+from askew_cuda import backends, doctor
+from askew_cuda.cli import main
+
+
+def test_doctor_names_what_is_here_and_why_the_rest_is_not(capsys):
+    assert main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    assert f"torch         {torch.__version__}" in text
+    assert "self-test: 64 of 64 cases equal the reference bit for bit" in text
+    for backend in ("cuda", "triton"):
+        expected = (
+            "absent: " if backends.absent(backend, torch.device("cuda"), torch.float32) else "present; self-test: "
+        )
+        assert any(line.startswith(backend) and expected in line for line in text.splitlines())
+    assert f"triton        {backends.triton_version() or 'not installed'}" in text
+
+
+def test_doctor_finds_a_backend_that_differs(monkeypatch, capsys):
+    def off_by_one_bit(weights, *lists, **settings):
+        backends.reference.sgd_(weights, *lists, **settings)
+        weights[0].view(torch.int32 if weights[0].dtype == torch.float32 else torch.uint8)[0] += 1
+
+    fine = backends.operators
+    broken = backends.Operators(off_by_one_bit, fine("cpu").adamw_)
+    monkeypatch.setattr(backends, "operators", lambda backend: broken if backend == "cpu" else fine(backend))
+    assert doctor.doctor() == 1
+    text = capsys.readouterr().out
+    assert "self-test: 32 of 64 cases" in text
+    assert "DIFFERS: torch.float32 sgd nf4 interval" in text
+
+
+def test_the_command_runs_and_explains_itself():
+    run = subprocess.run([sys.executable, "-m", "askew_cuda.cli", "--help"], capture_output=True, text=True, check=True)
+    assert "doctor" in run.stdout
+    with pytest.raises(SystemExit):
+        main(["operate"])
+
+
+def packed(tmp_path) -> str:
+    model = nn.ModuleDict({"a": nn.Linear(4, 2), "b": nn.Linear(2, 4, bias=False)})
+    with torch.no_grad():
+        model["a"].weight.copy_(torch.tensor([[1.0, -1, 1, 1], [1, 1, 1, -1]]))
+        model["b"].weight.copy_(torch.tensor([[0.5, 0.0], [-0.5, 0.0], [0.0, 0.0], [0.5, 0.5]]))
+    rules = {"a.weight": askew.Quantizer("binary", scale=1.0), "b.weight": "ternary/channel"}
+    optimizer = askew.AskewSGD(askew.param_groups(model, rules, pretrained=True, verbose=False), epsilon=0.0)
+    optimizer.finalize()
+    askew.save_packed(model, optimizer, tmp_path / "model.safetensors")
+    return str(tmp_path / "model.safetensors")
+
+
+def test_inspect_shows_what_is_in_a_file(tmp_path, capsys):
+    assert main(["inspect", packed(tmp_path)]) == 0
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert lines["a.weight"].split() == ["a.weight", "2x4", "binary", "2", "1", "1", "25%", "75%", "5"]
+    assert "ternary/channel" in lines["b.weight"]
+    assert "12% 50% 38%" in lines["b.weight"]
+    assert lines["a.bias"].split() == ["a.bias", "2", "-", "float32", "8"]
+    assert "2 quantized tensors, 16 weights" in lines["2"]
+
+
+def test_inspect_of_another_file_says_why(tmp_path, capsys):
+    path = tmp_path / "other.safetensors"
+    path.write_bytes(b"not a packed file")
+    assert main(["inspect", str(path)]) == 1
+    assert "other.safetensors" in capsys.readouterr().err
+    assert main(["inspect", str(tmp_path / "absent")]) == 1
+    assert "absent" in capsys.readouterr().err

@@ -1,0 +1,142 @@
+"""The house rules that a machine can check: who may import whom, sizes, names, and that nothing leaks out of a
+compilation unit."""
+
+import ast
+import collections
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+PYTHON = sorted(
+    path for folder in ("askew_cuda", "benchmarks", "examples", "tests") for path in ROOT.glob(f"{folder}/**/*.py")
+)
+CSRC = sorted(path for path in ROOT.glob("csrc/**/*") if path.is_file())
+
+# What the files of a folder of csrc/ may include of the others, beyond the standard library. Torch stops at torch/, CUDA at
+# cuda/kernel.cu, and the maths knows neither.
+STANDARD = {"cmath", "cstdint", "cstring", "string", "type_traits"}
+INCLUDES = {
+    "maths": {"maths"},
+    ".": {"maths", "."},
+    "cpu": {"maths", ".", "cpu"},
+    "cuda": {"maths", ".", "cuda"},
+    "torch": {"maths", ".", "cpu", "cuda", "torch"},
+}
+OUTSIDE = {"maths/pack.h": {"immintrin.h"}, "cuda/kernel.cu": {"algorithm", "cuda_runtime.h"}}
+
+# What a function that needs it may import, not the module: the package imports without.
+OPTIONAL = {"matplotlib", "numpy"}
+# Layers of the package, lowest first: a module may import from its own layer, in one direction, and from those below.
+LAYERS = (
+    {"reference", "rounding"},
+    {"quantizer", "scales", "keywords", "interrupts", "backends", "triton"},
+    {"hints", "anneal", "paper", "param_groups", "checkpoints"},
+    {"optimizer", "optimizers"},
+    {"monitor", "packed", "doctor"},
+    {"cli", "__init__"},
+)
+
+
+@pytest.mark.parametrize("path", PYTHON, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_function_is_longer_than_60_lines(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            body = node.body[1:] if ast.get_docstring(node) is not None else node.body
+            lines = node.end_lineno - body[0].lineno + 1 if body else 0
+            assert lines <= 60, f"{node.name} has {lines} lines"
+
+
+@pytest.mark.parametrize("path", CSRC, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_kernel_includes_only_what_its_folder_may(path):
+    here = path.relative_to(ROOT / "csrc")
+    for name in re.findall(r'^\s*#\s*include\s*"([^"]+)"', path.read_text(), flags=re.MULTILINE):
+        folder = str((path.parent / name).resolve().parent.relative_to(ROOT / "csrc"))
+        assert folder in INCLUDES[str(here.parent)], name
+    if here.parent.name != "torch":
+        system = set(re.findall(r"^\s*#\s*include\s*<([^>]+)>", path.read_text(), flags=re.MULTILINE))
+        assert system <= STANDARD | OUTSIDE.get(str(here), set())
+
+
+@pytest.mark.parametrize("paths", [CSRC, [path for path in PYTHON if "askew_cuda" in path.parts], PYTHON], ids=len)
+def test_no_file_is_called_what_another_one_is(paths):
+    names = collections.Counter(path.name for path in paths if not path.name.startswith("__"))
+    assert not [name for name, count in names.items() if count > 1]
+
+
+def imports(path: Path) -> list[tuple[ast.stmt, set[str], set[str]]]:
+    """(statement, modules of the library, packages outside) of every import."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found.append((node, set(), {alias.name.split(".")[0] for alias in node.names}))
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found.append((node, set(), {node.module.split(".")[0]}))
+        elif isinstance(node, ast.ImportFrom):
+            up = path.parent.relative_to(ROOT / "askew_cuda").parts[: 2 - node.level] if node.level < 3 else ()
+            inside = [node.module] if node.module else [alias.name for alias in node.names]
+            found.append((node, {".".join((*up, name)) for name in inside}, set()))
+    return found
+
+
+MODULES = sorted(ROOT.glob("askew_cuda/**/*.py"))
+
+
+def room(module: str) -> str:
+    return module.split(".")[0]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_module_imports_only_from_its_layer_and_below(path):
+    here = path.relative_to(ROOT / "askew_cuda").parts[0].removesuffix(".py")
+    level = next(number for number, layer in enumerate(LAYERS) if here in layer)
+    allowed = set().union(*LAYERS[: level + 1])
+    for _, inside, _ in imports(path):
+        assert {room(name) for name in inside} <= allowed
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_module_imports_torch_and_the_standard_library_only(path):
+    """And Triton where only its backend is loaded; what is optional inside the function that needs it."""
+    top = ast.parse(path.read_text()).body
+    for node, _, outside in imports(path):
+        at_the_top = any(node.lineno == each.lineno for each in top)
+        allowed = sys.stdlib_module_names | {"torch"} | (set() if at_the_top else OPTIONAL)
+        assert outside <= allowed | ({"triton"} if path.parent.name == "triton" else set()), f"line {node.lineno}"
+
+
+def test_importing_the_package_takes_torch_and_nothing_heavy():
+    code = "import sys, torch; before = set(sys.modules); import askew_cuda; print(*(set(sys.modules) - before))"
+    names = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    loaded = {name.split(".")[0] for name in names}
+    assert all(name in ("askew_cuda", "torch") or name in sys.stdlib_module_names for name in loaded), loaded
+    assert "askew_cuda.triton" not in names
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="nm (binutils) is not installed")
+def test_no_function_of_one_instruction_set_can_stand_in_for_another():
+    """A weak symbol compiled for AVX-512 could be the one that the linker keeps for every machine."""
+    objects = [path for path in ROOT.glob("build/temp*/csrc/cpu/*.o")]
+    if not objects:
+        pytest.skip("the extension was not built in this checkout")
+    for path in objects:
+        symbols = subprocess.run(
+            ["nm", "--defined-only", "--demangle", path], capture_output=True, text=True, check=True
+        ).stdout.splitlines()
+        weak = [line for line in symbols if line.split(maxsplit=2)[1] in "WVu"]
+        assert not weak, f"{path.name}: {weak[:3]}"
+
+
+def test_the_kernel_compiles_for_arm(tmp_path):
+    compiler = shutil.which("aarch64-linux-gnu-g++")
+    if compiler is None:
+        pytest.skip("aarch64-linux-gnu-g++ is not installed (Debian: g++-aarch64-linux-gnu)")
+    flags = ["-std=c++20", "-O1", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+    warnings = ["-Wall", "-Wextra", "-Werror", "-Wno-psabi"]
+    subprocess.run(
+        [compiler, *flags, *warnings, "-c", ROOT / "csrc/cpu/loop.cpp", "-o", tmp_path / "loop.o"], check=True
+    )
