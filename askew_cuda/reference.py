@@ -201,10 +201,8 @@ class TableCodebook:
         self.unit, self.lowest, self.highest = torch.ones_like(self.levels[0]), self.levels[0], self.levels[-1]
 
     def nearest(self, u: Tensor) -> Tensor:
-        index = torch.zeros_like(u)
-        for midpoint in self.midpoints:
-            index = index + (u > midpoint)
-        return index
+        index = torch.bucketize(u.contiguous(), self.midpoints)  # how many midpoints lie below, and all of them for NaN
+        return torch.where(u.isnan(), 0, index).to(u.dtype)
 
     def level(self, index: Tensor) -> Tensor:
         return self.levels[index.long()]
@@ -234,8 +232,8 @@ class Grid(NamedTuple):
     book: AnyCodebook
 
 
-def make_grid(scale: Tensor, w: Tensor, levels: Sequence[float]) -> Grid:
-    book, scale = codebook(levels, w), spread(scale, w)
+def make_grid(scale: Tensor, w: Tensor, book: AnyCodebook) -> Grid:
+    scale = spread(scale, w)
     return Grid(scale, scale * book.unit, book)
 
 
@@ -429,13 +427,14 @@ def sgd_(
 
     A NaN gradient makes its own weight NaN and no other. Empty tensors are fine.
     """
-    if found_inf is not None and not isinstance(found_inf, Tensor) and found_inf != 0:
-        return
     s, storage = Settings(**settings), Storage(remainders, seed, streams, first_elements, found_inf)
+    if not weights or storage.is_closed:
+        return
+    now = derive(s, levels, storage.dtype(weights[0]), weights[0].device)
+    book = codebook(levels, now.lr) if levels else None
     for i, weight in enumerate(weights):
-        now = derive(s, levels, storage.dtype(weight), weight.device)
         w = storage.load(i, weight)
-        grid = make_grid(scales[i], w, levels) if scales else None
+        grid = None if book is None else make_grid(scales[i], w, book)
         buffer = momentum_buffers[i].to(w.dtype) if momentum_buffers else None
         g = gradient(grads[i].to(w.dtype), w, grid, s, now)
         d, buffer = sgd_displacement(g, w, buffer, s, now)
@@ -462,13 +461,14 @@ def adamw_(
 
     All others: as in :func:`sgd_`.
     """
-    if found_inf is not None and not isinstance(found_inf, Tensor) and found_inf != 0:
-        return
     s, storage = Settings(**settings), Storage(remainders, seed, streams, first_elements, found_inf)
+    if not weights or storage.is_closed:
+        return
+    now = derive(s, levels, storage.dtype(weights[0]), weights[0].device)
+    book = codebook(levels, now.lr) if levels else None
     for i, weight in enumerate(weights):
-        now = derive(s, levels, storage.dtype(weight), weight.device)
         w = storage.load(i, weight)
-        grid = make_grid(scales[i], w, levels) if scales else None
+        grid = None if book is None else make_grid(scales[i], w, book)
         mean, square = exp_avgs[i].to(w.dtype), exp_avg_sqs[i].to(w.dtype)
         largest = max_exp_avg_sqs[i].to(w.dtype) if s.amsgrad else None
         g = gradient(grads[i].to(w.dtype), w, grid, s, now)

@@ -134,6 +134,11 @@ class Storage(NamedTuple):
     first_elements: Sequence[int]
     found_inf: Number | None
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether the host knows that nothing is written."""
+        return self.found_inf is not None and not isinstance(self.found_inf, Tensor) and self.found_inf != 0
+
     def load(self, i: int, weight: Tensor) -> Tensor:
         """The weight in the arithmetic type."""
         if self.remainders:
