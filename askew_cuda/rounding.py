@@ -154,7 +154,8 @@ class Storage(NamedTuple):
         value = value.to(kept.dtype)
         if isinstance(self.found_inf, Tensor):
             value = torch.where(self.found_inf.reshape(()).to(kept.device) != 0, kept, value)
-        kept.copy_(value)
+        # Views, since torch.compile (2.11, 2.13) loses what is written to a 0-d float64 tensor itself.
+        kept[None].copy_(value[None])
 
     def store(self, i: int, weight: Tensor, moved: Tensor) -> None:
         """The weight from the arithmetic type."""
