@@ -40,7 +40,8 @@ first, as torch does with a Python number that meets a tensor. So nothing below 
 through. ``csrc/maths/step.h`` states the same operations in the same order.
 
 All of it can be traced: ``torch.compile(sgd_, fullgraph=True)`` makes one graph of a step. Python branches on flags and
-on Python numbers; a number that comes in a tensor is never read by the host, but selected on by ``torch.where``.
+on Python numbers, which become part of the graph; a number that comes in a tensor may change without a new one, since
+it is not read by Python, but selected on by ``torch.where``. (Steps are read in eager mode: see ``bias_corrections``.)
 """
 
 import itertools
@@ -65,8 +66,8 @@ class Settings(NamedTuple):
     epsilon: Number  # the annealed number, in [0, 1]: 1 free, 0 levels only
     anneal: str  # "capture" or "interval"
     skew_at: str  # "velocity": the displacement is skewed; "gradient": the gradient (interval and alpha only)
-    recovery: float | None  # a of (E2), (E2'): share of the violation or distance healed per step, > 0; or None:
-    alpha: float | None  # a is lr alpha, the paper's rate per unit of lr, > 0
+    recovery: float | None  # a of (E2), (E2'): share of the violation, or distance, healed per step, > 0; or None
+    alpha: float | None  # where there is no recovery: the paper's rate per unit of lr, a = lr alpha, > 0
     max_step: float  # cap on the pull, in units of r_h, > 0
     clip: bool  # no weight leaves the outermost levels
     grad_scale: Number | None = None  # what AMP multiplied the gradients by, > 0; None: 1
@@ -93,16 +94,6 @@ class Now(NamedTuple):
     rate: Tensor  # a of (E2), (E2')
     max_step: Tensor  # in units of r_h
     snap: Tensor  # (E2'), in units of r_h
-
-
-class Place(NamedTuple):
-    """A weight among its levels."""
-
-    code: Tensor  # index of the nearest level
-    level: Tensor  # its value, units of the codebook
-    e: Tensor  # signed distance to it, q - w; weight units
-    gap: Tensor  # half the distance between the two levels around the weight, units of the codebook
-    half: Tensor  # the same in weight units: r_h
 
 
 def arithmetic(dtype: torch.dtype) -> torch.dtype:
@@ -194,14 +185,12 @@ class TableCodebook:
         self.levels = like.new_tensor(levels)
         self.midpoints = (self.levels[:-1] + self.levels[1:]) * 0.5
         gaps = (self.levels[1:] - self.levels[:-1]) * 0.5
-        self.below, self.above = (
-            torch.cat((gaps[:1], gaps)),
-            torch.cat((gaps, gaps[-1:])),
-        )  # to the neighbour; at the ends, to the only one
+        # To the neighbour on either side; at the ends, to the only one.
+        self.below, self.above = torch.cat((gaps[:1], gaps)), torch.cat((gaps, gaps[-1:]))
         self.unit, self.lowest, self.highest = torch.ones_like(self.levels[0]), self.levels[0], self.levels[-1]
 
     def nearest(self, u: Tensor) -> Tensor:
-        index = torch.bucketize(u.contiguous(), self.midpoints)  # how many midpoints lie below, and all of them for NaN
+        index = torch.bucketize(u.contiguous(), self.midpoints)  # how many midpoints lie below; all, of a NaN
         return torch.where(u.isnan(), 0, index).to(u.dtype)
 
     def level(self, index: Tensor) -> Tensor:
@@ -235,6 +224,16 @@ class Grid(NamedTuple):
 def make_grid(scale: Tensor, w: Tensor, book: AnyCodebook) -> Grid:
     scale = spread(scale, w)
     return Grid(scale, scale * book.unit, book)
+
+
+class Place(NamedTuple):
+    """A weight among its levels."""
+
+    code: Tensor  # index of the nearest level
+    level: Tensor  # its value, units of the codebook
+    e: Tensor  # signed distance to it, q - w; weight units
+    gap: Tensor  # half the distance between the two levels around the weight, units of the codebook
+    half: Tensor  # the same in weight units: r_h
 
 
 def locate(w: Tensor, unit: Tensor, book: AnyCodebook) -> Place:
