@@ -35,9 +35,9 @@ part machine 30 nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.s
 part build 240 "$python" setup.py -q build_ext --inplace
 part doctor 120 "$python" -m askew_cuda.cli doctor
 part cuda 200 "$python" -m pytest -q tests/test_cuda.py tests/test_cuda_binary.py
-bench() { part "$1" "$2" "$python" -m "benchmarks.bench_$1" --save; }
+bench() { part "$1" "$2" "$python" -m "benchmarks.speed.$1" --save; }
 bench step 120
-bench tensors 60
+bench tensors 90
 bench memory 40
 bench train 60
 bench scaling 60
