@@ -47,11 +47,10 @@ def optimizer_bars() -> Series:
     }
 
 
-def draw(panels: Series) -> str:
+def svg_of(panels: Series) -> str:
     """SVG text.
 
-    Lines where there are points, bars where there is one number each, points with two standard errors where there are
-    two.
+    Lines where there are points, bars where there is one number each, points with errors where there are two.
     """
     import matplotlib
 

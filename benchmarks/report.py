@@ -8,13 +8,13 @@ import re
 from pathlib import Path
 
 from benchmarks.accuracy import score_tables, targets
-from benchmarks.plots import PLOTS, digest, draw
+from benchmarks.plots import PLOTS, digest, svg_of
 from benchmarks.speed import roofline, timing_tables
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 BLOCK = re.compile(r"(<!-- figure: ([\w-]+) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
-EVERY = {
+EVERY_FIGURE = {
     **timing_tables.FIGURES,
     **score_tables.FIGURES,
     "accuracy-targets": targets.targets_table,
@@ -30,9 +30,9 @@ def regenerated(text: str) -> str:
 
     def replace(found: re.Match[str]) -> str:
         name = found[2]
-        if name not in EVERY:
-            raise ValueError(f"report: no figure is named {name!r}; there are {', '.join(EVERY)}")
-        return found[1] + EVERY[name]() + "\n" + found[3]
+        if name not in EVERY_FIGURE:
+            raise ValueError(f"report: no figure is named {name!r}; there are {', '.join(EVERY_FIGURE)}")
+        return found[1] + EVERY_FIGURE[name]() + "\n" + found[3]
 
     return BLOCK.sub(replace, text)
 
@@ -43,7 +43,7 @@ def main() -> None:
     for path, series in PLOTS.items():
         data = series()
         if not (ROOT / path).exists() or digest(data) not in (ROOT / path).read_text():
-            (ROOT / path).write_text(draw(data))
+            (ROOT / path).write_text(svg_of(data))
     print("written:", *(page.relative_to(ROOT) for page in PAGES), *PLOTS)
     if roofline.UNEXPLAINED in (ROOT / "docs/roofline.md").read_text():
         print(f"docs/roofline.md: a gap is {roofline.UNEXPLAINED!r}; say why in benchmarks/speed/roofline.py, why()")

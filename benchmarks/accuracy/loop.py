@@ -82,7 +82,9 @@ def network_of(task: Task, seeds: Sequence[int], state: State | None = None) -> 
     return network
 
 
-def train(plan: Plan, setting: Setting, seeds: Sequence[int], *, tuning: bool, state: State | None = None) -> Trained:
+def train_networks(
+    plan: Plan, setting: Setting, seeds: Sequence[int], *, tuning: bool, state: State | None = None
+) -> Trained:
     """Trains one network per seed and judges them. ``state``: trained weights to start from, those of fine-tuning."""
     task = plan.task
     network, data, length = network_of(task, seeds, state), task.sample(seeds, tuning), task.budget(plan.start)

@@ -77,7 +77,7 @@ def compared(ours: Cell | None, peer: Cell | None) -> str:
     return "{:+.{}f} ± {:.{}f}".format(*(each for value in gain(ours, peer) for each in (value, digits)))
 
 
-def summary_table(folder: Path = cells.FOLDER, tasks=tuple(TASKS), starts=STARTS, widths=WIDTHS) -> str:
+def summary_table(folder: Path = cells.CELLS_FOLDER, tasks=tuple(TASKS), starts=STARTS, widths=WIDTHS) -> str:
     """A row per task, start and width: full precision, the best peer, ours, and the differences to both."""
     found, rows = store.read(folder), []
     for task in tasks:
@@ -97,7 +97,7 @@ def summary_table(folder: Path = cells.FOLDER, tasks=tuple(TASKS), starts=STARTS
     return markdown_table(header, rows) + "\n\n" + provenance(found)
 
 
-def methods_table(folder: Path = cells.FOLDER, tasks=tuple(TASKS), starts=STARTS, widths=WIDTHS) -> str:
+def methods_table(folder: Path = cells.CELLS_FOLDER, tasks=tuple(TASKS), starts=STARTS, widths=WIDTHS) -> str:
     """A table per task and start: every method, in each column its mean and how much better ours is than it."""
     found, blocks = store.read(folder), []
     for task in tasks:
@@ -116,7 +116,7 @@ def methods_table(folder: Path = cells.FOLDER, tasks=tuple(TASKS), starts=STARTS
     return "\n\n".join(blocks) + "\n\n" + provenance(found)
 
 
-def robustness_table(folder: Path = cells.FOLDER, tasks=tuple(TASKS), starts=STARTS, widths=WIDTHS) -> str:
+def robustness_table(folder: Path = cells.CELLS_FOLDER, tasks=tuple(TASKS), starts=STARTS, widths=WIDTHS) -> str:
     """Ours at its learning rate x 0.3, x 1, x 3, and how far the worst lies behind the best."""
     found, rows = store.read(folder), []
     for task in tasks:
@@ -133,7 +133,7 @@ def robustness_table(folder: Path = cells.FOLDER, tasks=tuple(TASKS), starts=STA
     return markdown_table(header, rows) + "\n\n" + provenance(found)
 
 
-def gains(folder: Path = cells.FOLDER) -> dict[str, dict[str, list[float]]]:
+def gains(folder: Path = cells.CELLS_FOLDER) -> dict[str, dict[str, list[float]]]:
     """For the plot: by how much ours is better than each peer, and the standard error.
 
     From scratch, at 1 bit and ternary.

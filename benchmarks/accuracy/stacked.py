@@ -1,5 +1,6 @@
-"""S networks of one shape trained as one: each weight of theirs is one parameter of shape (S, ...), each activation is
-(S, batch, ...).
+"""S networks of one shape trained as one.
+
+Each weight of theirs is one parameter of shape (S, ...), each activation is (S, batch, ...).
 
 What network i computes, and the gradient of its weights, is what the i-th plain network would have computed by itself:
 layers never mix networks. The weights come from plain networks, so that their initialisation is torch's own.
@@ -132,8 +133,9 @@ POINTWISE = (
 
 
 def stack(networks: Sequence[nn.Module]) -> nn.Module:
-    """One network that holds copies of the weights of all; layers of KINDS are stacked, what holds them has to take
-    (..., batch, ...).
+    """One network that holds copies of the weights of all.
+
+    Layers of KINDS are stacked; what holds them has to take (..., batch, ...).
 
     Raises:
         TypeError: a layer has parameters of its own and is not of KINDS, or has none and is not known to take one more

@@ -1,5 +1,4 @@
-"""The cells of the accuracy table on disk: one file per task, one cell per line of JSON, sorted by start, width and
-method.
+"""The cells of the accuracy table on disk: one file per task, one cell per line of JSON, sorted.
 
 A writer works on a copy of the file and puts it in the file's place, so that a reader, and whoever comes after a writer
 that was killed, finds all lines of before or all of after. Writers wait for each other: none loses another's cell.

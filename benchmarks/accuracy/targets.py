@@ -1,5 +1,4 @@
-"""Whether the accuracy that the project set itself as targets is there, from the cells: each target is a list of
-comparisons.
+"""Whether the cells have the accuracy that the project set itself as targets; a target is a list of comparisons.
 
 "Ahead" and "not behind" are about mean paired differences; where a target asks for standard errors, it says how many.
 """
@@ -24,11 +23,11 @@ from benchmarks.accuracy.score_tables import (
     compared,
     gain,
 )
-from benchmarks.accuracy.tasks import EVERY, TASKS
+from benchmarks.accuracy.tasks import EVERY_TASK, TASKS
 from benchmarks.markdown import markdown_table
 
-SMALL, LARGE = ("digits-16", "digits-24", "digits-32"), ("digits-64", "digits-256")
-BATCHNORM, TEXT = ("digits-bn", "cnn"), ("lm-gpt2", "lm-default")
+SMALL_DIGITS, LARGE_DIGITS = ("digits-16", "digits-24", "digits-32"), ("digits-64", "digits-256")
+BATCHNORM_TASKS, TEXT_TASKS = ("digits-bn", "cnn"), ("lm-gpt2", "lm-default")
 CHANCE = {
     "%": 20.0,
     "nats": 3.0,
@@ -104,7 +103,7 @@ def learned(found: Cells) -> Iterator[Check]:
 
 
 def _ours() -> Iterator[tuple[str, str, str]]:
-    return ((task.name, start, width) for task in EVERY for start in ("scratch", "fine-tuned") for width in WIDTHS)
+    return ((task.name, start, width) for task in EVERY_TASK for start in ("scratch", "fine-tuned") for width in WIDTHS)
 
 
 def ahead(gain: float, error: float) -> bool:
@@ -127,43 +126,45 @@ def close(gain: float, error: float) -> bool:
     return gain >= -0.3
 
 
-LOW, HIGH = ("binary", "ternary"), ("2bit", "4bit")
-ALL = tuple(TASKS)
+FEW_LEVELS, MORE_LEVELS = ("binary", "ternary"), ("2bit", "4bit")
+ALL_TASKS = tuple(TASKS)
 TARGETS = (
     Target(
         "digits 16, 24, 32 from scratch, 1 bit and ternary: ahead of every peer by more than two standard errors",
-        against(SMALL, "scratch", LOW, PEERS, clearly_ahead),
+        against(SMALL_DIGITS, "scratch", FEW_LEVELS, PEERS, clearly_ahead),
     ),
     Target(
         "the same, 2 and 4 bit: not behind the best peer by more than one standard error",
-        against(SMALL, "scratch", HIGH, ("best",), hardly_behind),
+        against(SMALL_DIGITS, "scratch", MORE_LEVELS, ("best",), hardly_behind),
     ),
     Target(
-        "digits 64, 256 from scratch: within 0.3 of full precision", against(LARGE, "scratch", WIDTHS, (FLOAT,), close)
+        "digits 64, 256 from scratch: within 0.3 of full precision",
+        against(LARGE_DIGITS, "scratch", WIDTHS, (FLOAT,), close),
     ),
     Target(
         "BatchNorm (MLP, CNN) from scratch: not behind the best peer",
-        against(BATCHNORM, "scratch", WIDTHS, ("best",), not_behind),
+        against(BATCHNORM_TASKS, "scratch", WIDTHS, ("best",), not_behind),
     ),
     Target(
         "transformer from scratch, 1 bit and ternary: ahead of STE and of PARQ",
-        against(TEXT, "scratch", LOW, ("STE", "PARQ"), ahead),
+        against(TEXT_TASKS, "scratch", FEW_LEVELS, ("STE", "PARQ"), ahead),
     ),
     Target(
-        "fine-tuning, ternary and 2 bit: ahead of STE", against(ALL, "fine-tuned", ("ternary", "2bit"), ("STE",), ahead)
+        "fine-tuning, ternary and 2 bit: ahead of STE",
+        against(ALL_TASKS, "fine-tuned", ("ternary", "2bit"), ("STE",), ahead),
     ),
     Target(
         "fine-tuning, 1 and 4 bit: not behind STE by more than one standard error",
-        against(ALL, "fine-tuned", ("binary", "4bit"), ("STE",), hardly_behind),
+        against(ALL_TASKS, "fine-tuned", ("binary", "4bit"), ("STE",), hardly_behind),
     ),
     Target("the worst of lr x 0.3, x 1, x 3 at most 1.5 points below the best", steady),
     Target(
         "floor: digits 16, 24, 32 from scratch, 1 bit and ternary: ahead of every peer",
-        against(SMALL, "scratch", LOW, PEERS, ahead),
+        against(SMALL_DIGITS, "scratch", FEW_LEVELS, PEERS, ahead),
     ),
     Target(
         "floor: transformer from scratch, ternary: ahead of STE",
-        against(TEXT, "scratch", ("ternary",), ("STE",), ahead),
+        against(TEXT_TASKS, "scratch", ("ternary",), ("STE",), ahead),
     ),
     Target("floor: no network at chance", learned),
 )
@@ -183,7 +184,7 @@ def verdict(checks: Iterable[Check]) -> tuple[str, str]:
     ), "; ".join(missed)
 
 
-def targets_table(folder: Path = cells.FOLDER) -> str:
+def targets_table(folder: Path = cells.CELLS_FOLDER) -> str:
     """A row per target: whether it holds, and every comparison that misses it."""
     found = store.read(folder)
     return markdown_table(

@@ -19,12 +19,13 @@ STARTS = ("scratch", "fine-tuned")
 class Task:
     """One network on one kind of data.
 
-    network: makes one, under the seed that was set. sample: seeds, tuning -> data. length: epochs of images, steps of
-    text. bases: what every peer tries. ours: the base rule of askew_cuda, which tries nothing; fine_tuning: the same
-    for fine-tuning, if another. factors: of the learning rate of these, by start and width. binary_decay: whether their
-    weight decay holds at 1 bit, too. quantized: names of quantized layers begin so. granularity: of the scales.
-    tuning_seeds, reporting_seeds: how many. unit: of the scores. warmup: share of the steps in which the learning rate
-    rises.
+    network: makes one, under the seed that was set. sample: seeds, tuning -> data.
+    length: epochs of images, steps of text. bases: what every peer tries.
+    ours: the base rule of askew_cuda, which tries nothing; fine_tuning: the same for fine-tuning, if another.
+    factors: of the learning rate of these, by start and width. binary_decay: whether their weight decay holds at 1 bit.
+    quantized: names of quantized layers begin so. granularity: of the scales.
+    tuning_seeds, reporting_seeds: how many. unit: of the scores.
+    warmup: share of the steps in which the learning rate rises.
     """
 
     name: str
@@ -56,8 +57,11 @@ class Task:
         return self.network()
 
     def default(self, start: str, width: str) -> Base:
-        """The base rule of askew_cuda. The more levels, the shorter the way to the next, and the smaller the learning
-        rate. Weight decay pulls towards zero, which at 1 bit is as far from the levels as a weight can be."""
+        """The base rule of askew_cuda.
+
+        The more levels, the shorter the way to the next, and the smaller the learning rate. Weight decay pulls towards
+        zero, which at 1 bit is as far from the levels as a weight can be.
+        """
         base = self.fine_tuning if start == "fine-tuned" and self.fine_tuning else self.ours
         if width == "binary" and not self.binary_decay:
             base = replace(base, weight_decay=0.0)
@@ -87,7 +91,7 @@ UNNORMALISED = EITHER + rates("sgd", 0.5) + DECAYED
 FINE_TUNED_FACTORS = {("fine-tuned", "binary"): 2.0, ("fine-tuned", "4bit"): 0.5}
 UNNORMALISED_FACTORS = FINE_TUNED_FACTORS | {("scratch", "2bit"): 0.8, ("scratch", "4bit"): 0.8}
 TEXT_FACTORS = {("fine-tuned", "2bit"): 0.5, ("fine-tuned", "4bit"): 0.5}
-TEXT = {"weight_decay": 0.1, "betas": (0.9, 0.95)}
+TEXT_RULE = {"weight_decay": 0.1, "betas": (0.9, 0.95)}
 SHAPE = {"symbols": datasets.SYMBOLS, "context": 32, "width": 32, "layers": 2, "heads": 2}
 
 
@@ -107,14 +111,14 @@ def _digits(hidden: int) -> Task:
 def _transformer(name: str, init: str, gpt2: bool) -> Task:
     make = functools.partial(networks.Transformer, gpt2=gpt2, **SHAPE)
     title = f"characters of Python's help, transformer of 2 layers, {init}"
-    bases, sample = rates("adamw", 0.005, 0.01, **TEXT), datasets.documentation(SHAPE["context"])
+    bases, sample = rates("adamw", 0.005, 0.01, **TEXT_RULE), datasets.documentation(SHAPE["context"])
     settings = {"quantized": "blocks.", "granularity": "channel", "tuning_seeds": 2, "unit": "nats", "warmup": 0.08}
     return Task(
-        name, title, make, sample, 1000, 16, bases, Base("adamw", 0.01, **TEXT), factors=TEXT_FACTORS, **settings
+        name, title, make, sample, 1000, 16, bases, Base("adamw", 0.01, **TEXT_RULE), factors=TEXT_FACTORS, **settings
     )
 
 
-EVERY = (
+EVERY_TASK = (
     *map(_digits, (16, 24, 32, 64)),
     Task(
         name="digits-bn",
@@ -146,4 +150,4 @@ EVERY = (
     _transformer("lm-gpt2", "GPT-2's init", True),
     _transformer("lm-default", "torch's default Linear init", False),
 )
-TASKS = {task.name: task for task in EVERY}
+TASKS = {task.name: task for task in EVERY_TASK}

@@ -1,5 +1,4 @@
-"""How does the cost grow with the size, and fall with the cores?    python -m benchmarks.speed.scaling [--full] [--save
-[FOLDER]]
+"""How does the cost depend on size and cores?    python -m benchmarks.speed.scaling [--full] [--save [FOLDER]]
 
 The step of one float32 tensor from 1,024 weights to the largest that fits (--full; else 64 Mi), 4 bit and capture
 against torch's fused SGD; caches warm, and cold where a cache could hold the tensors; with 1, 2, 4, .. threads up to
@@ -28,7 +27,7 @@ def exponents(effort: script.Effort) -> range:
     return range(10, (largest if effort.full else min(largest, 26)) + 1, 2)
 
 
-def thread_counts(effort: script.Effort) -> list[int]:
+def doubling_threads(effort: script.Effort) -> list[int]:
     """1, 2, 4, .. and all."""
     every = machine.cores()
     return (
@@ -40,7 +39,7 @@ def thread_counts(effort: script.Effort) -> list[int]:
 
 def measure(effort: script.Effort) -> Iterator[Section]:
     device = effort.device
-    for threads in thread_counts(effort):
+    for threads in doubling_threads(effort):
         harness.pin(threads)
         cold = harness.clock_of(device) if device.type == "cuda" else harness.cold()
         for size in (2**k for k in exponents(effort)):

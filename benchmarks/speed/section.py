@@ -14,9 +14,9 @@ REPLAYED = "A replayed graph"
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """Variants that were timed against each other. ``about``: threads, weights, caches, .., whatever tells this section
-    from others.
+    """Variants that were timed against each other.
 
+    ``about``: threads, weights, caches, .., whatever tells this section from others.
     ``absent``: peers that could not take part, each with the reason.
     """
 

@@ -99,11 +99,11 @@ def measure(effort: script.Effort) -> Iterator[Section]:
         harness.pin(threads)
         for count in effort.pick((1, 4, 30, 300, 1000, 2000), (1, 4, 10, 30, 100, 300, 1000, 2000)):
             chosen, absent = makers(count, effort)
-            about = {"tensors": count, "threads": threads}
             rounds, calls = effort.pick(9, 41), max(1, 300 // count)
             for title, draw in {HOST_TIME: small, HOST_TIME_TINY: tiny}.items():
                 if draw is tiny and count == 1:
                     continue
+                about = {"tensors": count, "threads": threads} | ({"weights of each": TINY} if draw is tiny else {})
                 variants, more = workloads.build(chosen, lambda count=count, draw=draw: draw(count, effort.device))
                 timings = harness.compare(variants, baseline=BASELINE, rounds=rounds, calls=calls)
                 launches = workloads.launches_of_each(variants, effort.device)

@@ -146,7 +146,7 @@ def optimizers() -> dict[str, Maker]:
     base = {"lr": LR, "momentum": MOMENTUM}
     ours = {"quantizer": askew.Quantizer("4bit", scale=SCALE), "epsilon": MIDWAY, "recovery": 0.01}
 
-    def stepped(make) -> Maker:
+    def step_of(make) -> Maker:
         return lambda parameters: make(parameters).step
 
     def compiled(parameters: list[nn.Parameter]) -> Step:
@@ -165,22 +165,22 @@ def optimizers() -> dict[str, Maker]:
         return lambda: [authors_eager.step(*each, SCALE, epsilon=MIDWAY / 16, alpha=1.0, **base) for each in kept]
 
     return {
-        "torch SGD(fused=True)": stepped(lambda p: torch.optim.SGD(p, fused=True, **base)),
-        "torch SGD(foreach=True)": stepped(lambda p: torch.optim.SGD(p, foreach=True, **base)),
-        "torch SGD(foreach=False)": stepped(lambda p: torch.optim.SGD(p, foreach=False, **base)),
+        "torch SGD(fused=True)": step_of(lambda p: torch.optim.SGD(p, fused=True, **base)),
+        "torch SGD(foreach=True)": step_of(lambda p: torch.optim.SGD(p, foreach=True, **base)),
+        "torch SGD(foreach=False)": step_of(lambda p: torch.optim.SGD(p, foreach=False, **base)),
         COMPILED: compiled,
-        "AskewSGD unquantized": stepped(lambda p: askew.AskewSGD(p, **base)),
-        "AskewSGD 4 bit": stepped(lambda p: askew.AskewSGD(p, **base, **ours)),
-        "AskewSGD 4 bit, codes": stepped(lambda p: askew.AskewSGD(p, outputs=("codes",), **base, **ours)),
-        "AskewSGD 4 bit, backend reference": stepped(lambda p: askew.AskewSGD(p, backend="reference", **base, **ours)),
+        "AskewSGD unquantized": step_of(lambda p: askew.AskewSGD(p, **base)),
+        "AskewSGD 4 bit": step_of(lambda p: askew.AskewSGD(p, **base, **ours)),
+        "AskewSGD 4 bit, codes": step_of(lambda p: askew.AskewSGD(p, outputs=("codes",), **base, **ours)),
+        "AskewSGD 4 bit, backend reference": step_of(lambda p: askew.AskewSGD(p, backend="reference", **base, **ours)),
         "STE, fake-quantize + fused SGD": straight,
         "BinaryRelax, eager": relaxed,
-        "torchao PARQ 4 bit, fused base": stepped(lambda p: installed.parq(p, **base)),
+        "torchao PARQ 4 bit, fused base": step_of(lambda p: installed.parq(p, **base)),
         "authors' eager formula": eager,
-        "bitsandbytes SGD, 32-bit state": stepped(lambda p: installed.bitsandbytes(p, "SGD", 32, **base)),
-        "bitsandbytes SGD, 8-bit state": stepped(lambda p: installed.bitsandbytes(p, "SGD", 8, **base)),
-        "FlashSGD, 8-bit state": stepped(lambda p: installed.flashoptim(p, **base)),
-        "FlashSGD, unfused, full state": stepped(lambda p: installed.flashoptim_unfused(p, **base)),
+        "bitsandbytes SGD, 32-bit state": step_of(lambda p: installed.bitsandbytes(p, "SGD", 32, **base)),
+        "bitsandbytes SGD, 8-bit state": step_of(lambda p: installed.bitsandbytes(p, "SGD", 8, **base)),
+        "FlashSGD, 8-bit state": step_of(lambda p: installed.flashoptim(p, **base)),
+        "FlashSGD, unfused, full state": step_of(lambda p: installed.flashoptim_unfused(p, **base)),
     }
 
 
@@ -201,13 +201,13 @@ def build(
     variants, absent = {}, {}
     for name, make in makers.items():
 
-        def stepped(make: Maker = make) -> Step:
+        def after_two_steps(make: Maker = make) -> Step:
             step = make(parameters())
             step()
             step()
             return step
 
-        step, why = attempt(name, stepped)
+        step, why = attempt(name, after_two_steps)
         if step is None:
             absent[name] = why
         else:

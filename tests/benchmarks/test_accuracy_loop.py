@@ -23,9 +23,9 @@ METHODS_ALIKE = (FullPrecision(), StraightThrough(), *([Ours()] if EXTENSION is 
 def test_networks_train_together_as_each_alone(method):
     plan = Plan(small(), "scratch", "2bit", method)
     setting = Setting(Base("sgd", 0.01))
-    together = loop.train(plan, setting, (0, 1, 2), tuning=False)
+    together = loop.train_networks(plan, setting, (0, 1, 2), tuning=False)
     for index in range(3):
-        alone = loop.train(plan, setting, (index,), tuning=False)
+        alone = loop.train_networks(plan, setting, (index,), tuning=False)
         for key, value in alone.state.items():
             torch.testing.assert_close(together.state[key][index], value[0], **CLOSE)
         assert together.scores[index] == pytest.approx(alone.scores[0], abs=0.6)  # two images
@@ -36,7 +36,7 @@ def test_the_loop_is_that_of_a_user():
     from examples import digits
 
     plan = Plan(tasks.TASKS["digits-16"], "scratch", FULL, FullPrecision())
-    found = loop.train(plan, Setting(Base("sgd", 0.01)), (7,), tuning=False)
+    found = loop.train_networks(plan, Setting(Base("sgd", 0.01)), (7,), tuning=False)
     sample, model = digits.digits(7), tasks.TASKS["digits-16"].plain(7)
     digits.fit(model, sample, torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9), 7, None, digits.nothing)
     for key, value in model.state_dict().items():
@@ -50,8 +50,8 @@ def test_the_schedule_by_hand():
 
 
 def test_tuning_and_reporting_never_meet():
-    assert not {seed for task in tasks.EVERY for seed in loop.tuning_seeds(task)} & {
-        seed for task in tasks.EVERY for seed in loop.reporting_seeds(task)
+    assert not {seed for task in tasks.EVERY_TASK for seed in loop.tuning_seeds(task)} & {
+        seed for task in tasks.EVERY_TASK for seed in loop.reporting_seeds(task)
     }
     tune, report = (datasets.handwritten((0,), tuning) for tuning in (True, False))
     rows = lambda x: {tuple(row) for row in x[0].tolist()}  # noqa: E731

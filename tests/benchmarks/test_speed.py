@@ -1,6 +1,10 @@
 """The benchmarks' own arithmetic, and that what they time does the work that they say. Nothing is timed here."""
 
+import contextlib
 import dataclasses
+import gc
+import types
+import weakref
 
 import pytest
 import torch
@@ -10,7 +14,8 @@ pytest.importorskip("scipy", reason="the benchmarks' extra is not installed: pip
 pytest.importorskip("psutil", reason="the benchmarks' extra is not installed: pip install '.[bench]'")
 
 import askew_cuda as askew
-from benchmarks.speed import harness, instructions, script, workloads
+from benchmarks import results
+from benchmarks.speed import harness, instructions, script, section, tensors, timing_tables, workloads
 from benchmarks.speed.harness import COPY, Variant
 from benchmarks.speed.peers import binary_relax_eager, straight_through
 from tests.cases import EXTENSION
@@ -70,22 +75,22 @@ def test_the_peak_of_a_call_is_seen():
 def test_the_variants_of_a_rule_do_the_same_step(rule):
     moved = []
     for make in (lambda t: t.torch_fused(), lambda t: t.torch_foreach(), lambda t: t.ours("cpu", levels=())):
-        tensors = workloads.Tensors(rule, 1000, torch.float64, CPU)
-        before = tensors.weight.clone()
-        make(tensors).run()
-        assert not torch.equal(tensors.weight, before)
-        moved.append(tensors.weight)
+        operands = workloads.Tensors(rule, 1000, torch.float64, CPU)
+        before = operands.weight.clone()
+        make(operands).run()
+        assert not torch.equal(operands.weight, before)
+        moved.append(operands.weight)
     torch.testing.assert_close(moved[0], moved[1], rtol=0, atol=1e-6)
     torch.testing.assert_close(moved[0], moved[2], rtol=0, atol=1e-6)
 
 
 @needs_extension
 def test_bytes_are_counted():
-    tensors = workloads.Tensors("sgd", 4096, torch.float32, CPU)
-    assert tensors.copy().bytes == 8 * 4096
-    assert tensors.torch_fused().bytes == 20 * 4096
-    assert tensors.ours("cpu", codes=True, snapped=torch.bfloat16).bytes == 23 * 4096 + 4
-    assert tensors.ours("cpu", granularity=128).bytes == 20 * 4096 + 4 * 32
+    operands = workloads.Tensors("sgd", 4096, torch.float32, CPU)
+    assert operands.copy().bytes == 8 * 4096
+    assert operands.torch_fused().bytes == 20 * 4096
+    assert operands.ours("cpu", codes=True, snapped=torch.bfloat16).bytes == 23 * 4096 + 4
+    assert operands.ours("cpu", granularity=128).bytes == 20 * 4096 + 4 * 32
     assert workloads.Tensors("adamw", 4096, torch.bfloat16, CPU).ours("cpu").bytes == 14 * 4096 + 4
 
 
@@ -131,3 +136,56 @@ def test_kinds_of_instructions():
 def test_short_and_full():
     short = script.Effort(False, CPU)
     assert (short.pick(1, 2), dataclasses.replace(short, full=True).pick(1, 2)) == (1, 2)
+
+
+@needs_extension
+def test_steps_in_two_groups_move_every_tensor():
+    for make in tensors.two_groups().values():
+        parameters = tensors.tiny(5, CPU)
+        before = [each.detach().clone() for each in parameters]
+        make(parameters)()
+        assert not any(torch.equal(old, new) for old, new in zip(before, parameters, strict=True))
+
+
+@needs_extension
+def test_a_captured_graph_keeps_what_its_replays_read_and_write(monkeypatch):
+    """By a capture that records nothing: what is looked at is who holds the weights."""
+    weights = []
+
+    def small(count, device, real=tensors.small):
+        made = real(count, device)
+        weights.extend(weakref.ref(each) for each in made)
+        return made
+
+    monkeypatch.setattr(tensors, "small", small)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: types.SimpleNamespace(replay=lambda: None))
+    monkeypatch.setattr(torch.cuda, "Stream", object)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    for name in ("graph", "stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda _: contextlib.nullcontext())
+    variants = tensors.graphs(2, CPU)
+    gc.collect()
+    assert len(weights) == 2 * len(variants)
+    assert all(weight() is not None for weight in weights)
+    variants.clear()
+    gc.collect()
+    assert all(weight() is None for weight in weights)
+
+
+def test_tiny_tensors_are_shown_where_they_were_measured(monkeypatch):
+    timing = {"name": "torch", "seconds": [0.001, 0.001, 0.001], "ratio": [1, 1, 1], "interval": [1, 1]}
+    two_groups = {**timing, "name": "torch, 2 groups"}
+
+    def measured(title, count, *timings):
+        about = {"tensors": count, "threads": 1}
+        return {"title": title, "about": about, "timings": timings, "launches": {"torch": 7}, "absent": {}}
+
+    environment = {"processor": "a", "cores": 2, "cpu_kernel": "", "torch": "2", "commit": "0" * 40, "date": "today"}
+    data = {"environment": environment, "sections": [measured(section.HOST_TIME, 1, timing)]}
+    data["sections"].append(measured(section.HOST_TIME, 4, timing, two_groups))
+    monkeypatch.setattr(results, "load", lambda name: data)
+    table = timing_tables.tensors_table()
+    assert "| torch | 1.00: 1 | 1.00: 1 | 7 |\n| torch, 2 groups | - | 1.00: 1 | - |" in table
+    assert "tiny" not in table
+    data["sections"].append(measured(section.HOST_TIME_TINY, 4, timing))
+    assert "| tiny tensors, 1 thread | 4 | launches, 4 |" in timing_tables.tensors_table()

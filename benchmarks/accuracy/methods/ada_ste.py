@@ -1,5 +1,6 @@
-"""AdaSTE: a straight-through estimator whose slope depends on where the latent weight is and where its gradient would
-move it.
+"""AdaSTE: a straight-through estimator with a slope.
+
+The slope depends on where the latent weight is, and on where its gradient would move it.
 
 Le, Hoier, Lin, Zach, "AdaSTE: an adaptive straight-through estimator to train binary neural networks", CVPR 2022 (arXiv
 2112.02880), with the slopes of the authors' code. Binary weights are the inner solution of a bilevel problem. For the

@@ -1,5 +1,4 @@
-"""Latent weights in a fixed box: BinaryConnect, and the straight-through estimator in the box that askew_cuda trains
-in.
+"""Latent weights in a fixed box: BinaryConnect, and the straight-through estimator in askew_cuda's box.
 
 Courbariaux, Bengio, David, "BinaryConnect: training deep neural networks with binary weights during propagations",
 NeurIPS 2015 (arXiv 1511.00363). The forward pass sees -scale or +scale, the latent weight takes the gradient and is

@@ -1,5 +1,4 @@
-"""BinaryRelax: latent weights, and between them and their levels what the network sees, nearer and nearer to the
-levels.
+"""BinaryRelax: what the network sees lies between latent weights and their levels, nearer and nearer to these.
 
 Yin, Zhang, Lyu, Osher, Qi, Xin, "BinaryRelax: a relaxation approach for training deep neural networks with quantized
 weights", SIAM Journal on Imaging Sciences 11, 2018 (arXiv 1801.06313).

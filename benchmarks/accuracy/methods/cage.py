@@ -1,5 +1,4 @@
-"""CAGE, its decoupled form: the straight-through estimator, and late in the training a pull of the latent weights
-towards their levels.
+"""CAGE, its decoupled form: the straight-through estimator, and late in the training a pull towards the levels.
 
 Tabesh, Safaryan, Panferov, Volkova, Alistarh, "CAGE: curvature-aware gradient estimation for accurate
 quantization-aware training", 2025 (arXiv 2510.18784). After the step of the base rule a latent weight moves by lr

@@ -38,8 +38,7 @@ class Grid:
         return scales.min_mse(rows, self.codebook).to(rows.dtype).unsqueeze(1)
 
     def refit(self, rows: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """(levels (rows, n) that are nearest under ``scale``, the scale (rows, 1) that fits them best by least
-        squares).
+        """(levels (rows, n) nearest under ``scale``, the scale (rows, 1) that fits them best by least squares).
 
         One step of the alternating minimisation of the squared error; for two levels the scale is mean|w|. If all are
         zero it stays.

@@ -1,14 +1,18 @@
-"""What the accuracy table compares: every method trains S networks at once, on stacked weights, in one and the same
-loop.
+"""What the accuracy table compares: every method trains S networks at once, on stacked weights, in the same loop.
 
 A weight of the S networks is one parameter of shape (S, ..): Linear (S, out, in), convolution (S, out, in, kh, kw),
-bias (S, out). The loop is the referee's, the same for all; the loss is the sum over the networks, so that none
+bias (S, out). The loop is the same for all (loop.py); the loss is the sum over the networks, so that none
 influences another:
 
-    run.optimizer.zero_grad(); loss(network(run, batch)).sum().backward(); run.optimizer.step(); scheduler.step();
-    run.stepped() .. run.finish()
+    for batch in data:
+        run.optimizer.zero_grad()
+        loss(network(run, batch)).sum().backward()
+        run.optimizer.step()
+        scheduler.step()
+        run.stepped()
+    run.finish()
 
-Here: the interface, and full precision. Methods with latent weights: latent.py; askew_cuda: ours.py; the list:
+Here: the interface, and full precision. Methods with latent weights: latent.py. askew_cuda: ours.py. The list of all:
 registry.py.
 """
 

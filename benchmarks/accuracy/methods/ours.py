@@ -19,9 +19,11 @@ def are_normalized(rest: Parameters) -> bool:
 
 
 class OursRun(Run):
-    """askew_cuda on stacked weights: one parameter per network, a view of the stacked one, so that the real optimizer
-    with its own scale rules steps. ``parts[stacked]`` are these parameters; ``keywords`` go to the quantized param
-    groups."""
+    """askew_cuda on stacked weights: one parameter per network, a view of the stacked one.
+
+    So the real optimizer steps, with its own scale rules. ``parts[stacked]`` are these parameters; ``keywords`` go to
+    the quantized param groups.
+    """
 
     def __init__(
         self, quantized: Parameters, rest: Parameters, base: Base, total_steps: int, keywords: dict, anneal: dict

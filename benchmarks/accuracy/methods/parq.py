@@ -46,8 +46,7 @@ def package_scale(rows: Tensor, grid: Grid) -> Tensor:
 
 
 def proximal(rows: Tensor, scale: Tensor, grid: Grid, slope: float) -> Tensor:
-    """Piecewise affine, (rows, n): from level to level, through the middle of each interval with 1 / ``slope``, flat
-    around levels.
+    """Piecewise affine, (rows, n): through the middle of each interval with 1 / ``slope``, flat around levels.
 
     What lies outside of the outermost levels goes onto them. 0 < ``slope`` <= 1.
     """

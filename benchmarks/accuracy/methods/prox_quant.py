@@ -1,5 +1,6 @@
-"""ProxQuant: the weights themselves take a step of the base rule and a proximal step towards their levels; no latent
-copy.
+"""ProxQuant: a step of the base rule, then a proximal step towards the levels, by the weights themselves.
+
+There is no latent copy.
 
 Bai, Wang, Liberty, "ProxQuant: quantized neural networks via proximal operators", ICLR 2019 (arXiv 1810.00861). The
 regulariser is lambda |w - Q(w)|, a W with its zeros on the levels, lambda grows linearly with the step. For the last

@@ -30,8 +30,7 @@ def apply(model: nn.Module) -> nn.Module:
 
 
 def make_step(parameters: list[nn.Parameter], scale: float, optimizer: torch.optim.Optimizer):
-    """A step by itself: from the gradient of the quantized weights, which a network would have computed, to the next
-    latent ones.
+    """A step by itself: from the gradient of the quantized weights, as of a network, to the next latent ones.
 
     What a network pays beyond its own work: rounding, the backward pass of the rounding, the optimizer.
     """
