@@ -80,6 +80,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         self._quantized_depth = 0
         self._lent: dict[Tensor, Tensor] = {}  # scales that are not set yet, while quantized() holds them
         self._plan: Plan | None = None
+        self._chosen: dict[tuple[str, torch.device, torch.dtype, bool], str] = {}  # backends
         self._scaled: dict[Tensor, Any] = {}  # the quantizer that a weight's scale was set for
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -129,8 +130,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         self._check_weights(settings["params"], settings, quantizer)
         return quantizer
 
-    @staticmethod
-    def _check_weights(params: Any, settings: Group, quantizer: Quantizer | None) -> None:
+    def _check_weights(self, params: Any, settings: Group, quantizer: Quantizer | None) -> None:
         """Whether the weights of a group can be stepped as the group says."""
         for index, item in enumerate([params] if isinstance(params, Tensor) else params):
             name, weight = item if isinstance(item, tuple) else (f"params[{index}]", item)
@@ -148,17 +148,18 @@ class QuantizedOptimizer(torch.optim.Optimizer):
                 )
             if quantizer is not None:
                 quantizer.check(weight, name)
-            chosen = QuantizedOptimizer._choose(settings, weight.device, weight.dtype)
+            chosen = self._choose(settings, weight.device, weight.dtype)
             if settings["fused"] and chosen == "reference":
                 raise RuntimeError(
                     f"fused = True, but the pure PyTorch reference would step {name} on {weight.device}; leave it None"
                 )
 
-    @staticmethod
-    def _choose(group: Group, device: torch.device, dtype: torch.dtype) -> str:
-        """The backend of weights of a group."""
-        rounds = dtype.itemsize == 2 and group["low_precision"] != "nearest"
-        return backends.choose(group["backend"], device, dtype, rounds)
+    def _choose(self, group: Group, device: torch.device, dtype: torch.dtype) -> str:
+        """The backend of weights of a group. Asked for once: torch.compile watches the answers, which are this optimizer's own."""
+        key = (group["backend"], device, dtype, dtype.itemsize == 2 and group["low_precision"] != "nearest")
+        if key not in self._chosen:
+            self._chosen[key] = backends.choose(*key)
+        return self._chosen[key]
 
     def _quantizer(self, group: Group) -> Quantizer | None:
         plain = group["quantizer"]

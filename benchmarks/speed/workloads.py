@@ -14,7 +14,7 @@ from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
 import askew_cuda as askew
-from askew_cuda import backends
+from askew_cuda import backends as kernels
 from benchmarks import machine
 from benchmarks.speed import harness
 from benchmarks.speed.harness import Variant
@@ -41,7 +41,7 @@ def backends(device: torch.device, dtype: torch.dtype) -> tuple[list[str], dict[
     Those that are absent come second, each with the reason.
     """
     names = ("cuda", "triton") if device.type == "cuda" else ("cpu",)
-    absent = {f"askew {name}": backends.absent(name, device, dtype) for name in names}
+    absent = {f"askew {name}": kernels.absent(name, device, dtype) for name in names}
     return [name for name in names if not absent[f"askew {name}"]], {name: why for name, why in absent.items() if why}
 
 
@@ -128,7 +128,7 @@ class Tensors:
         ]
         more = (codes + (snapped.itemsize if snapped else 0)) * self.size + scale.nbytes
         settings = {"lr": LR, "epsilon": MIDWAY, "anneal": anneal, **CONSTRAINT}
-        operators = backends.operators(backend)
+        operators = kernels.operators(backend)
         if self.rule == "sgd":
             lists = (weight, grad, *states, scales, list(levels), *outputs)
             return Variant(lambda: operators.sgd_(*lists, **SGD, **settings), self.moved + more)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import askew_cuda as askew
-from askew_cuda import ops
+from askew_cuda import backends
 from askew_cuda.quantizer import Codebook, codes
 
 # What went wrong -> the test here.
@@ -84,12 +84,15 @@ ELSEWHERE = {
 }
 
 
+TESTS = Path(__file__).parent.parent
+
+
 @pytest.mark.parametrize("table", [DEFECTS, COMPLAINTS], ids=["defects", "complaints"])
 def test_every_one_has_a_test_that_is_there(table):
     missing = []
     for what, where in table.items():
         file, _, name = where.partition("::")
-        tree = ast.parse((Path(__file__).parent / f"{file}.py").read_text())
+        tree = ast.parse(next(TESTS.glob(f"**/{file}.py")).read_text())
         if name not in {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}:
             missing.append((what, where))
     assert not missing
@@ -139,7 +142,7 @@ class Largest(TorchDispatchMode):
         return result
 
 
-@pytest.mark.skipif(ops.extension is None, reason="the compiled extension is not built")
+@pytest.mark.skipif(backends.extension is None, reason="the compiled extension is not built")
 @pytest.mark.parametrize("ours", [askew.AskewSGD, askew.AskewAdamW])
 def test_a_step_allocates_no_memory_for_weights(ours):
     weights = [nn.Parameter(torch.randn(20, 30)) for _ in range(3)]
