@@ -66,8 +66,8 @@ def test_default_phases(levels, pretrained, phase):
 
 def test_each_group_has_its_own_default_phase():
     annealed = optimizer("ternary", "4bit")
-    anneal = askew.Anneal(annealed, total_steps=100)
-    for _ in range(65):
+    anneal = askew.Anneal(annealed, total_steps=1000)
+    for _ in range(650):
         anneal.step()
     assert annealed.param_groups[0]["epsilon"] < 1
     assert annealed.param_groups[1]["epsilon"] == 1
@@ -148,7 +148,7 @@ def test_stepping_past_the_end_warns_once():
 
 def test_an_annealing_that_is_never_stepped_warns_once():
     annealed = optimizer("binary")
-    anneal = askew.Anneal(annealed, total_steps=10)
+    anneal = askew.Anneal(annealed, total_steps=10, hold=0.5)
     for _ in range(5):
         annealed.step()
     with pytest.warns(UserWarning, match=r"6 steps and Anneal.step\(\) was never called"):

@@ -90,7 +90,8 @@ def test_inside_quantized_a_step_is_refused_and_a_checkpoint_is_the_same():
 def test_finalize_reports_and_snaps_for_good():
     _model, optimizer = trained()
     wanted = [(scale * levels[codes.long()]) for _, codes, levels, scale in optimizer.quantized_parameters()]
-    report = optimizer.finalize()
+    with pytest.warns(UserWarning, match="most in unused.weight"):
+        report = optimizer.finalize()
     for (weight, *_), snapped in zip(optimizer.quantized_parameters(), wanted, strict=True):
         assert torch.equal(weight, snapped)
     assert report.never_stepped == ("unused.weight",)
@@ -105,7 +106,10 @@ def test_finalize_reports_and_snaps_for_good():
 def test_finalize_by_hand():
     weight = nn.Parameter(torch.tensor([1.0, -1.0, 0.5, 3.0]))
     optimizer = askew.AskewSGD([("w", weight)], lr=0.1, quantizer=askew.Quantizer("binary", scale=1.0), epsilon=0.0)
-    report = optimizer.finalize()
+    with pytest.warns(
+        UserWarning, match=r"50.0% of the weights .* by up to 2 of half .* most in w \(50.0%, by up to 2\)"
+    ):
+        report = optimizer.finalize()
     assert torch.equal(weight, torch.tensor([1.0, -1.0, 1.0, 1.0]))
     assert (report.max_distance, report.share_on_level, report.never_stepped) == (2.0, 0.5, ("w",))
 
