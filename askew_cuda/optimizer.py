@@ -169,10 +169,16 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         )
         quantizer = self._check(group)
         group["quantizer"] = None if quantizer is None else quantizer.plain()
-        group.update(self._annealed(group))
+        annealed = self._annealed(group)
+        epsilon = group.setdefault("epsilon", self.defaults["epsilon"])
+        if any(epsilon is each["epsilon"] for each in self.param_groups if isinstance(epsilon, Tensor)):
+            group["epsilon"] = epsilon.clone()  # the phases of groups differ
         group["outputs"] = list(group.get("outputs", self.defaults["outputs"]))
         group["state_dtype"] = None if group.get("state_dtype", self.defaults["state_dtype"]) is None else "float32"
         super().add_param_group(group)
+        if "epsilon" in annealed:
+            schedule.put_epsilon(group, annealed.pop("epsilon"))
+        group.update(annealed)
         self._fresh_norms = None
         unique = {weight: i for i, weight in reversed(list(enumerate(group["params"])))}  # torch has warned of others
         for key in {"params", "param_names"} & set(group):
@@ -201,10 +207,8 @@ class QuantizedOptimizer(torch.optim.Optimizer):
             return {"steps_done": done}
         hold, end = schedule.phase(settings)
         settings |= {"hold": hold, "end": end}
-        epsilon: float | Tensor = schedule.epsilon_at(settings, done)
-        if isinstance(settings["epsilon"], Tensor):  # one for each group, whose phases may differ
-            epsilon = torch.full_like(settings["epsilon"], epsilon)
-        elif settings["epsilon"] not in (1, epsilon):
+        epsilon = schedule.epsilon_at(settings, done)
+        if not isinstance(settings["epsilon"], Tensor) and settings["epsilon"] not in (1, epsilon):
             raise ValueError(
                 f"epsilon = {settings['epsilon']} with total_steps = {total}: after {done} steps it is {epsilon:.3g}. "
                 "Leave epsilon out, and give steps_done to go on from a step; or leave out total_steps"

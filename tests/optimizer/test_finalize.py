@@ -120,6 +120,18 @@ def test_finalize_before_the_annealing_has_ended_warns_with_the_distance():
         optimizer.finalize()
 
 
+def test_nan_stays_nan_where_weights_are_on_their_levels():
+    """A network that has diverged does not evaluate as a sound one."""
+    model, optimizer = trained(epsilon=1.0)
+    with torch.no_grad():
+        model["used"].weight[0, 0] = math.nan
+    with optimizer.quantized():
+        assert model["used"].weight[0, 0].isnan()
+        assert model["used"].weight.isnan().sum() == 1
+        assert model["used"](torch.ones(8))[0].isnan()
+    assert model["used"].weight[0, 0].isnan()
+
+
 def test_finalize_refuses_nan_before_it_snaps_anything():
     model, optimizer = trained()
     with torch.no_grad():
