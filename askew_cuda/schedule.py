@@ -83,7 +83,8 @@ def settling_steps(anneal: str, recovery: float, max_step: float) -> int:
 def phase(group: dict[str, Any]) -> tuple[float, float]:
     """(hold, end) of a quantized group, fractions of its ``total_steps``: its own, and where it leaves them None the
     default for its levels. The weights need a number of steps, not a share of them, to reach their levels once only
-    those are left: in a short training a default ``end`` comes earlier, and a default ``hold`` by the same factor.
+    those are left: in a short training a default ``end`` comes earlier, though not in its first half, and a default
+    ``hold`` by the same factor.
 
     Raises: ValueError: hold is not before end.
     """
@@ -93,9 +94,8 @@ def phase(group: dict[str, Any]) -> tuple[float, float]:
         end = group["end"]
     elif group["recovery"] is not None:  # alpha is a rate per unit of lr, which nobody knows in advance
         total = group["total_steps"]
-        last = (
-            max(1, total - settling_steps(group["anneal"], float(group["recovery"]), float(group["max_step"]))) / total
-        )
+        settling = settling_steps(group["anneal"], float(group["recovery"]), float(group["max_step"]))
+        last = max(total - settling, total / 2) / total
         if group["hold"] is not None:
             last = max(last, group["hold"] + 1 / total)
         if last < end:

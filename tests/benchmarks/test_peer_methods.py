@@ -16,6 +16,7 @@ from examples import digits
 
 SGD, ADAMW = Base("sgd", 0.05, weight_decay=1e-3), Base("adamw", 0.01, weight_decay=0.1, betas=(0.9, 0.95))
 STEPS = 20
+pytestmark = pytest.mark.filterwarnings("ignore:finalize")  # the authors' annealing does not end on the levels
 EVERY = [pytest.param(m, width, id=f"{m.name}-{width}") for m in METHODS for width in m.widths]
 
 
