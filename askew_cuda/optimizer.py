@@ -408,6 +408,8 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         """A step was made: groups with ``total_steps`` count it, and have their next epsilon."""
         for group in self.param_groups:
             schedule.advance(group)
+        if torch.compiler.is_compiling():
+            return
         total, count = (self.param_groups[0][key] for key in ("total_steps", "steps_done"))
         if total is not None and not 5 * count > total >= count:  # early, or past the end
             hints.after_step(self, count, total)
