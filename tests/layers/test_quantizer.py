@@ -349,7 +349,7 @@ def scale_for(
 @pytest.mark.parametrize("granularity", ["tensor", "channel", "group"])
 @pytest.mark.parametrize("name", ["binary", "ternary", "3bit", "int8", "authors_4bit", "nf4", "fp4", "pow2"])
 def test_codes_and_snapped_weights_are_those_of_a_step(name, granularity, dtype):
-    """(E6), bit for bit: a step at lr = 0 moves nothing and writes both. A NaN has no level: code 0 there, and NaN where
+    """(E6), bit for bit: a step at lr = 0 moves nothing and writes both. NaN has no level: code 0 there, and NaN where
     weights are snapped to be used.
     """
     generator, levels = torch.Generator().manual_seed(7), Codebook.named(name).levels
