@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 import askew_cuda as askew
-from askew_cuda import hints, schedule
+from askew_cuda import hints, plan, schedule
 from askew_cuda.schedule import epsilon_of, half_width_of, settling_steps
 
 RULES = {
@@ -221,7 +221,7 @@ def test_capturing_a_graph_is_refused():
     with pytest.raises(
         RuntimeError, match=r"total_steps = 10: a replay counts no step; .* use Anneal, with epsilon=torch"
     ):
-        optimizer._check_capture(optimizer.param_groups[0], None)
+        plan.check_capture(optimizer.param_groups[0], None)
 
 
 def test_anneal_on_an_optimizer_that_anneals_itself_is_refused():
