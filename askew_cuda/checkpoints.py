@@ -8,18 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
-from .keywords import CONSTRAINT, EXECUTION, Group, counter_dtype
+from . import hints, reference
+from .keywords import CONSTRAINT, EXECUTION, SCHEDULE, Group, check, counter_dtype
 from .quantizer import Quantizer
+from .schedule import count_at, epsilon_at
 
 
 def adopt(saved: dict[str, Any], groups: list[Group]) -> tuple[defaultdict[Tensor, Any], list[Group]]:
     """State and param groups that an optimizer with these groups takes over from a state_dict of ours or of torch's.
-    Weights are matched by name where both sides have names, else by position. Nothing is mutated, and nothing is shared:
-       all tensors are copies, on the devices of the weights and in their memory order.
+    Weights are matched by name where both sides have names, else by position. Nothing is mutated, and nothing is
+    shared: all tensors are copies, on the devices of the weights and in their memory order.
 
-       Raises: ValueError: the weights don't match, a state has another shape than its weight, or the state_dict is of
-           another rule.
+    Raises: ValueError, TypeError: the weights don't match, a state has another shape than its weight, the state_dict is
+        of another rule, or its count of steps is none.
     """
     theirs = saved["param_groups"]
     named = all("param_names" in group for group in (*groups, *theirs))
@@ -32,6 +33,7 @@ def adopt(saved: dict[str, Any], groups: list[Group]) -> tuple[defaultdict[Tenso
             if kept:
                 name = group["param_names"][which] if "param_names" in group else f"params[{which}]"
                 state[group["params"][which]] = _state(kept, group["params"][which], group, name)
+    _count(saved, sources, adopted)
     ours = {index for source in sources for _, index in source}
     state.update(
         {key: copy.deepcopy(value) for key, value in saved["state"].items() if key not in ours}
@@ -50,11 +52,20 @@ def _by_name(theirs: list[Group], groups: list[Group]) -> list[Source]:
     }
     names = {name for group in groups for name in group["param_names"]}
     if names != set(where):
+        bare, wanted = {_bare(name): found for name, found in where.items()}, {_bare(name) for name in names}
+        if len(bare) == len(where) and len(wanted) == len(names) and wanted == set(bare):
+            return [[bare[_bare(name)] for name in group["param_names"]] for group in groups]
         raise ValueError(
-            f"load_state_dict: {_listed(names - set(where), 'not in the checkpoint')}{_listed(set(where) - names, 'only there')}"
-            "both must have the same weights; a hook of register_load_state_dict_pre_hook can rename them"
+            f"load_state_dict: {_listed(names - set(where), 'not in the checkpoint')}"
+            f"{_listed(set(where) - names, 'only there')}both must have the same weights; a hook of "
+            "register_load_state_dict_pre_hook can rename them"
         )
     return [[where[name] for name in group["param_names"]] for group in groups]
+
+
+def _bare(name: str) -> str:
+    """A weight's name without what DDP and torch.compile put before it, or into it."""
+    return ".".join(part for part in name.split(".") if part not in ("module", "_orig_mod"))
 
 
 def _listed(names: Iterable[str], what: str) -> str:
@@ -66,19 +77,23 @@ def _by_position(theirs: list[Group], groups: list[Group]) -> list[Source]:
     sizes = [[len(group["params"]) for group in side] for side in (theirs, groups)]
     if sizes[0] != sizes[1]:
         raise ValueError(
-            f"load_state_dict: the checkpoint has param groups of {sizes[0]} weights, this optimizer of {sizes[1]}; where groups differ, "
-            "weights are matched by their names, which both need: give both optimizers model.named_parameters() or askew_cuda.param_groups"
+            f"load_state_dict: the checkpoint has param groups of {sizes[0]} weights, this optimizer of {sizes[1]}; "
+            "where groups differ, weights are matched by their names, which both need: give both optimizers "
+            "model.named_parameters() or askew_cuda.param_groups"
         )
     return [[(i, index) for index in group["params"]] for i, group in enumerate(theirs)]
 
 
 def _group(theirs: list[Group], source: Source, mine: Group) -> Group:
-    """A group of ours with the keywords of the saved one, except those that say how this machine computes."""
+    """A group of ours with the keywords of the saved one, except those that say how this machine computes, or how this
+    training is annealed.
+    """
     origins = dict.fromkeys(i for i, _ in source)
     if len(origins) > 1:
         raise ValueError(
-            f"load_state_dict: the weights of one param group ({_listed(mine['param_names'], 'here')[:-2]}) lie in several groups of the "
-            f"checkpoint ({', '.join(map(str, origins))}); which keywords are theirs? Split the group"
+            f"load_state_dict: the weights of one param group ({_listed(mine['param_names'], 'here')[:-2]}) lie in "
+            "several "
+            f"groups of the checkpoint ({', '.join(map(str, origins))}); which keywords are theirs? Split the group"
         )
     saved = theirs[next(iter(origins))] if origins else mine
     if ("betas" in saved) != ("betas" in mine):
@@ -86,10 +101,55 @@ def _group(theirs: list[Group], source: Source, mine: Group) -> Group:
         raise ValueError(
             f"load_state_dict: the checkpoint is one of {rules[0]}; this optimizer goes by the rule of {rules[1]}"
         )
-    taken = {key: copy.deepcopy(value) for key, value in saved.items() if key not in ("params", *EXECUTION)}
+    taken = {key: copy.deepcopy(value) for key, value in saved.items() if key not in ("params", *EXECUTION, *SCHEDULE)}
     kept = {key: mine[key] for key in (*CONSTRAINT, *EXECUTION) if key in mine and key not in taken}
     names = {"param_names": mine["param_names"]} if "param_names" in mine else {}
     return {**taken, **kept, **names, "params": mine["params"]}
+
+
+def _count(saved: dict[str, Any], sources: list[Source], adopted: list[Group]) -> None:
+    """Sets count and epsilon of the adopted groups that anneal themselves. Groups of a checkpoint that did not count
+    its steps take the count from their epsilon, all of them the same one.
+    """
+    silent = []
+    for source, group in zip(sources, adopted, strict=True):
+        origin = saved["param_groups"][source[0][0]] if source else {}
+        theirs, mine = origin.get("total_steps"), group["total_steps"]
+        check(group, ("steps_done", "epsilon"))
+        if theirs is not None and theirs != mine and (mine is not None or group["steps_done"] < theirs):
+            hints.warn(
+                f"load_state_dict: the checkpoint has total_steps = {theirs}, this optimizer total_steps = {mine}; "
+                + ("epsilon stays as it is" if mine is None else f"it goes on at step {group['steps_done']} of {mine}")
+            )
+        if mine is not None and theirs is None and origin.get("quantizer") is not None and "epsilon" in origin:
+            silent.append((source, group))
+    if silent:
+        count = _count_by_epsilon(saved, silent)
+        for group in adopted:
+            group["steps_done"] = count if group["total_steps"] is not None else group["steps_done"]
+    for group in adopted:
+        if group["total_steps"] is not None and group["quantizer"] is not None:
+            epsilon = epsilon_at(group, group["steps_done"])
+            old = group["epsilon"]
+            group["epsilon"] = torch.full_like(old, epsilon) if isinstance(old, Tensor) else epsilon
+
+
+def _count_by_epsilon(saved: dict[str, Any], silent: list[tuple[Source, Group]]) -> int:
+    """How many steps a run has made that did not count them: its epsilon says it where it is below 1, else AdamW's
+    counters where they lie before the annealing.
+    """
+    count = max(count_at(group, float(group["epsilon"])) for _, group in silent)
+    states = [saved["state"].get(index) for source, _ in silent for _, index in source]
+    states = [state for state in states if state]
+    if count == 0 and states:
+        made = max((int(state["step"]) for state in states if state.get("step") is not None), default=0)
+        if made and all(epsilon_at(group, made) == 1 for _, group in silent):
+            return made
+        hints.warn(
+            "load_state_dict: the checkpoint does not say how many steps it has made, and its epsilon is 1: "
+            "total_steps are counted from 0. If that is wrong, set group['steps_done'] in every param group"
+        )
+    return count
 
 
 def _state(kept: dict[str, Any], weight: Tensor, group: Group, name: str) -> dict[str, Any]:
@@ -122,6 +182,6 @@ def _state(kept: dict[str, Any], weight: Tensor, group: Group, name: str) -> dic
 def _check_shape(value: Tensor, wanted: tuple[int, ...], key: str, name: str) -> None:
     if tuple(value.shape) != tuple(wanted):
         raise ValueError(
-            f"load_state_dict: {key} of {name} has shape {tuple(value.shape)} in the checkpoint; {tuple(wanted)} is needed here. Weights "
-            "are matched by name where both optimizers have names, else by their position"
+            f"load_state_dict: {key} of {name} has shape {tuple(value.shape)} in the checkpoint; {tuple(wanted)} is "
+            "needed here. Weights are matched by name where both optimizers have names, else by their position"
         )

@@ -20,8 +20,18 @@ _KEYWORDS = """
     normalized: whether the network has normalisation layers, which leave the scale to us. None: whether the optimizer
         has a gain of such a layer, a vector of ones, when the scales of untrained weights are set; for trained ones,
         False.
-    epsilon: the annealed number in [0, 1], 1 free, 0 levels only; mostly set by :class:`~askew_cuda.Anneal`, which
-        fills a 0-d tensor in place.
+    total_steps: optimizer steps of the whole training, a whole number: then the optimizer anneals itself. None: epsilon
+        is set from outside, by :class:`~askew_cuda.Anneal` or by hand. It is counted what is stepped; a step that the
+        host sees skipped (found_inf on the CPU, a GradScaler that does not call step) is not, one that only a device
+        knows of is.
+    hold, end: shares of total_steps, 0 <= hold < end <= 1: r, the half-width around a level, is 1 until ``hold`` and 0
+        from ``end`` on. None: as measured for the number of levels and ``pretrained`` (docs/recipes.md); in a training
+        of fewer steps than some 340 earlier, so that the weights get there.
+    shape: of the way between, "quadratic" or "geometric"; or a callable from progress in [0, 1] (of the whole training:
+        hold and end don't act) to r in [0, 1], which must not rise.
+    steps_done: the count, a whole number in each group; a checkpoint carries it. A group that is added later takes the
+        others'. Give it to go on from a step.
+    epsilon: the annealed number in [0, 1], 1 free, 0 levels only; a 0-d tensor is filled in place.
     anneal: "capture" (ours) or "interval" (the paper's). skew_at: what the constraint acts on, "velocity" or, as in the
         authors' code, "gradient" (interval only).
     recovery: share in (0, 1] of the distance that a constrained weight makes up in a step. alpha: the paper's rate, per
@@ -77,7 +87,8 @@ class AskewSGD(QuantizedOptimizer):
             raise ValueError(f"momentum = {group['momentum']!r}; at least 0")
         if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
             raise ValueError(
-                f"nesterov = True with momentum = {group['momentum']}, dampening = {group['dampening']}; it needs momentum and no dampening"
+                f"nesterov = True with momentum = {group['momentum']}, dampening = {group['dampening']}; it needs "
+                "momentum and no dampening"
             )
 
     _operator = "sgd_"
@@ -126,8 +137,9 @@ class AskewAdamW(QuantizedOptimizer):
         **constraint: Any,
     ):
         defaults = {
-            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad, "maximize": maximize,
-            "foreach": foreach, "capturable": capturable, "differentiable": differentiable, "fused": fused,
+            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad,
+            "maximize": maximize, "foreach": foreach, "capturable": capturable, "differentiable": differentiable,
+            "fused": fused,
         }  # fmt: skip
         super().__init__(params, defaults, constraint)
 

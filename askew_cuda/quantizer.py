@@ -72,8 +72,8 @@ class Codebook:
         for index, (lower, upper) in enumerate(itertools.pairwise(rounded)):
             if not lower < upper:
                 raise ValueError(
-                    f"Codebook: levels[{index}] = {given[index]} is not below levels[{index + 1}] = {given[index + 1]} in float32; "
-                    "sort them, and leave each in once"
+                    f"Codebook: levels[{index}] = {given[index]} is not below levels[{index + 1}] = {given[index + 1]} "
+                    "in float32; sort them, and leave each in once"
                 )
         object.__setattr__(self, "levels", tuple(rounded))
 
@@ -178,7 +178,8 @@ class Quantizer:
         if self.granularity != "group":
             if size is not None:
                 raise ValueError(
-                    f"Quantizer: group_size = {size!r} with granularity = {self.granularity!r}; it goes with 'group' only"
+                    f"Quantizer: group_size = {size!r} with granularity = {self.granularity!r}; it goes with 'group' "
+                    "only"
                 )
         elif isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ValueError(
@@ -196,13 +197,15 @@ class Quantizer:
             unknown = set(spec) - {"levels", "scale", "granularity", "group_size"}
             if unknown or "levels" not in spec:
                 raise ValueError(
-                    f"quantizer = {dict(spec)!r}; the plain form has levels, and may have scale, granularity, group_size"
+                    f"quantizer = {dict(spec)!r}; the plain form has levels, and may have scale, granularity, "
+                    "group_size"
                 )
             rest = {key: value for key, value in spec.items() if key != "levels"}
             return cls(Codebook(spec["levels"]), **rest)
         if not isinstance(spec, str):
             raise TypeError(
-                f"quantizer = {spec!r}; a name such as 'ternary' or '2bit/group128', or an askew_cuda.Quantizer, is needed"
+                f"quantizer = {spec!r}; a name such as 'ternary' or '2bit/group128', or an askew_cuda.Quantizer, is "
+                "needed"
             )
         return _parse_name(spec)
 
@@ -321,9 +324,11 @@ def codes(weight: Tensor, scale: Tensor, levels: Sequence[float]) -> Tensor:
 
 
 def snap(weight: Tensor, scale: Tensor, levels: Sequence[float]) -> Tensor:
-    """Each weight's nearest ``scale * level``, in the weight's dtype. Arguments, ties and NaN as for :func:`codes`."""
-    _, book, unit, index = _place(weight, scale, levels)
-    return (unit * book.level(index)).to(weight.dtype)
+    """Each weight's nearest ``scale * level``, in the weight's dtype; NaN stays NaN. Arguments and ties as for
+    :func:`codes`.
+    """
+    w, book, unit, index = _place(weight, scale, levels)
+    return torch.where(w.isnan(), w, unit * book.level(index)).to(weight.dtype)
 
 
 def distance(weight: Tensor, scale: Tensor, levels: Sequence[float]) -> Tensor:

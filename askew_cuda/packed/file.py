@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from .. import reference
 from ..quantizer import Quantizer
 from ..quantizer import codes as nearest_codes
+from ..wrappers import unwrap
 from .bits import PACKINGS, fault, pack, packed_size, restore, unpack, width
 from .safetensors import TensorReader, TensorWriter, replacing
 
@@ -50,17 +51,17 @@ def save_packed(
 ) -> None:
     """Writes the model as it is after ``optimizer.finalize()``: packed codes and scales, and everything else of its
        state_dict.
-    Weights that are off their levels are saved snapped. Nothing is mutated. The file appears at once and whole, or not at
-       all: an old one stays until then, whatever happens. Written tensor by tensor; tied tensors once.
+    Weights that are off their levels are saved snapped. Nothing is mutated. The file appears at once and whole, or not
+       at all: an old one stays until then, whatever happens. Written tensor by tensor; tied tensors once.
 
        Args:
            model: on any devices, in any memory format.
-           optimizer: an AskewSGD or AskewAdamW with quantized weights of this model.
+           optimizer: an AskewSGD or AskewAdamW with quantized weights of this model, or a wrapper of it.
            path: of the safetensors file; its folder exists.
            ternary: codes of three levels at "1.6bit", five to a byte, or at "2bit", which is simpler to read elsewhere.
 
-       Raises: ValueError: a quantized weight is NaN or not in the model, a scale is unfit, or the state_dict holds what a
-           file can't. TypeError: the optimizer is not one of ours. OSError: the file can't be written.
+       Raises: ValueError: a quantized weight is NaN or not in the model, a scale is unfit, or the state_dict holds what
+           a file can't. TypeError: the optimizer is not one of ours. OSError: the file can't be written.
     """
     state, tied = model_state(model, "save_packed")
     known = {weight: name for name, weight in state.items()}
@@ -106,17 +107,17 @@ def save_packed(
 def load_packed(path: str | os.PathLike[str], model: nn.Module) -> list[dict[str, Any]]:
     """Reads a packed file into a model, every quantized weight bitwise ``scale * level``, and returns what goes on
        training it.
-    The file is checked as a whole - header, manifest, checksums, codes, scales, names, shapes and dtypes against the model
-       - before anything in the model changes. Then its parameters and buffers are overwritten in place, one by one.
-       Nothing is unpickled.
+    The file is checked as a whole - header, manifest, checksums, codes, scales, names, shapes and dtypes against the
+       model - before anything in the model changes. Then its parameters and buffers are overwritten in place, one by
+       one. Nothing is unpickled.
 
        Args:
            path: of a file that :func:`save_packed` wrote.
            model: of the architecture and dtypes that were saved, on any devices, in any memory format. Mutated.
 
        Returns: Param groups for a fresh AskewSGD or AskewAdamW, with named parameters: the quantized weights, one group
-           per quantizer and scale, ``pretrained="packed"``, quantizers with the very scales of the file; then all others
-           that require a gradient.
+           per quantizer and scale, ``pretrained="packed"``, quantizers with the very scales of the file; then all
+           others that require a gradient.
 
        Raises: ValueError: the file is truncated, damaged, foreign, of another version, or does not fit the model; the
            message names file,
@@ -158,7 +159,8 @@ def model_state(model: nn.Module, caller: str) -> tuple[dict[str, Tensor], dict[
     for name, value in model.state_dict(keep_vars=True).items():
         if not isinstance(value, Tensor) or value not in own or value.layout != torch.strided or value.is_meta:
             raise ValueError(
-                f"{caller}: {name} of the model's state_dict is {type(value).__name__}; packed files hold dense parameters and buffers "
+                f"{caller}: {name} of the model's state_dict is {type(value).__name__}; packed files hold dense "
+                "parameters and buffers "
                 "of the model that have memory (not meta), and no extra state"
             )
         if first.setdefault(value, name) != name:
@@ -172,9 +174,11 @@ def quantized_weights(optimizer: torch.optim.Optimizer, caller: str) -> dict[Ten
     Raises:
         TypeError: not an optimizer of ours. ValueError: it quantizes nothing.
     """
+    optimizer = unwrap(optimizer)
     if not hasattr(optimizer, "quantized_parameters"):
         raise TypeError(
-            f"{caller}: optimizer = {type(optimizer).__name__}; the AskewSGD or AskewAdamW that trained the model is needed"
+            f"{caller}: optimizer = {type(optimizer).__name__}; the AskewSGD or AskewAdamW that trained the model is "
+            "needed"
         )
     found = {
         weight: Quantizer.parse(group["quantizer"])
@@ -198,7 +202,7 @@ def packed_weights(
     Raises:
         ValueError: a weight is NaN, or a scale is not of the shape, dtype and range that its quantizer sets.
     """
-    for weight, codes, _, scale in cast(Any, optimizer).quantized_parameters():
+    for weight, codes, _, scale in cast(Any, unwrap(optimizer)).quantized_parameters():
         quantizer, name = by_weight[weight], names[weight]
         if weight.isnan().any():
             raise ValueError(
@@ -207,7 +211,8 @@ def packed_weights(
         wanted = reference.arithmetic(weight.dtype), quantizer.scale_shape(weight)
         if (scale.dtype, tuple(scale.shape)) != wanted or not _in_range(scale):
             raise ValueError(
-                f"the scale of {name} is {scale.dtype} of shape {tuple(scale.shape)}, the least {_least(scale)}; {wanted[0]} of shape "
+                f"the scale of {name} is {scale.dtype} of shape {tuple(scale.shape)}, the least {_least(scale)}; "
+                f"{wanted[0]} of shape "
                 f"{wanted[1]}, positive and finite, is needed: it is set at the first step, leave it alone"
             )
         yield weight, width(len(quantizer.codebook), ternary), _settled(codes, scale, quantizer, weight.dtype), scale
@@ -266,7 +271,8 @@ def read_manifest(reader: TensorReader) -> dict[str, Any]:
     version = manifest.get("version") if isinstance(manifest, dict) else None
     if type(version) is not int or version != VERSION:
         raise reader.error(
-            f"its manifest has version {reprlib.repr(version)}; version {VERSION} is needed: take the askew_cuda that wrote it"
+            f"its manifest has version {reprlib.repr(version)}; version {VERSION} is needed: take the askew_cuda that "
+            "wrote it"
         )
     if reader.metadata.get(_CHECKSUM) != hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest():
         raise reader.error("its manifest does not have the checksum that the header says; the file is damaged")
@@ -326,7 +332,8 @@ def _match(
     for name, first in manifest["tied"].items():
         if not isinstance(first, str) or first not in stored or name in stored:
             raise reader.error(
-                f"{name!r} is tied to {reprlib.repr(first)}; the name of a tensor in the file, which it is not itself, is needed"
+                f"{name!r} is tied to {reprlib.repr(first)}; the name of a tensor in the file, which it is not itself, "
+                "is needed"
             )
     own, tied = model_state(model, "load_packed")
     _same(reader, {*own, *tied}, stored | set(manifest["tied"]), "names in the file that the model also has")
@@ -382,7 +389,8 @@ def _verify(reader: TensorReader, stored: str, digest: object, quantized: dict[s
     values, found = reader.read(stored)
     if found != digest:
         raise reader.error(
-            f"{stored!r} has SHA-256 {found}; {reprlib.repr(digest)}, as the manifest says, is needed: the file is damaged"
+            f"{stored!r} has SHA-256 {found}; {reprlib.repr(digest)}, as the manifest says, is needed: the file is "
+            "damaged"
         )
     name, _, part = stored.rpartition(".")
     packed = quantized.get(name)

@@ -23,8 +23,8 @@ class PackedLayer(nn.Module):
        them.
     A layer is taken over as it is, hooks and bias included, but for its weight. ``weight`` is a fresh tensor each time,
        bitwise the snapped weight, in its memory format; writing to it changes nothing. Casting the layer (``half()``)
-       casts that tensor; codes and scale keep their dtypes. The state_dict holds codes, scale and, as ``_extra_state``, a
-       uint8 tensor that says how they are packed, so that codes of another codebook are refused.
+       casts that tensor; codes and scale keep their dtypes. The state_dict holds codes, scale and, as ``_extra_state``,
+       a uint8 tensor that says how they are packed, so that codes of another codebook are refused.
     """
 
     codes: Tensor
@@ -109,7 +109,8 @@ class PackedLayer(nn.Module):
 
     def extra_repr(self) -> str:
         shape = "x".join(map(str, self.shape))
-        return f"{super().extra_repr()}, weight={shape} {str(self.dtype).removeprefix('torch.')}, {self.label}, {self.bits} bit"
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{super().extra_repr()}, weight={shape} {dtype}, {self.label}, {self.bits} bit"
 
 
 class PackedLinear(PackedLayer, nn.Linear):  # type: ignore[override] # weight is a property here
@@ -150,7 +151,8 @@ def pack_modules(model: nn.Module, optimizer: torch.optim.Optimizer, *, ternary:
     Args:
         model: whose nn.Linear, nn.Conv2d and nn.Embedding layers with quantized weights are replaced, in place. Tied
             weights share their codes. The weights are freed when the optimizer is dropped, too.
-        optimizer: the AskewSGD or AskewAdamW with the scales. Not mutated, and of no use for this model afterwards.
+        optimizer: the AskewSGD or AskewAdamW with the scales, or a wrapper of it. Not mutated, and of no use for this
+        model afterwards.
         ternary: codes of three levels at "1.6bit", five to a byte, or at "2bit".
 
     Returns:
@@ -193,7 +195,10 @@ def _layers(model: nn.Module, weights: set[Tensor]) -> dict[Tensor, list[nn.Modu
             kind, whole = type(module), f"{path}.{name}".removeprefix(".")
             why = None
             if kind not in PACKED or name != "weight":
-                why = f"{name} of {kind.__name__} can't be packed; the weights of nn.Linear, nn.Conv2d and nn.Embedding themselves can"
+                why = (
+                    f"{name} of {kind.__name__} can't be packed; the weights of nn.Linear, nn.Conv2d and nn.Embedding "
+                    "themselves can"
+                )
             elif getattr(module, "max_norm", None) is not None:
                 why = "an Embedding with max_norm writes to its weight when it is called, and can't be packed"
             elif "forward" in vars(module):

@@ -14,6 +14,7 @@ from benchmarks.accuracy.methods.registry import METHODS
 from examples import digits
 from tests.benchmarks.regressions import ADAMW, SGD, STEPS, Regressions
 
+pytestmark = pytest.mark.filterwarnings("ignore:finalize")  # the authors' annealing does not end on the levels
 EVERY = [pytest.param(m, width, id=f"{m.name}-{width}") for m in METHODS for width in m.widths]
 
 

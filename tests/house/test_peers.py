@@ -100,7 +100,9 @@ def test_every_one_has_a_test_that_is_there(table):
 
 
 @pytest.mark.parametrize("rule", ["auto", "absmean", "absmax", "mse"])
-@pytest.mark.parametrize("name", ["binary", "ternary", "2bit", "8bit", "int2", "int8", "nf4", "fp4", "pow2", "authors_4bit"])
+@pytest.mark.parametrize(
+    "name", ["binary", "ternary", "2bit", "8bit", "int2", "int8", "nf4", "fp4", "pow2", "authors_4bit"]
+)
 @pytest.mark.parametrize("granularity", ["tensor", "channel"])
 def test_every_rule_gives_every_codebook_a_finite_scale(rule, name, granularity):
     weight = nn.Parameter(torch.randn(4, 9, generator=torch.Generator().manual_seed(0)))
@@ -146,7 +148,10 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("ours", [askew.AskewSGD, askew.AskewAdamW])
 def test_a_step_allocates_no_memory_for_weights(ours):
     weights = [nn.Parameter(torch.randn(20, 30)) for _ in range(3)]
-    optimizer = ours([{"params": weights[:2], "quantizer": "2bit/channel", "outputs": ["codes"]}, {"params": weights[2:]}], pretrained=True)
+    optimizer = ours(
+        [{"params": weights[:2], "quantizer": "2bit/channel", "outputs": ["codes"]}, {"params": weights[2:]}],
+        pretrained=True,
+    )
     for weight in weights:
         weight.grad = torch.randn(20, 30)
     with Largest() as first:
