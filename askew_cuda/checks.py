@@ -1,4 +1,6 @@
-"""A call of an operator as data, and all that can be wrong with it: found before anything is written, for every backend."""
+"""A call of an operator as data, and all that can be wrong with it: found before anything is written, for every
+backend.
+"""
 
 import ctypes
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -40,7 +42,9 @@ class Call(NamedTuple):
 
 
 def check(call: Call, names: Names | None = None) -> None:
-    """Raises ValueError or TypeError, which name the argument, its value and the remedy; the names are those of the weights."""
+    """Raises ValueError or TypeError, which name the argument, its value and the remedy; the names are those of the
+    weights.
+    """
     if not call.lists["weights"]:
         return
     subject = Subject(call, names)
@@ -73,7 +77,8 @@ class Subject:
                 raise TypeError(f"{self.what('weights', i)}: a weight has dtype {weight.dtype}; {supported}")
             if weight.dtype != first.dtype:
                 raise TypeError(
-                    f"{self.what('weights', i)} is {weight.dtype} but weights[0] is {first.dtype}; one call takes one dtype"
+                    f"{self.what('weights', i)} is {weight.dtype} but weights[0] is {first.dtype}; one call takes "
+                    "one dtype"
                 )
             if weight.device != first.device:
                 raise ValueError(f"{self.what('weights', i)} is on {weight.device} but weights[0] is on {first.device}")
@@ -130,8 +135,10 @@ class Subject:
                     raise TypeError(f"{what} is {dtype}; float32, float64, bfloat16 and float16 are supported")
             elif dtype != wanted and not (dtype == torch.float32 and wanted.itemsize == 2):
                 raise TypeError(
-                    f"{what} is {dtype} for weights of {wanted}; their dtype, or float32 for 16-bit weights, is needed. "
-                    "Where a model changed its dtype after it was stepped, optimizer.load_state_dict(optimizer.state_dict()) "
+                    f"{what} is {dtype} for weights of {wanted}; their dtype, or float32 for 16-bit weights, is "
+                    "needed. "
+                    "Where a model changed its dtype after it was stepped, "
+                    "optimizer.load_state_dict(optimizer.state_dict()) "
                     "casts the state"
                 )
             if dtype != tensors[0].dtype:
@@ -157,21 +164,25 @@ class Subject:
         wanted = len(self.weights) if levels else 0
         if len(scales) != wanted:
             raise ValueError(
-                f"askew_cuda: scales has {len(scales)} tensors; {wanted} are needed for {len(self.weights)} weights and "
+                f"askew_cuda: scales has {len(scales)} tensors; {wanted} are needed for {len(self.weights)} weights "
+                "and "
                 f"{len(levels)} levels"
             )
         kind = reference.arithmetic(self.weights[0].dtype)
         for i, (weight, scale) in enumerate(zip(self.weights, scales, strict=False)):
             if scale.dtype != kind:
                 raise TypeError(
-                    f"{self.what('scales', i)} has dtype {scale.dtype}; {kind} goes with weights of {weight.dtype}. Where a "
-                    "model changed its dtype after it was stepped, optimizer.load_state_dict(optimizer.state_dict()) casts "
+                    f"{self.what('scales', i)} has dtype {scale.dtype}; {kind} goes with weights of {weight.dtype}. "
+                    "Where a "
+                    "model changed its dtype after it was stepped, optimizer.load_state_dict(optimizer.state_dict()) "
+                    "casts "
                     "the state"
                 )
             self.check_device("scales", i, scale)
             if not (scale.numel() == 1 or weight.numel() == 0 or by_channel(weight, scale) or _by_group(weight, scale)):
                 raise ValueError(
-                    f"{self.what('scales', i)} has shape {list(scale.shape)} for a weight of shape {list(weight.shape)}; (), "
+                    f"{self.what('scales', i)} has shape {list(scale.shape)} for a weight of shape "
+                    f"{list(weight.shape)}; (), "
                     "(channels, 1, ..) or (rows, groups) are understood"
                 )
 
@@ -194,7 +205,8 @@ class Subject:
             good = good and (step.is_cpu or step.dtype == steps[0].dtype)
             if not good or step.device not in (torch.device("cpu"), there) or step.device != steps[0].device:
                 raise TypeError(
-                    f"{self.what('steps', i)} is {step.dtype} of shape {list(step.shape)} on {step.device}; 0-d float32 or "
+                    f"{self.what('steps', i)} is {step.dtype} of shape {list(step.shape)} on {step.device}; 0-d "
+                    "float32 or "
                     f"float64 tensors, all on the CPU or all of one dtype on {there}, are needed"
                 )
 
@@ -234,7 +246,8 @@ class Subject:
                     raise ValueError(f"askew_cuda: {name} has shape {list(value.shape)}; one number is needed")
                 if value.device.type != "cpu" and value.device != there:
                     raise ValueError(
-                        f"askew_cuda: {name} is on {value.device} but weights[0] is on {there}; put it there, or on the CPU"
+                        f"askew_cuda: {name} is on {value.device} but weights[0] is on {there}; put it there, or on "
+                        "the CPU"
                     )
             elif value is not None or name in ("lr", "epsilon"):
                 _check_number(name, value)
@@ -279,8 +292,8 @@ def extent(what: str, tensor: Tensor, written: bool) -> Extent:
 
 
 def check_memory(extents: Iterable[Extent]) -> None:
-    """Raises ValueError where something that a step writes lies in the memory of another of its tensors: kernels step all at once, and
-    one of two updates would be lost, now and then.
+    """Raises ValueError where something that a step writes lies in the memory of another of its tensors: kernels step
+    all at once, and one of two updates would be lost, now and then.
     """
     before: list[Extent] = []
     for now in sorted((each for each in extents if each.tensor.numel()), key=lambda each: each[:3]):
@@ -288,14 +301,17 @@ def check_memory(extents: Iterable[Extent]) -> None:
         for each in before:
             if (each.written or now.written) and _share(each.tensor, now.tensor):
                 raise ValueError(
-                    f"{each.what} and {now.what} share memory, and one of two steps would be lost at random; tie weights as one "
+                    f"{each.what} and {now.what} share memory, and one of two steps would be lost at random; tie "
+                    "weights as one "
                     "Parameter (a.weight = b.weight), or clone() one of them"
                 )
         before.append(now)
 
 
 def _share(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors whose extents overlap have an element in common: those between the elements of a slice don't count."""
+    """Whether two tensors whose extents overlap have an element in common: those between the elements of a slice don't
+    count.
+    """
     apart = b.data_ptr() - a.data_ptr()
     if all(map(torch.ops.aten.is_non_overlapping_and_dense, (a, b))) or a.itemsize != b.itemsize or apart % a.itemsize:
         return True

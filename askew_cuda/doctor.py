@@ -117,7 +117,8 @@ def doctor() -> int:
         wrong += len(failed)
         where = " (interpreted on the CPU)" if interpreted else ""
         print(
-            f"{backend:14}present{where}; self-test: {len(results) - len(failed)} of {len(results)} cases equal the reference bit for bit"
+            f"{backend:14}present{where}; self-test: {len(results) - len(failed)} of {len(results)} cases equal the "
+            "reference bit for bit"
         )
         for case in failed:
             print(f"{'':14}DIFFERS: {case}; please report it with the lines above")

@@ -187,7 +187,9 @@ class QuantizedOptimizer(torch.optim.Optimizer):
                 )
 
     def _choose(self, group: Group, device: torch.device, dtype: torch.dtype) -> str:
-        """The backend of weights of a group. Asked for once: torch.compile watches the answers, which are this optimizer's own."""
+        """The backend of weights of a group. Asked for once: torch.compile watches the answers, which are this
+        optimizer's own.
+        """
         key = (group["backend"], device, dtype, dtype.itemsize == 2 and group["low_precision"] != "nearest")
         if key not in self._chosen:
             self._chosen[key] = backends.choose(*key)
@@ -272,15 +274,16 @@ class QuantizedOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One step: base rule, constraint, clip and outputs in one pass over each tensor. ``p.grad`` is never written.
-        The step is made as a whole or not at all: state is allocated and arguments are checked before the first weight moves,
+        The step is made as a whole or not at all: state is allocated and arguments are checked before the first weight
+            moves,
                and Ctrl-C waits for the last one. What is left: a call that has to copy on its way - the reference, and
                gradients in another memory order than their weights - stops where there is no memory for it.
 
                Args:
                    closure: reevaluates the model and returns the loss; it sees the trained weights.
 
-               Raises: RuntimeError: called inside :meth:`quantized`. ValueError: a gradient is sparse, or a scale can't be
-                   set. Nothing has
+               Raises: RuntimeError: called inside :meth:`quantized`. ValueError: a gradient is sparse, or a scale can't
+                   be set. Nothing has
                        moved then.
         """
         try:
@@ -371,7 +374,8 @@ class QuantizedOptimizer(torch.optim.Optimizer):
             if part.kept.get("scale"):
                 self._scaled.update(dict.fromkeys(part.batch.weights, part.group["quantizer"]))
 
-    # What a rule brings: the name of its operator; which lists of the operator's signature are which keys of the state; its settings.
+    # What a rule brings: the name of its operator; which lists of the operator's signature are which keys of the state;
+    # its settings.
     _operator: str
 
     def _moments(self, group: Group) -> dict[str, str]:
@@ -408,13 +412,15 @@ class QuantizedOptimizer(torch.optim.Optimizer):
             return
         if has_scale and before != group["quantizer"]:
             raise ValueError(
-                f"quantizer = {group['quantizer']!r}, but the scale of {name_of(weight)} was set for {before!r}; for a new one, "
+                f"quantizer = {group['quantizer']!r}, but the scale of {name_of(weight)} was set for {before!r}; for "
+                "a new one, "
                 "remove the old: del optimizer.state[weight]['scale']"
             )
         if not has_scale and before == group["quantizer"] and float(group["epsilon"]) < 1:
             raise ValueError(
                 f"the scale of {name_of(weight)} is gone from optimizer.state in mid-annealing (epsilon = "
-                f"{float(group['epsilon']):.3g}): a new one would move every level. Put the state back, or load a checkpoint"
+                f"{float(group['epsilon']):.3g}): a new one would move every level. Put the state back, or load a "
+                "checkpoint"
             )
 
     def _overflowed(self, wait: bool = False) -> bool:

@@ -103,11 +103,13 @@ class AskewSGD(QuantizedOptimizer):
         if group["momentum"] == 0 or group["dampening"] == 0:
             yield batch, {}
             return
-        # The first gradient that is applied fills the buffer undamped: with the buffer at zero, that is a step without dampening.
+        # The first gradient that is applied fills the buffer undamped: with the buffer at zero, that is a step without
+        # dampening.
         fresh = ["momentum_buffer" not in state for state in batch.states]
         yield batch.pick([not each for each in fresh]), {}
-        # With a step that AMP skips on a device a buffer would come to be, and the next step would be damped. So found_inf is read
-        # here, which waits for the device; not in a captured graph, where a flag beside the buffer has to answer.
+        # With a step that AMP skips on a device a buffer would come to be, and the next step would be damped. So
+        # found_inf is read here, which waits for the device; not in a captured graph, where a flag beside the buffer
+        # has to answer.
         if any(fresh) and not self._overflowed(wait=True):
             yield batch.pick(fresh), {"dampening": 0.0}
 

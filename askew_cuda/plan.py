@@ -1,7 +1,8 @@
 """What a step does, worked out and checked once, and done again and again while nothing that it depends on changes.
 
-A plan holds the tensors themselves. :meth:`Plan.holds` compares them, the settings and the gradients with what the plan was made for,
-hands changed numbers over, and says when it has to be made anew. Kernels of the extension are called once for all groups together.
+A plan holds the tensors themselves. :meth:`Plan.holds` compares them, the settings and the gradients with what the plan
+was made for, hands changed numbers over, and says when it has to be made anew. Kernels of the extension are called once
+for all groups together.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +28,9 @@ PLAIN = (Tensor, torch.nn.Parameter)  # types without a __torch_dispatch__ or __
 
 
 class Additions:
-    """What a step adds to the optimizer - scales, zeroed moments, buffers for outputs - held back until nothing can fail any more."""
+    """What a step adds to the optimizer - scales, zeroed moments, buffers for outputs - held back until nothing can
+    fail any more.
+    """
 
     def __init__(self) -> None:
         self._added: dict[tuple[int, Any], tuple[dict[Any, Any], Any]] = {}
@@ -152,7 +155,9 @@ def part_of(optimizer: "QuantizedOptimizer", group: Group, batch: Batch, fixed: 
 
 
 def counters(batch: Batch, there: bool) -> list[Tensor]:
-    """How many steps each weight has made, counted on the CPU or there; once a GPU counts those of a call, it goes on doing so."""
+    """How many steps each weight has made, counted on the CPU or there; once a GPU counts those of a call, it goes on
+    doing so.
+    """
     device = batch.weights[0].device
     where = device if there else torch.device("cpu")
     steps = batch.tensors("step", lambda weight: torch.zeros((), dtype=counter_dtype(), device=where))
@@ -234,7 +239,8 @@ class Plan:
     """The calls of a step, checked and ready. Making it changes nothing; :meth:`run` does, all of it or nothing.
 
     Raises:
-        ValueError, TypeError, RuntimeError: an argument of a call is wrong; the message names it, its value and the remedy.
+        ValueError, TypeError, RuntimeError: an argument of a call is wrong; the message names it, its value and the
+            remedy.
     """
 
     def __init__(self, optimizer: "QuantizedOptimizer"):
@@ -319,13 +325,16 @@ class Plan:
         return self.compiled.take_gradients()
 
     def lay_out(self) -> None:
-        """What is left that can fail: numbers that lie in tensors, copies of tensors that lie in another order than their weights."""
+        """What is left that can fail: numbers that lie in tensors, copies of tensors that lie in another order than
+        their weights.
+        """
         if self.compiled is not None:
             self.compiled.lay_out()
         self.ready = [backends.ready(part.backend, part.call) for part in self.others]
 
     def run(self, entries: list[tuple[dict[str, Any], str, Any]]) -> None:
-        """The step. What it adds to the optimizer comes to be with it, and so do entries of param groups: (group, key, value).
+        """The step. What it adds to the optimizer comes to be with it, and so do entries of param groups: (group, key,
+        value).
 
         Where the plan is one that was kept, this is one call of the extension, which nothing interrupts.
         """

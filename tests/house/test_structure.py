@@ -17,8 +17,8 @@ PYTHON = sorted(
 )
 CSRC = sorted(path for path in ROOT.glob("csrc/**/*") if path.is_file())
 
-# What the files of a folder of csrc/ may include of the others, beyond the standard library. Torch stops at torch/, CUDA at
-# cuda/kernel.cu, and the maths knows neither.
+# What the files of a folder of csrc/ may include of the others, beyond the standard library. Torch stops at torch/,
+# CUDA at cuda/kernel.cu, and the maths knows neither.
 STANDARD = {"cmath", "cstdint", "cstring", "string", "type_traits"}
 INCLUDES = {
     "maths": {"maths"},
