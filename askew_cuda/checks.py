@@ -3,6 +3,7 @@ backend.
 """
 
 import ctypes
+import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +15,11 @@ from . import reference
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # The lists of an operator's signature between the gradients and the scales, but for AdamW's steps.
 STATES = {"sgd_": ("momentum_buffers",), "adamw_": ("exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs")}
-NUMBERS = {"sgd_": ("momentum", "dampening"), "adamw_": ("beta1", "beta2", "eps")}  # beside those of both
+# The settings of one rule alone; all other fields of reference.Settings go with both.
+OF_RULE = {"sgd_": ("momentum", "dampening", "nesterov"), "adamw_": ("beta1", "beta2", "eps", "amsgrad")}
+OF_BOTH = tuple(name for name in reference.Settings._fields if not any(name in names for names in OF_RULE.values()))
+ROUNDING = ("seed", "streams", "first_elements")
+_KINDS = typing.get_type_hints(reference.Settings)
 
 Names = Callable[[], Sequence[str]]  # of a call's weights, asked for when something is wrong
 
@@ -52,6 +57,7 @@ def check(call: Call, names: Names | None = None) -> None:
     subject.check_lists()
     subject.check_levels()
     subject.check_scales()
+    subject.check_names()
     subject.check_rule()
     subject.check_constraint()
     subject.check_rounding()
@@ -186,6 +192,17 @@ class Subject:
                     "(channels, 1, ..) or (rows, groups) are understood"
                 )
 
+    def check_names(self) -> None:
+        """Whether the settings are those of the operator, and complete."""
+        known = {*OF_BOTH, *OF_RULE[self.call.operator]}
+        optional = {"grad_scale", "found_inf", *ROUNDING}
+        missing, unknown = known - optional - set(self.settings), set(self.settings) - known - optional
+        if missing or unknown:
+            raise TypeError(
+                f"askew_cuda: {self.call.operator} takes {', '.join(sorted(known))}; missing: "
+                f"{', '.join(sorted(missing)) or 'none'}, unknown: {', '.join(sorted(unknown)) or 'none'}"
+            )
+
     def check_rule(self) -> None:
         """What SGD and AdamW need by themselves."""
         if self.call.operator == "sgd_":
@@ -251,11 +268,10 @@ class Subject:
                     )
             elif value is not None or name in ("lr", "epsilon"):
                 _check_number(name, value)
-        for name in ("weight_decay", "max_step", *NUMBERS[self.call.operator]):
-            _check_number(name, self.settings[name])
-        for name in ("recovery", "alpha"):
-            if self.settings[name] is not None:
-                _check_number(name, self.settings[name])
+        for name in (*OF_BOTH, *OF_RULE[self.call.operator]):
+            value, kinds = self.settings.get(name), typing.get_args(_KINDS[name]) or (_KINDS[name],)
+            if float in kinds and Tensor not in kinds and not (value is None and type(None) in kinds):
+                _check_number(name, value)
 
 
 def _check_number(name: str, value: Any) -> None:

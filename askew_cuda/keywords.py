@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .checks import OF_BOTH
+from .reference import Settings
 from .schedule import SHAPES
 
 Group = dict[str, Any]
@@ -78,6 +80,12 @@ _TORCHS = {
     "weight_decay": Keyword(..., lambda x: x >= 0, "weight decay is at least 0", "number"),
     "maximize": Keyword(..., lambda x: isinstance(x, bool), "True or False"),
     "differentiable": Keyword(..., lambda x: not x, "the step is not differentiable; leave it False"),
+}
+# A scalar of the method without a range of its own: any number, with the default that the reference gives it.
+_OURS |= {
+    name: Keyword(default, lambda x: isinstance(x, (bool, int, float)), "a number is needed")
+    for name, default in Settings._field_defaults.items()
+    if name in OF_BOTH and name not in {*_TORCHS, *_OURS, "grad_scale"}
 }
 KEYWORDS = {**_TORCHS, **_OURS}
 CONSTRAINT = {name: keyword.default for name, keyword in _OURS.items()}

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # Keywords of a group that decide what its calls are. The others are numbers and flags that a call takes.
 STRUCTURE = ("quantizer", "outputs", "state_dtype", "low_precision", "backend")
-SHARED = ("lr", "weight_decay", "maximize", "epsilon", "anneal", "skew_at", "recovery", "alpha", "max_step", "clip")
+SHARED = tuple(name for name in checks.OF_BOTH if name != "grad_scale")  # which AMP sets on the optimizer
 PLAIN = (Tensor, torch.nn.Parameter)  # types without a __torch_dispatch__ or __torch_function__ of their own
 
 

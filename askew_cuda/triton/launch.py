@@ -309,7 +309,8 @@ def launch(
     lists: Lists, settings: Settings, rule: Rule, found_inf: float | Tensor, adamw: bool, decays: bool, nesterov: bool
 ) -> None:
     """One launch for all tensors, whose versions it increments. ``rule``: the rule's numbers, in the kernel's order."""
-    layout, written = layout_of(lists), []
+    layout = layout_of(lists)
+    written: list[tuple[Tensor, Tensor]] = []
     if layout is None:
         lists, written = in_memory_order(lists)
         layout = make_layout(lists)
