@@ -10,6 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+import askew_cuda
 
 ROOT = Path(__file__).parent.parent.parent
 PYTHON = sorted(
@@ -111,6 +114,31 @@ def test_a_module_imports_torch_and_the_standard_library_only(path):
         at_the_top = any(node.lineno == each.lineno for each in top)
         allowed = sys.stdlib_module_names | {"torch"} | (set() if at_the_top else OPTIONAL)
         assert outside <= allowed | ({"triton"} if path.parent.name == "triton" else set()), f"line {node.lineno}"
+
+
+def test_a_step_goes_through_the_six_files_that_contributing_names():
+    """Each calls the next; and no other file of Python's is on the way, but for leaves that give a number or a name."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    files = re.findall(r"^[1-6]\. `([^`]+)`", text, flags=re.MULTILINE)
+    assert len(files) == 6
+    calls = (r"plan\.run\(", r"self\.compiled\.run\(", r"call\.run\(", r"cpu_step", r"= step<", r"P step\(P w")
+    for file, call in zip(files, calls, strict=True):
+        assert re.search(call, (ROOT / file).read_text()), file
+    seen, weight = set(), torch.nn.Parameter(torch.randn(8, 4))
+    optimizer = askew_cuda.AskewSGD([weight], lr=0.1, momentum=0.9, quantizer="ternary")
+    weight.grad = torch.ones(8, 4)
+    optimizer.step()
+
+    def trace(frame, event, argument):
+        seen.add(Path(frame.f_code.co_filename))
+
+    sys.settrace(trace)
+    try:
+        optimizer.step()
+    finally:
+        sys.settrace(None)
+    ours = {str(path.relative_to(ROOT)) for path in seen if path.is_relative_to(ROOT / "askew_cuda")}
+    assert ours - set(files) <= {"askew_cuda/optimizers.py", "askew_cuda/schedule.py"}
 
 
 def test_importing_the_package_takes_torch_and_nothing_heavy():
