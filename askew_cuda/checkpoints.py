@@ -9,17 +9,18 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .keywords import CONSTRAINT, EXECUTION, Group, counter_dtype
+from .keywords import CONSTRAINT, EXECUTION, LAYERS, Group, counter_dtype
 from .quantizer import Quantizer
 
 
 def adopt(saved: dict[str, Any], groups: list[Group]) -> tuple[defaultdict[Tensor, Any], list[Group]]:
     """State and param groups that an optimizer with these groups takes over from a state_dict of ours or of torch's.
-    Weights are matched by name where both sides have names, else by position. Nothing is mutated, and nothing is shared:
-       all tensors are copies, on the devices of the weights and in their memory order.
 
-       Raises: ValueError: the weights don't match, a state has another shape than its weight, or the state_dict is of
-           another rule.
+    Weights are matched by name where both sides have names, else by position. Nothing is mutated, and nothing is
+    shared: all tensors are copies, on the devices of the weights and in their memory order.
+
+    Raises: ValueError: the weights don't match, a state has another shape than its weight, or the state_dict is of
+        another rule.
     """
     theirs = saved["param_groups"]
     named = all("param_names" in group for group in (*groups, *theirs))
@@ -51,8 +52,8 @@ def _by_name(theirs: list[Group], groups: list[Group]) -> list[Source]:
     names = {name for group in groups for name in group["param_names"]}
     if names != set(where):
         raise ValueError(
-            f"load_state_dict: {_listed(names - set(where), 'not in the checkpoint')}{_listed(set(where) - names, 'only there')}"
-            "both must have the same weights; a hook of register_load_state_dict_pre_hook can rename them"
+            f"load_state_dict: {_listed(names - set(where), 'not in the checkpoint')}"
+            f"{_listed(set(where) - names, 'only there')}both must have the same weights; a hook of register_load_state_dict_pre_hook can rename them"
         )
     return [[where[name] for name in group["param_names"]] for group in groups]
 
@@ -66,19 +67,23 @@ def _by_position(theirs: list[Group], groups: list[Group]) -> list[Source]:
     sizes = [[len(group["params"]) for group in side] for side in (theirs, groups)]
     if sizes[0] != sizes[1]:
         raise ValueError(
-            f"load_state_dict: the checkpoint has param groups of {sizes[0]} weights, this optimizer of {sizes[1]}; where groups differ, "
-            "weights are matched by their names, which both need: give both optimizers model.named_parameters() or askew_cuda.param_groups"
+            f"load_state_dict: the checkpoint has param groups of {sizes[0]} weights, this optimizer of {sizes[1]}; "
+            "where groups differ, weights are matched by their names, which both need: give both optimizers "
+            "model.named_parameters() or askew_cuda.param_groups"
         )
     return [[(i, index) for index in group["params"]] for i, group in enumerate(theirs)]
 
 
 def _group(theirs: list[Group], source: Source, mine: Group) -> Group:
-    """A group of ours with the keywords of the saved one, except those that say how this machine computes."""
+    """A group of ours with the keywords of the saved one, except those that say how this machine computes, or what the
+    layers of this model are.
+    """
     origins = dict.fromkeys(i for i, _ in source)
     if len(origins) > 1:
         raise ValueError(
-            f"load_state_dict: the weights of one param group ({_listed(mine['param_names'], 'here')[:-2]}) lie in several groups of the "
-            f"checkpoint ({', '.join(map(str, origins))}); which keywords are theirs? Split the group"
+            f"load_state_dict: the weights of one param group ({_listed(mine['param_names'], 'here')[:-2]}) lie in "
+            f"several groups of the checkpoint ({', '.join(map(str, origins))}); which keywords are theirs? Split the "
+            "group"
         )
     saved = theirs[next(iter(origins))] if origins else mine
     if ("betas" in saved) != ("betas" in mine):
@@ -86,7 +91,7 @@ def _group(theirs: list[Group], source: Source, mine: Group) -> Group:
         raise ValueError(
             f"load_state_dict: the checkpoint is one of {rules[0]}; this optimizer goes by the rule of {rules[1]}"
         )
-    taken = {key: copy.deepcopy(value) for key, value in saved.items() if key not in ("params", *EXECUTION)}
+    taken = {key: copy.deepcopy(value) for key, value in saved.items() if key not in ("params", *EXECUTION, *LAYERS)}
     kept = {key: mine[key] for key in (*CONSTRAINT, *EXECUTION) if key in mine and key not in taken}
     names = {"param_names": mine["param_names"]} if "param_names" in mine else {}
     return {**taken, **kept, **names, "params": mine["params"]}
@@ -108,8 +113,7 @@ def _state(kept: dict[str, Any], weight: Tensor, group: Group, name: str) -> dic
         elif not isinstance(value, Tensor):
             state[key] = copy.deepcopy(value)
         elif key == "scale":
-            wanted = () if group["quantizer"] is None else Quantizer.parse(group["quantizer"]).scale_shape(weight)
-            _check_shape(value, wanted, key, name)
+            _check_shape(value, _scale_shape(weight, group), key, name)
             state[key] = value.detach().to(weight.device, reference.arithmetic(weight.dtype), copy=True)
         else:
             _check_shape(value, weight.shape, key, name)
@@ -119,9 +123,16 @@ def _state(kept: dict[str, Any], weight: Tensor, group: Group, name: str) -> dic
     return state
 
 
+def _scale_shape(weight: Tensor, group: Group) -> tuple[int, ...]:
+    if group["quantizer"] is None:
+        return ()
+    return Quantizer.parse(group["quantizer"]).scale_shape(weight, group["channel_dim"])
+
+
 def _check_shape(value: Tensor, wanted: tuple[int, ...], key: str, name: str) -> None:
     if tuple(value.shape) != tuple(wanted):
         raise ValueError(
-            f"load_state_dict: {key} of {name} has shape {tuple(value.shape)} in the checkpoint; {tuple(wanted)} is needed here. Weights "
-            "are matched by name where both optimizers have names, else by their position"
+            f"load_state_dict: {key} of {name} has shape {tuple(value.shape)} in the checkpoint; {tuple(wanted)} is "
+            "needed here. Weights are matched by name where both optimizers have names, else by their position; scales "
+            "also go by the groups' channel_dim, which askew_cuda.param_groups sets"
         )

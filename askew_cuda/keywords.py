@@ -1,5 +1,6 @@
 """The keywords of a param group beyond torch.optim's: defaults, ranges, and which of two rates holds."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,11 @@ Group = dict[str, Any]
 CONSTRAINT = {
     "quantizer": None,
     "pretrained": False,
-    "normalized": None,
+    "normalized": False,
+    "trained_norms": False,
+    "channel_dim": 0,
+    "fan_in": None,
+    "quantize_frozen": False,
     "epsilon": 1.0,
     "recovery": None,
     "alpha": None,
@@ -29,6 +34,8 @@ CONSTRAINT = {
 }
 # These say how a machine computes, not what: a checkpoint does not bring them along.
 EXECUTION = ("backend", "outputs", "foreach", "fused", "capturable", "differentiable")
+# These say what the layers of this model are, and belong to its weights as their names do.
+LAYERS = ("channel_dim", "fan_in")
 
 
 def counter_dtype() -> torch.dtype:
@@ -49,23 +56,50 @@ def resolve_rate(group: dict[str, Any], defaults: dict[str, Any], skew_at: str) 
     return (None, 1.0) if skew_at == "gradient" else (0.5, None)
 
 
-def check_group(group: dict[str, Any]) -> None:
+def _check(group: Group, name: str, good: bool, wanted: str) -> None:
+    if not good:
+        raise ValueError(f"{name} = {group[name]!r}; {wanted}")
+
+
+def _check_number(group: Group, name: str, good: Callable[[float], bool], wanted: str) -> None:
+    value = group[name]
+    if isinstance(value, Tensor):
+        _check(group, name, value.numel() == 1, "a tensor must hold one number")
+        if value.device.type != "cpu":
+            return  # reading it would wait for the device
+    elif isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} = {value!r}; a number is needed")
+    _check(group, name, good(float(value)), wanted)
+
+
+def _check_layers(group: Group) -> None:
+    """Whether what a group says of its layers has the form that it should; the weights' shapes are not looked at."""
+
+    dim, fan_in = group["channel_dim"], group["fan_in"]
+    dims = dim if isinstance(dim, (tuple, list)) and dim else [dim]
+    _check(
+        group,
+        "channel_dim",
+        all(type(each) is int for each in dims),
+        "the weights' output dimension is needed, such as 0, or, for stacked experts, those of expert and output, such "
+        "as (0, 2)",
+    )
+    fans = fan_in if isinstance(fan_in, (tuple, list)) else [fan_in]
+    _check(
+        group,
+        "fan_in",
+        all(each is None or (type(each) is int and each >= 1) for each in fans),
+        "how many weights are summed up into one output, or a list with one such number for each weight of the group; "
+        "None where it is not known",
+    )
+    _check(group, "normalized", group["normalized"] in (None, False, True), "True, or False, which None also means")
+    for name in ("trained_norms", "quantize_frozen"):
+        _check(group, name, isinstance(group[name], bool), "True or False")
+
+
+def check_group(group: Group) -> None:
     """Ranges of what every group has; raises before anything is changed."""
-
-    def check(name: str, good: bool, wanted: str) -> None:
-        if not good:
-            raise ValueError(f"{name} = {group[name]!r}; {wanted}")
-
-    def number(name: str, good: Callable[[float], bool], wanted: str) -> None:
-        value = group[name]
-        if isinstance(value, Tensor):
-            check(name, value.numel() == 1, "a tensor must hold one number")
-            if value.device.type != "cpu":
-                return  # reading it would wait for the device
-        elif isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name} = {value!r}; a number is needed")
-        check(name, good(float(value)), wanted)
-
+    check, number = functools.partial(_check, group), functools.partial(_check_number, group)
     number("lr", lambda x: x >= 0, "a learning rate is at least 0")
     number("weight_decay", lambda x: x >= 0, "weight decay is at least 0")
     number(
@@ -91,7 +125,7 @@ def check_group(group: dict[str, Any]) -> None:
         "skew_at = 'gradient' needs anneal = 'interval'",
     )
     check("pretrained", group["pretrained"] in (False, True, "packed"), "False, True or 'packed'")
-    check("normalized", group["normalized"] in (None, False, True), "None, False or True")
+    _check_layers(group)
     check("clip", isinstance(group["clip"], bool), "True or False")
     check("maximize", isinstance(group["maximize"], bool), "True or False")
     outputs = group["outputs"]

@@ -19,9 +19,17 @@ _KEYWORDS = """
         :class:`~askew_cuda.Quantizer`, or None: not quantized, then the group does what torch's optimizer does.
     pretrained: True for weights that are trained already, "packed" for weights from a packed file. Chooses scale and
         annealing.
-    normalized: whether the network has normalisation layers, which leave the scale to us. None: whether the optimizer
-        has a gain of such a layer, a vector of ones, when the scales of untrained weights are set; for trained ones,
-        False.
+    normalized: whether the network has normalisation layers, which leave the scale to us. trained_norms: whether their
+        gains are trained already; only a warning depends on it.
+    channel_dim: the output dimension of the weights, 0 for (out, in, ..), 1 for (in, out), or those of expert and
+        output. What has scales of its own, with a quantizer per channel or per group.
+    fan_in: how many weights are summed up into one output; one number, or one for each weight.
+        :func:`~askew_cuda.param_groups` writes these four, from what it knows of the layers. Bare parameters get the
+        defaults, whatever stands beside them: not normalised; the output first, all other dimensions inputs. And a
+        quantizer takes EVERY parameter of its group, biases and gains of norms included, which networks are better off
+        without: give those a group with quantizer None, or use param_groups, which does.
+    quantize_frozen: whether weights that are frozen and were never stepped are snapped and coded, too. Else they keep
+        their values, and are saved as they are; once they train, they are quantized like all others.
     epsilon: the annealed number in [0, 1], 1 free, 0 levels only; mostly set by :class:`~askew_cuda.Anneal`, which
         fills a 0-d tensor in place.
     anneal: "capture" (ours) or "interval" (the paper's). skew_at: what the constraint acts on, "velocity" or, as in the
@@ -79,7 +87,8 @@ class AskewSGD(QuantizedOptimizer):
             raise ValueError(f"momentum = {group['momentum']!r}; at least 0")
         if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
             raise ValueError(
-                f"nesterov = True with momentum = {group['momentum']}, dampening = {group['dampening']}; it needs momentum and no dampening"
+                f"nesterov = True with momentum = {group['momentum']}, dampening = {group['dampening']}; it needs "
+                "momentum and no dampening"
             )
 
     def _calls(self, group: Group, backend: backends.Operators, batch: Batch) -> Iterator[Call]:
@@ -133,8 +142,8 @@ class AskewAdamW(QuantizedOptimizer):
         **constraint: Any,
     ):
         defaults = {
-            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad, "maximize": maximize,
-            "foreach": foreach, "capturable": capturable, "differentiable": differentiable, "fused": fused,
+            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad,
+            "maximize": maximize, "foreach": foreach, "capturable": capturable, "differentiable": differentiable, "fused": fused,
         }  # fmt: skip
         super().__init__(params, defaults, constraint)
 
