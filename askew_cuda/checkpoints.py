@@ -53,7 +53,8 @@ def _by_name(theirs: list[Group], groups: list[Group]) -> list[Source]:
     if names != set(where):
         raise ValueError(
             f"load_state_dict: {_listed(names - set(where), 'not in the checkpoint')}"
-            f"{_listed(set(where) - names, 'only there')}both must have the same weights; a hook of register_load_state_dict_pre_hook can rename them"
+            f"{_listed(set(where) - names, 'only there')}both must have the same weights; a hook of "
+            "register_load_state_dict_pre_hook can rename them"
         )
     return [[where[name] for name in group["param_names"]] for group in groups]
 

@@ -538,9 +538,9 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
-    def _quantized_weights(self) -> Iterator[tuple[str, Tensor, Tensor, tuple[float, ...], Group]]:
+    def _quantized_weights(self, scales: bool = True) -> Iterator[tuple[str, Tensor, Any, tuple[float, ...], Group]]:
         """name, weight, scale, levels and group of each quantized weight; a scale that is not set yet is computed, not
-        stored. Without those that are left alone, frozen and never stepped.
+        stored (None without ``scales``). Without those that are left alone, frozen and never stepped.
         """
         for group in self.param_groups:
             quantizer = self._quantizer(group)
@@ -550,7 +550,8 @@ class QuantizedOptimizer(torch.optim.Optimizer):
                         continue
                     scale = self._scale(weight)
                     scale = self._lent.get(weight) if scale is None else scale
-                    scale = self._estimate(group, quantizer, name, weight) if scale is None else scale
+                    if scale is None and scales:
+                        scale = self._estimate(group, quantizer, name, weight)
                     yield name, weight, scale, quantizer.codebook.levels, group
 
     def quantized_parameters(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:

@@ -34,7 +34,7 @@ OPTIONAL = {"matplotlib", "numpy"}
 # Layers of the package, lowest first: a module may import from its own layer, in one direction, and from those below.
 LAYERS = (
     {"reference", "rounding"},
-    {"quantizer", "scales", "keywords", "interrupts", "backends", "triton"},
+    {"quantizer", "scales", "layers", "keywords", "interrupts", "backends", "triton"},
     {"hints", "anneal", "paper", "param_groups", "checkpoints"},
     {"optimizer", "optimizers"},
     {"monitor", "packed", "doctor"},

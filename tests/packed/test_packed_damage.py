@@ -155,7 +155,7 @@ for _ in range(300):
     deep = [deep]
 
 MANIFESTS = [
-    pytest.param(lambda said: said.update(version=2), r"manifest has version 2; version 1 is needed", id="version"),
+    pytest.param(lambda said: said.update(version=3), r"manifest has version 3; version 1 or 2 is needed", id="version"),
     pytest.param(lambda said: said.update(version=True), r"manifest has version True", id="version-type"),
     pytest.param(
         lambda said: said.update(more=1), r"'more'.* version, quantized, tied and sha256 are needed", id="unknown-key"
@@ -194,6 +194,9 @@ MANIFESTS = [
         r"'0.weight.scale' is torch.float32 of shape \(5, 1, 1, 1\); .*\(\) is needed",
         id="granularity",
     ),
+    pytest.param(entry(channel_dim=1), r"'0.weight.scale' is .* \(5, 1, 1, 1\); .*\(1, 3, 1, 1\)", id="dimension"),
+    pytest.param(entry(channel_dim=4), r"channel_dim = 4 of 0.weight, which has 4 dimensions", id="dimension-none"),
+    pytest.param(entry(channel_dim="0"), r"channel_dim = '0'; a dimension, or a list", id="dimension-type"),
     pytest.param(entry(levels=[-1, 0, 2]), r"'0.weight' has levels = \[-1, 0, 2\]; \[-1.0, 0.0, 1.0\]", id="levels"),
     pytest.param(
         entry(bits=2), r"'0.weight.codes' is torch.uint8 of shape \(27,\); torch.uint8 of shape \(34,\)", id="bits"
