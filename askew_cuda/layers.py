@@ -217,13 +217,13 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def _routers(model: nn.Module) -> set[nn.Module]:
-    """The modules that choose among experts: of a class that is called so, or a Linear beside the experts with one
-    output for each of them, or a single one.
+    """The modules that choose among experts: of a class that is called so and what it is made of, or a Linear beside
+    the experts with one output for each of them, or a single one.
     """
-    found = set()
+    found: set[nn.Module] = set()
     for module in model.modules():
         if re.search(r"(Router|TopK[Gg]at\w+|Mo[eE]Gate)$", type(module).__name__):
-            found.add(module)
+            found.update(module.modules())
         experts = module._modules.get("experts")
         if experts is not None:
             count = _experts_of(experts)

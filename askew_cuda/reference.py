@@ -371,10 +371,11 @@ def write_outputs(
 
 
 @torch.no_grad()
-def sgd_(weights: Tensors, grads: Tensors, momentum_buffers: Tensors, scales: Tensors, levels: Sequence[float], codes: Tensors,
-         snapped: Tensors, *, lr: Number, momentum: float, dampening: float, weight_decay: float, nesterov: bool, maximize: bool,
-         epsilon: Number, anneal: str, skew_at: str, recovery: float | None, alpha: float | None, max_step: float, clip: bool,
-         grad_scale: Number | None = None, found_inf: Number | None = None, remainders: Tensors = (), seed: Tensor | int | None = None,
+def sgd_(weights: Tensors, grads: Tensors, momentum_buffers: Tensors, scales: Tensors, levels: Sequence[float],
+         codes: Tensors, snapped: Tensors, *, lr: Number, momentum: float, dampening: float, weight_decay: float,
+         nesterov: bool, maximize: bool, epsilon: Number, anneal: str, skew_at: str, recovery: float | None,
+         alpha: float | None, max_step: float, clip: bool, grad_scale: Number | None = None,
+         found_inf: Number | None = None, remainders: Tensors = (), seed: Tensor | int | None = None,
          streams: Sequence[int] = (), first_elements: Sequence[int] = ()) -> None:  # fmt: skip
     """One askew SGD step of every weight, in place: the reference of the operator ``askew_cuda::sgd_``.
 
@@ -382,7 +383,7 @@ def sgd_(weights: Tensors, grads: Tensors, momentum_buffers: Tensors, scales: Te
            weights: N x (...), float32, float64, bfloat16 or float16, on one device and of one dtype. Mutated.
            grads: N x (...), as the weights. Never written.
            momentum_buffers: N x (...), the weights' dtype or float32; or empty, when momentum is 0. Mutated.
-           scales: N x () | (channels, 1, ..) | (rows, groups), of the arithmetic type, >= 0, weight units per level unit;
+           scales: N x a shape that :func:`spread` takes, of the arithmetic type, >= 0, weight units per level unit;
                0 leaves the weight unclipped. Empty without levels.
            levels: K strictly increasing float32 numbers, 2 <= K <= 256, level units; or empty: the base rule alone.
            codes: N x (...), uint8, receives the index of each weight's level; or empty.
@@ -402,9 +403,10 @@ def sgd_(weights: Tensors, grads: Tensors, momentum_buffers: Tensors, scales: Te
         return
     storage = rounding.Storage(remainders, seed, streams, first_elements)
     for i, weight in enumerate(weights):
-        h = hyper(storage.dtype(weight), weight.device, levels, lr=lr, weight_decay=weight_decay, maximize=maximize, grad_scale=grad_scale,
-                  momentum=momentum, one_minus_dampening=1 - dampening, nesterov=nesterov, epsilon=epsilon, anneal=anneal,
-                  skew_at=skew_at, recovery=recovery, alpha=alpha, max_step=max_step, clip=clip)  # fmt: skip
+        h = hyper(storage.dtype(weight), weight.device, levels, lr=lr, weight_decay=weight_decay, maximize=maximize,
+                  grad_scale=grad_scale, momentum=momentum, one_minus_dampening=1 - dampening, nesterov=nesterov,
+                  epsilon=epsilon, anneal=anneal, skew_at=skew_at, recovery=recovery, alpha=alpha, max_step=max_step,
+                  clip=clip)  # fmt: skip
         wide = arithmetic(weight.dtype)
         w, g = storage.load(i, weight), grads[i].to(wide)
         buffer = [momentum_buffers[i].to(wide) if momentum_buffers else None]
@@ -423,12 +425,12 @@ def sgd_(weights: Tensors, grads: Tensors, momentum_buffers: Tensors, scales: Te
 
 
 @torch.no_grad()
-def adamw_(weights: Tensors, grads: Tensors, exp_avgs: Tensors, exp_avg_sqs: Tensors, max_exp_avg_sqs: Tensors, steps: Tensors,
-           scales: Tensors, levels: Sequence[float], codes: Tensors, snapped: Tensors, *,
-           lr: Number, beta1: float, beta2: float, eps: float, weight_decay: float, amsgrad: bool, maximize: bool,
-           epsilon: Number, anneal: str, skew_at: str, recovery: float | None, alpha: float | None, max_step: float, clip: bool,
-           grad_scale: Number | None = None, found_inf: Number | None = None, remainders: Tensors = (), seed: Tensor | int | None = None,
-         streams: Sequence[int] = (), first_elements: Sequence[int] = ()) -> None:  # fmt: skip
+def adamw_(weights: Tensors, grads: Tensors, exp_avgs: Tensors, exp_avg_sqs: Tensors, max_exp_avg_sqs: Tensors,
+           steps: Tensors, scales: Tensors, levels: Sequence[float], codes: Tensors, snapped: Tensors, *, lr: Number,
+           beta1: float, beta2: float, eps: float, weight_decay: float, amsgrad: bool, maximize: bool, epsilon: Number,
+           anneal: str, skew_at: str, recovery: float | None, alpha: float | None, max_step: float, clip: bool,
+           grad_scale: Number | None = None, found_inf: Number | None = None, remainders: Tensors = (),
+           seed: Tensor | int | None = None, streams: Sequence[int] = (), first_elements: Sequence[int] = ()) -> None:  # fmt: skip
     """One askew AdamW step (decoupled weight decay) of every weight, in place: the reference of ``askew_cuda::adamw_``.
 
     Args:
@@ -442,9 +444,10 @@ def adamw_(weights: Tensors, grads: Tensors, exp_avgs: Tensors, exp_avg_sqs: Ten
         return
     storage = rounding.Storage(remainders, seed, streams, first_elements)
     for i, weight in enumerate(weights):
-        h = hyper(storage.dtype(weight), weight.device, levels, lr=lr, weight_decay=weight_decay, maximize=maximize, grad_scale=grad_scale,
-                  beta1=beta1, one_minus_beta1=1 - beta1, beta2=beta2, one_minus_beta2=1 - beta2, adam_eps=eps, epsilon=epsilon,
-                  anneal=anneal, skew_at=skew_at, recovery=recovery, alpha=alpha, max_step=max_step, clip=clip)  # fmt: skip
+        h = hyper(storage.dtype(weight), weight.device, levels, lr=lr, weight_decay=weight_decay, maximize=maximize,
+                  grad_scale=grad_scale, beta1=beta1, one_minus_beta1=1 - beta1, beta2=beta2,
+                  one_minus_beta2=1 - beta2, adam_eps=eps, epsilon=epsilon, anneal=anneal, skew_at=skew_at,
+                  recovery=recovery, alpha=alpha, max_step=max_step, clip=clip)  # fmt: skip
         h.double_beta1, h.double_beta2 = beta1, beta2
         wide = arithmetic(weight.dtype)
         w, g = storage.load(i, weight), grads[i].to(wide)

@@ -100,7 +100,8 @@ def _check_range(scale: Tensor, dtype: torch.dtype, what: str, remedy: str) -> N
     outside = ~((scale >= least) & (scale <= most))
     if outside.any():
         raise ValueError(
-            f"{what}: {scale[outside][0].item()} is outside of {least:.3g} .. {most:.3g}, the range of {dtype}; {remedy}"
+            f"{what}: {scale[outside][0].item()} is outside of {least:.3g} .. {most:.3g}, the range of {dtype}; "
+            f"{remedy}"
         )
 
 

@@ -1,5 +1,6 @@
 """What is known of layers, on small modules of one's own: which weights, which scale, and why not the others."""
 
+import copy
 import math
 import re
 
@@ -118,6 +119,22 @@ KNOWN = [
 def test_output_dimension_and_fan_in_of_known_layers(layer, wanted):
     found = facts(param_groups(between(layer), "ternary", verbose=False))
     assert found == {f"1.{name}": fact for name, fact in wanted.items()}
+
+
+CALLED = [layer for layer, _ in KNOWN if isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd))]
+
+
+@pytest.mark.parametrize("layer", CALLED, ids=str)
+def test_fan_in_is_how_many_weights_an_output_sums_up(layer):
+    """With weights and inputs of 1, away from the edges, every output is their number; on average, with a stride."""
+    layer = copy.deepcopy(layer).requires_grad_(False)
+    layer.weight.fill_(1)
+    layer.bias.zero_()
+    dims = layer.weight.dim() - 2
+    output = layer(torch.ones(1, layer.weight.shape[1])) if dims == 0 else layer(torch.ones(1, 4, *[20] * dims))
+    inner = output[(..., *[slice(6, -6)] * dims)]
+    (_, fan_in) = facts(param_groups(between(layer), "ternary", verbose=False))["1.weight"]
+    assert inner.mean().item() == fan_in
 
 
 @pytest.mark.parametrize("module", ["transformers.pytorch_utils", "elsewhere"])

@@ -360,9 +360,10 @@ def test_codes_and_snapped_weights_are_those_of_a_step(name, granularity, dtype)
         torch.empty_like(weight, dtype=torch.uint8),
         torch.empty_like(weight),
     )
-    reference.sgd_([weight], [torch.ones_like(weight)], [], [scale], levels, [expected_codes], [expected], lr=0.0, momentum=0.0,
-                   dampening=0.0, weight_decay=0.0, nesterov=False, maximize=False, epsilon=0.25, anneal="capture",
-                   skew_at="velocity", recovery=0.5, alpha=None, max_step=0.5, clip=False)  # fmt: skip
+    reference.sgd_([weight], [torch.ones_like(weight)], [], [scale], levels, [expected_codes], [expected], lr=0.0,
+                   momentum=0.0, dampening=0.0, weight_decay=0.0, nesterov=False, maximize=False, epsilon=0.25,
+                   anneal="capture", skew_at="velocity", recovery=0.5, alpha=None, max_step=0.5,
+                   clip=False)  # fmt: skip
     assert_same_bits(codes(weight, scale, levels), expected_codes, "codes")
     assert_same_bits(snap(weight, scale, levels), expected, "snap")
     assert_same_bits(weight, before, "the weight")
