@@ -18,7 +18,7 @@ MODES = ("auto", "cuda", "cpu", "none")
 CUDA_SOURCES = ["csrc/cuda/kernel.cu", "csrc/torch/stream.cpp"]
 SOURCES = [
     *(f"csrc/cpu/{name}.cpp" for name in ("avx512", "loop", "avx2")),
-    *(f"csrc/torch/{name}.cpp" for name in ("module", "operators", "arguments")),
+    *(f"csrc/torch/{name}.cpp" for name in ("plan", "operators", "prepared", "arguments", "module")),
 ]
 # at::parallel_for is a plain call in a file that is compiled without OpenMP. On Linux torch brings the same libgomp
 # under its own name.

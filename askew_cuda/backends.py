@@ -8,21 +8,15 @@ import importlib
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 
-from . import reference
+from . import checks, reference
+from .checks import DTYPES, Call
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-# A found_inf of 1: the operator checks its arguments and leaves everything as it is.
-SKIP = torch.ones((), dtype=torch.float64)
-
-Tensors = Sequence[torch.Tensor]
-Scalar = float | torch.Tensor | None  # one that changes from step to step
 
 _REINSTALL = "reinstall it: `pip install --no-build-isolation --force-reinstall --no-deps .` in its checkout"
 
@@ -44,43 +38,16 @@ extension, _extension_absent = _load()
 
 if extension is not None:
 
-    def _fake(*names: str | None) -> Callable[..., None]:
-        """Nothing is returned; all results are mutated arguments. A real tensor among fake ones would be left out
-        silently, so the lists that are named must be where the weights are.
-        """
+    def _fake(operator: str) -> Callable[..., None]:
+        """Nothing is returned; all results are mutated arguments. What is traced is checked when it is traced."""
 
-        def check(weights: Tensors, *lists: Any, **settings: Any) -> None:
-            *tensors_of, _levels, codes, snapped, remainders = lists
-            named = (*names, "codes", "snapped", "remainders")
-            for name, tensors in zip(named, (*tensors_of, codes, snapped, remainders), strict=True):
-                for index, (weight, tensor) in enumerate(zip(weights, tensors, strict=False)):
-                    if name is not None and tensor.device != weight.device:
-                        raise ValueError(
-                            f"askew_cuda: {name}[{index}] is on {tensor.device} but weights[{index}] is on {weight.device}"
-                        )
+        def check(*lists: Any, **settings: Any) -> None:
+            checks.check(Call.of(operator, *lists, **settings))
 
         return check
 
-    torch.library.register_fake("askew_cuda::sgd_", _fake("grads", "momentum_buffers", "scales"))
-    torch.library.register_fake(
-        "askew_cuda::adamw_", _fake("grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", None, "scales")
-    )
-
-
-Result = TypeVar("Result")
-
-
-def _once(function: Callable[..., Result]) -> Callable[..., Result]:
-    """functools.cache, but for a warning when torch.compile traces it."""
-    known: dict[tuple[object, ...], Result] = {}
-
-    @functools.wraps(function)
-    def call(*key: object) -> Result:
-        if key not in known:
-            known[key] = function(*key)
-        return known[key]
-
-    return call
+    for _operator in ("sgd_", "adamw_"):
+        torch.library.register_fake(f"askew_cuda::{_operator}", _fake(_operator))
 
 
 def build_info() -> dict[str, object] | None:
@@ -161,15 +128,9 @@ def absent(backend: str, device: torch.device, dtype: torch.dtype, rounds: bool 
     return ""
 
 
-@_once
-def choose(backend: str, device: torch.device, dtype: torch.dtype, rounds: bool = False) -> str:
-    """The backend that steps weights of this dtype on this device: the one asked for, or the first present one for
-    "auto".
-
-    Raises:
-        ValueError: ``backend`` is not a backend's name. TypeError: no backend has this dtype.
-        RuntimeError: it is absent; the message says why and what helps.
-    """
+@functools.cache
+def _choose(backend: str, device: torch.device, dtype: torch.dtype, rounds: bool) -> tuple[str, str]:
+    """(backend, a warning or "")."""
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"backend = {backend!r}; 'auto', 'cuda', 'triton', 'cpu' or 'reference'")
     if dtype not in DTYPES:
@@ -178,19 +139,31 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype, rounds: bool 
         reason = absent(backend, device, dtype, rounds)
         if reason:
             raise RuntimeError(f"backend = {backend!r} is absent: {reason}")
-        return backend
+        return backend, ""
     # Triton's interpreter is for tests, not for "auto".
-    chosen = next(
-        name
-        for name in BACKENDS
-        if (name, device.type) != ("triton", "cpu") and not absent(name, device, dtype, rounds)
-    )
-    if chosen == "reference":
-        own = "cpu" if device.type == "cpu" else "cuda"
-        warnings.warn(
-            f"askew_cuda steps {device.type} weights by its slow pure PyTorch reference: {absent(own, device, dtype)}",
-            stacklevel=2,
-        )
+    candidates = [name for name in BACKENDS if (name, device.type) != ("triton", "cpu")]
+    chosen = next(name for name in candidates if not absent(name, device, dtype, rounds))
+    if chosen != "reference":
+        return chosen, ""
+    own = absent("cpu" if device.type == "cpu" else "cuda", device, dtype)
+    return chosen, f"askew_cuda steps {device.type} weights by its slow pure PyTorch reference: {own}"
+
+
+_warned: set[str] = set()
+
+
+@torch.compiler.assume_constant_result  # torch.compile asks once, and does not watch what other optimizers ask
+def choose(backend: str, device: torch.device, dtype: torch.dtype, rounds: bool = False) -> str:
+    """The backend that steps weights of this dtype on this device: the one asked for, or the first present one for "auto".
+
+    Raises:
+        ValueError: ``backend`` is not a backend's name. TypeError: no backend has this dtype.
+        RuntimeError: it is absent; the message says why and what helps.
+    """
+    chosen, warning = _choose(backend, device, dtype, rounds)
+    if warning and warning not in _warned:
+        _warned.add(warning)
+        warnings.warn(warning, stacklevel=2)
     return chosen
 
 
@@ -208,37 +181,28 @@ def explain(backend: str, device: torch.device, dtype: torch.dtype, rounds: bool
     return f"{chosen} for {dtype} on {device}" + (f" ({'; '.join(reasons)})" if reasons else "")
 
 
-def scalar(value: Scalar) -> torch.Tensor | None:
-    """A scalar that changes from step to step, as the operators take it."""
-    return value if value is None or isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.float64)
+def ready(backend: str, call: Call) -> Callable[[], None]:
+    """A call that was checked, to be made by a backend that is present; what can be allocated before is."""
+    if backend == "reference":
+        return functools.partial(getattr(reference, call.operator), **call.arguments())
+    if backend == "triton":
+        return functools.partial(_triton, call)
+    # through the dispatcher, where torch.compile, fake tensors and tracing listen; it takes scalars as tensors
+    arguments = call.arguments()
+    for name in ("lr", "epsilon", "grad_scale", "found_inf", "seed"):
+        value = arguments.get(name)
+        if value is not None and not isinstance(value, torch.Tensor):
+            dtype = torch.int64 if name == "seed" else torch.float64
+            arguments[name] = torch.tensor(value, dtype=dtype, device="cpu")
+    return functools.partial(getattr(torch.ops.askew_cuda, call.operator).default, **arguments)
 
 
-def _compiled(name: str) -> Callable[..., None]:
-    """The operator through the dispatcher where something listens there (torch.compile, fake tensors, tracing); else
-    without it.
-    """
-    dispatched, direct = getattr(torch.ops.askew_cuda, name).default, getattr(extension, name)
-    plain = (torch.Tensor, torch.nn.Parameter)
+# The launch follows addresses, which a trace does not have: torch.compile breaks its graph there.
+@torch.compiler.disable(reason="the Triton backend is launched outside of torch.compile's graphs")
+def _triton(call: Call) -> None:
+    from .triton import launch
 
-    def call(
-        weights: Tensors, *lists: Any, lr: Scalar, epsilon: Scalar, grad_scale: Scalar = None, found_inf: Scalar = None,
-        remainders: Tensors = (), seed: int | torch.Tensor | None = None, streams: Sequence[int] = (),
-        first_elements: Sequence[int] = (), **settings: Any,
-    ) -> None:  # fmt: skip
-        scalars = {"lr": lr, "epsilon": epsilon, "grad_scale": grad_scale, "found_inf": found_inf}
-        settings |= {key: scalar(value) for key, value in scalars.items()}
-        settings |= {
-            "seed": torch.tensor(seed) if isinstance(seed, int) else seed,
-            "streams": streams,
-            "first_elements": first_elements,
-        }
-        listening = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
-        if listening or not weights or type(weights[0]) not in plain:
-            dispatched(weights, *lists, remainders, **settings)
-        else:
-            direct(weights, *lists, remainders, **settings)
-
-    return call
+    getattr(launch, call.operator)(**call.arguments())
 
 
 class Operators(NamedTuple):
@@ -248,15 +212,16 @@ class Operators(NamedTuple):
     adamw_: Callable[..., None]
 
 
-@_once
 def operators(backend: str) -> Operators:
-    """The operators of a backend that is present."""
-    if backend == "reference":
-        return Operators(reference.sgd_, reference.adamw_)
-    if backend == "triton":
-        from .triton import launch
+    """The operators of a backend that is present, for calls by hand: arguments are checked each time."""
 
-        # The launch follows addresses, which a trace does not have: torch.compile breaks its graph there.
-        reason = "the Triton backend is launched outside of torch.compile's graphs"
-        return Operators(*(torch.compiler.disable(each, reason=reason) for each in (launch.sgd_, launch.adamw_)))
-    return Operators(_compiled("sgd_"), _compiled("adamw_"))
+    def operator(name: str) -> Callable[..., None]:
+        def checked(*lists: Any, **settings: Any) -> None:
+            call = Call.of(name, *lists, **settings)
+            if not torch.compiler.is_compiling():  # what is traced is checked by the fake kernel
+                checks.check(call)
+            ready(backend, call)()
+
+        return checked
+
+    return Operators(operator("sgd_"), operator("adamw_"))

@@ -3,12 +3,10 @@ good.
 """
 
 import contextlib
-import functools
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import compress
-from typing import Any, NamedTuple, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -18,9 +16,8 @@ from . import backends, checkpoints, scales
 from .hints import LostSteps
 from .interrupts import deferred
 from .keywords import CONSTRAINT, Group, check_group, resolve_rate
+from .plan import Additions, Batch, Plan, parts
 from .quantizer import Quantizer, codes, distance, snap
-
-Call = functools.partial[None]
 
 
 def next_seed(seed: Any) -> Any:
@@ -30,63 +27,6 @@ def next_seed(seed: Any) -> Any:
     if isinstance(seed, Tensor):
         return seed.mul_(6364136223846793005).add_(1442695040888963407).bitwise_and_(2**63 - 1)
     return (seed * 6364136223846793005 + 1442695040888963407) % 2**63
-
-
-class Staged:
-    """What a step adds to the optimizer - scales, zeroed moments, buffers for outputs - held back until nothing can
-    fail any more.
-    """
-
-    def __init__(self) -> None:
-        self._added: dict[tuple[int, Any], tuple[dict[Any, Any], Any]] = {}
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether the step adds nothing."""
-        return not self._added
-
-    def get(self, kept: dict[Any, Any], key: Any, make: Callable[[], Any]) -> Any:
-        """``kept[key]``, or what ``make`` makes, once, which becomes it at commit()."""
-        if key in kept:
-            return kept[key]
-        where = (id(kept), key)
-        if where not in self._added:
-            self._added[where] = (kept, make())
-        return self._added[where][1]
-
-    def put(self, kept: dict[Any, Any], key: Any, value: Any) -> Any:
-        """The value, which becomes ``kept[key]`` at commit()."""
-        self._added[(id(kept), key)] = (kept, value)
-        return value
-
-    def commit(self) -> None:
-        """From now on the optimizer has it."""
-        for (_, key), (kept, value) in self._added.items():
-            kept[key] = value
-
-
-class Batch(NamedTuple):
-    """Weights of one group that step in one call, their gradients and their states."""
-
-    weights: list[Tensor]
-    grads: list[Tensor]
-    states: list[dict[str, Any]]
-    staged: Staged
-
-    def pick(self, wanted: list[bool]) -> "Batch":
-        """Those that are wanted."""
-        weights, grads, states = self[:3]
-        return Batch(
-            list(compress(weights, wanted)), list(compress(grads, wanted)), list(compress(states, wanted)), self.staged
-        )
-
-    def tensors(self, key: str, make: Callable[[Tensor], Tensor]) -> list[Tensor]:
-        """A state tensor of each weight; made where it is missing."""
-        try:
-            return [state[key] for state in self.states]
-        except KeyError:
-            pairs = zip(self.weights, self.states, strict=True)
-            return [self.staged.get(state, key, functools.partial(make, weight)) for weight, state in pairs]
 
 
 @dataclass(frozen=True)
@@ -138,7 +78,8 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         self._parsed: list[tuple[object, Quantizer]] = []
         self._quantized_depth = 0
         self._lent: dict[Tensor, Tensor] = {}  # scales that are not set yet, while quantized() holds them
-        self._verified: list[Any] | None = None
+        self._plan: Plan | None = None
+        self._scaled: dict[Tensor, Any] = {}  # the quantizer that a weight's scale was set for
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -356,156 +297,89 @@ class QuantizedOptimizer(torch.optim.Optimizer):
             raise
 
     def _make(self) -> None:
-        staged = Staged()
-        calls = [call for group in self.param_groups for call in self._group_calls(group, staged)]
-        lost = (
-            LostSteps(self.param_groups, self._stepped)
-            if not (staged.is_empty or torch.compiler.is_compiling())
-            else None
-        )
-        alone = staged.is_empty and len(calls) == 1 and calls[0].func not in backends.operators("reference")
-        if alone or torch.compiler.is_compiling():
-            self._commit(staged, calls)  # before and after, there is one compiled call between them
-        else:
-            self._verify(calls, anew=not staged.is_empty)
-            with deferred():
-                self._commit(staged, calls)
-            if lost and not self._overflowed(wait=True):  # nothing moves then
-                lost.warn()
-
-    def _verify(self, calls: list[Call], anew: bool) -> None:
-        """Has the operators check the arguments of all calls; not again while settings and scales stay the ones that
-        were checked.
-        """
-        settings = [
-            {key: value for key, value in call.keywords.items() if not isinstance(value, Tensor)} for call in calls
-        ]
-        plain = [settings, [list(map(id, call.args[-4])) for call in calls]]
-        if anew or plain != self._verified:
-            for call in calls:
-                call(found_inf=backends.SKIP)
-            self._verified = plain
-
-    def _commit(self, staged: Staged, calls: list[Call]) -> None:
-        staged.commit()
-        for call in calls:
-            call()
-        for group in self.param_groups:
-            if group["low_precision"] == "stochastic":
-                group["seed"] = next_seed(group["seed"])
-        if len(self._stepped) < sum(len(group["params"]) for group in self.param_groups):
-            self._stepped.update(
-                (weight, True) for group in self.param_groups for weight in group["params"] if weight.grad is not None
-            )
-
-    def _group_calls(self, group: Group, staged: Staged) -> Iterator[Call]:
-        """One call per device and dtype, to be made once all of the step is known to be good."""
-        weights, grads = [], []
-        for weight in group["params"]:
-            grad = weight.grad
-            if grad is not None:
-                weights.append(weight)
-                grads.append(grad)
-        if any([grad.is_sparse for grad in grads]):
-            name = next(
-                name for name, weight in self._named(group) if weight.grad is not None and weight.grad.is_sparse
-            )
-            raise ValueError(
-                f"the gradient of {name} is sparse; dense gradients are needed (sparse=False in an embedding)"
-            )
-        states: list[Any] = list(map(self.state.get, weights))
-        if None in states:
-            states = [staged.get(self.state, weight, dict) for weight in weights]
-        batch = Batch(weights, grads, states, staged)
-        kinds = {(device, dtype) for device in {w.device for w in weights} for dtype in {w.dtype for w in weights}}
-        for device, dtype in kinds:
-            same = batch if len(kinds) == 1 else batch.pick([w.dtype == dtype and w.device == device for w in weights])
-            if same.weights:
-                if (
-                    device.type == "cuda"
-                    and not torch.compiler.is_compiling()
-                    and torch.cuda.is_current_stream_capturing()
-                ):
-                    self._check_capture(group, same)
-                yield from self._calls(group, backends.operators(self._choose(group, device, dtype)), same)
-
-    @staticmethod
-    def _check_capture(group: Group, batch: Batch) -> None:
-        """Whether a CUDA graph that is being captured would do, when it is replayed, what a step does then."""
-        if not group.get("capturable", True):
-            raise RuntimeError(
-                "step() in a CUDA graph capture with capturable = False: the step would never be counted; pass True"
-            )
-        if group["quantizer"] is None:
+        if torch.compiler.is_compiling():
+            self._trace()
             return
-        if not isinstance(group["epsilon"], Tensor) or group["epsilon"].device.type == "cpu":
-            raise RuntimeError(
-                f"step() in a CUDA graph capture with epsilon = {group['epsilon']!r}: the graph would never anneal; "
-                "pass epsilon=torch.tensor(1.0, device=...), which Anneal fills in place"
-            )
-        if any("scale" not in state for state in batch.states):
-            raise RuntimeError(
-                "step() in a CUDA graph capture before the scales are set: call prepare(), or step once, before it"
-            )
+        plan = self._plan
+        if plan is None or not plan.holds(self):
+            plan = Plan(self)
+        lost = LostSteps(self.param_groups, self._stepped) if plan.additions else None
+        plan.lay_out()
+        with deferred():
+            plan.run()
+            for group in self.param_groups:
+                if group["low_precision"] == "stochastic":
+                    group["seed"] = next_seed(group["seed"])
+            if plan is not self._plan:
+                self._adopt(plan)
+        if lost and not self._overflowed(wait=True):  # nothing moves then
+            lost.warn()
 
-    def _calls(self, group: Group, backend: backends.Operators, batch: Batch) -> Iterator[Call]:
-        """The calls of a batch: operators with all their arguments. Nothing is changed."""
+    def _trace(self) -> None:
+        """The step as torch.compile sees it: the operators, and no plan."""
+        additions = Additions()
+        found = list(parts(self, additions))
+        additions.commit()
+        for part in found:
+            backends.ready(part.backend, part.call)()
+
+    def _adopt(self, plan: Plan) -> None:
+        """Keeps a plan that was carried out, and lets go of weights that are in no group any more."""
+        self._plan = plan if plan.lasts else None
+        members = {weight for group in self.param_groups for weight in group["params"]}
+        for table in (self._stepped, self._scaled, self.outputs, self.first_elements):
+            for gone in [weight for weight in table if weight not in members]:
+                del table[gone]  # type: ignore[attr-defined]
+        for part in plan.parts:
+            self._stepped.update(dict.fromkeys(part.batch.weights, True))
+            if part.kept.get("scale"):
+                self._scaled.update(dict.fromkeys(part.batch.weights, part.group["quantizer"]))
+
+    # What a rule brings: the name of its operator; which lists of the operator's signature are which keys of the state; its settings.
+    _operator: str
+
+    def _moments(self, group: Group) -> dict[str, str]:
         raise NotImplementedError
 
-    def _moments(self, group: Group, batch: Batch, key: str) -> list[Tensor]:
-        """A state tensor of each weight; zeros where it is missing."""
-        dtype = None if group["state_dtype"] is None else torch.float32
-        return batch.tensors(key, lambda weight: torch.zeros_like(weight, dtype=dtype, requires_grad=False))
+    def _rule(self, group: Group) -> dict[str, Any]:
+        raise NotImplementedError
 
-    def _rounding(self, group: Group, batch: Batch) -> dict[str, Any]:
-        """How the weights of a batch are rounded, as the operators take it."""
-        if group["low_precision"] == "nearest" or batch.weights[0].dtype.itemsize != 2:
-            return {}
-        if group["low_precision"] == "remainder":
-            zeros = functools.partial(torch.zeros_like, dtype=torch.int16, requires_grad=False)
-            return {"remainders": batch.tensors("remainder", zeros)}
-        number = {
-            weight: i for i, weight in enumerate(weight for each in self.param_groups for weight in each["params"])
-        }
-        first = [self.first_elements.get(weight, 0) for weight in batch.weights]
-        seed = group["seed"] if isinstance(group["seed"], Tensor) else torch.tensor(group["seed"])
-        return {"seed": seed, "streams": [number[weight] for weight in batch.weights], "first_elements": first}
+    def _counted_there(self, group: Group) -> bool:
+        """Whether the weights' device counts the steps."""
+        return False
 
-    def _scales(self, group: Group, batch: Batch) -> list[Tensor]:
+    def _split(self, group: Group, batch: Batch) -> Iterator[tuple[Batch, dict[str, Any]]]:
+        """Batches that step in different calls, and what is set in each whatever the group says."""
+        yield batch, {}
+
+    def _scales(self, group: Group, quantizer: Quantizer, batch: Batch) -> list[Tensor]:
         """The scale of each weight; estimated now where it is missing."""
-        quantizer = self._quantizer(group)
-        if quantizer is None:
-            return []
         names: dict[Tensor, str] = {}
 
-        def estimate(weight: Tensor) -> Tensor:
+        def name_of(weight: Tensor) -> str:
             if not names:
                 names.update((each, name) for name, each in self._named(group))
-            return self._new_scale(group, quantizer, names[weight], weight)
+            return names[weight]
 
-        return batch.tensors("scale", estimate)
+        for weight, state in zip(batch.weights, batch.states, strict=True):
+            self._check_scale(group, weight, "scale" in state, name_of)
+        return batch.tensors("scale", lambda weight: self._new_scale(group, quantizer, name_of(weight), weight))
 
-    def _outputs(self, group: Group, batch: Batch) -> tuple[list[Tensor], list[Tensor]]:
-        """Buffers for codes and snapped weights; empty lists where they are not wanted."""
-        lists: dict[str, list[Tensor]] = {"codes": [], "snapped": []}
-        for key in group["outputs"]:
-            dtype = torch.uint8 if key == "codes" else None
-            for weight in batch.weights:
-                kept = batch.staged.get(self.outputs, weight, dict)
-                make = functools.partial(torch.empty_like, weight, dtype=dtype, requires_grad=False)
-                lists[key].append(batch.staged.get(kept, key, make))
-        return lists["codes"], lists["snapped"]
-
-    def _constraint(self, group: Group, batch: Batch) -> tuple[tuple[float, ...], dict[str, Any]]:
-        """Levels and keyword arguments of a call that both rules share."""
-        quantizer = self._quantizer(group)
-        keys = ("weight_decay", "maximize", "anneal", "skew_at", "recovery", "alpha", "max_step", "clip")
-        settings = {key: group[key] for key in keys}
-        settings |= {key: backends.scalar(group[key]) for key in ("lr", "epsilon")}
-        for key in ("grad_scale", "found_inf"):  # set by torch.amp.GradScaler, on its own device
-            value = getattr(self, key, None)
-            settings[key] = value.to(batch.weights[0].device) if isinstance(value, Tensor) else backends.scalar(value)
-        return (() if quantizer is None else quantizer.codebook.levels), settings
+    def _check_scale(self, group: Group, weight: Tensor, has_scale: bool, name_of: Callable[[Tensor], str]) -> None:
+        """Whether a weight's scale is that of its quantizer, and is still there once annealing has begun."""
+        before = self._scaled.get(weight)
+        if before is None:
+            return
+        if has_scale and before != group["quantizer"]:
+            raise ValueError(
+                f"quantizer = {group['quantizer']!r}, but the scale of {name_of(weight)} was set for {before!r}; for a new one, "
+                "remove the old: del optimizer.state[weight]['scale']"
+            )
+        if not has_scale and before == group["quantizer"] and float(group["epsilon"]) < 1:
+            raise ValueError(
+                f"the scale of {name_of(weight)} is gone from optimizer.state in mid-annealing (epsilon = "
+                f"{float(group['epsilon']):.3g}): a new one would move every level. Put the state back, or load a checkpoint"
+            )
 
     def _overflowed(self, wait: bool = False) -> bool:
         """Whether AMP found an infinity: the step then does nothing. Unless told to, it does not wait for a device to

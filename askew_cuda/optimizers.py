@@ -1,16 +1,14 @@
 """AskewSGD and AskewAdamW: torch.optim.SGD and torch.optim.AdamW whose weights end on a few levels."""
 
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from . import backends
-from .keywords import Group, counter_dtype
-from .optimizer import Batch, Call, QuantizedOptimizer
+from .keywords import Group
+from .optimizer import QuantizedOptimizer
+from .plan import Batch
 
 _KEYWORDS = """
     Keywords beyond torch.optim's, for all groups or in a group (which wins):
@@ -91,30 +89,25 @@ class AskewSGD(QuantizedOptimizer):
                 "momentum and no dampening"
             )
 
-    def _calls(self, group: Group, backend: backends.Operators, batch: Batch) -> Iterator[Call]:
-        if group["momentum"] == 0 or group["dampening"] == 0:
-            yield self._call(group, backend, batch, 0.0)
-            return
-        # The first gradient that is applied fills the buffer undamped: with the buffer at zero, that is a step without
-        # dampening.
-        fresh = ["momentum_buffer" not in state for state in batch.states]
-        rest, first = batch.pick([not each for each in fresh]), batch.pick(fresh)
-        if rest.weights:
-            yield self._call(group, backend, rest, group["dampening"])
-        # With a step that AMP skips on a device a buffer would come to be, and the next step would be damped. So
-        # found_inf is read here, which waits for the device; not in a captured graph, where a flag beside the buffer
-        # has to answer.
-        if first.weights and not self._overflowed(wait=True):
-            yield self._call(group, backend, first, 0.0)
+    _operator = "sgd_"
 
-    def _call(self, group: Group, backend: backends.Operators, batch: Batch, dampening: float) -> Call:
-        scales = self._scales(group, batch)
-        codes, snapped = self._outputs(group, batch)
-        levels, settings = self._constraint(group, batch)
-        settings |= {"momentum": group["momentum"], "dampening": dampening, "nesterov": group["nesterov"]}
-        buffers = self._moments(group, batch, "momentum_buffer") if group["momentum"] != 0 else []
-        settings |= self._rounding(group, batch)
-        return partial(backend.sgd_, batch.weights, batch.grads, buffers, scales, levels, codes, snapped, **settings)
+    def _moments(self, group: Group) -> dict[str, str]:
+        return {"momentum_buffers": "momentum_buffer"} if group["momentum"] != 0 else {}
+
+    def _rule(self, group: Group) -> dict[str, Any]:
+        return {key: group[key] for key in ("momentum", "dampening", "nesterov")}
+
+    def _split(self, group: Group, batch: Batch) -> Iterator[tuple[Batch, dict[str, Any]]]:
+        if group["momentum"] == 0 or group["dampening"] == 0:
+            yield batch, {}
+            return
+        # The first gradient that is applied fills the buffer undamped: with the buffer at zero, that is a step without dampening.
+        fresh = ["momentum_buffer" not in state for state in batch.states]
+        yield batch.pick([not each for each in fresh]), {}
+        # With a step that AMP skips on a device a buffer would come to be, and the next step would be damped. So found_inf is read
+        # here, which waits for the device; not in a captured graph, where a flag beside the buffer has to answer.
+        if any(fresh) and not self._overflowed(wait=True):
+            yield batch.pick(fresh), {"dampening": 0.0}
 
 
 class AskewAdamW(QuantizedOptimizer):
@@ -156,43 +149,17 @@ class AskewAdamW(QuantizedOptimizer):
         if not group["eps"] >= 0:
             raise ValueError(f"eps = {group['eps']!r}; at least 0")
 
-    def _calls(self, group: Group, backend: backends.Operators, batch: Batch) -> Iterator[Call]:
-        counted_there = self._counted_there(group)
-        if not counted_there and self._overflowed(
-            wait=True
-        ):  # the host counts the steps, and has to know whether this one counts
-            return
-        scales = self._scales(group, batch)
-        codes, snapped = self._outputs(group, batch)
-        levels, settings = self._constraint(group, batch)
-        beta1, beta2 = (float(beta) for beta in group["betas"])
-        settings |= {"beta1": beta1, "beta2": beta2, "eps": group["eps"], "amsgrad": group["amsgrad"]}
-        if not counted_there:
-            settings["found_inf"] = None
-        keys = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if group["amsgrad"] else ("exp_avg", "exp_avg_sq")
-        moments = [self._moments(group, batch, key) for key in keys] + [[]] * (3 - len(keys))
-        steps = self._steps(batch, batch.weights[0].device if counted_there else torch.device("cpu"))
-        settings |= self._rounding(group, batch)
-        yield partial(
-            backend.adamw_, batch.weights, batch.grads, *moments, steps, scales, levels, codes, snapped, **settings
-        )
+    _operator = "adamw_"
+
+    def _moments(self, group: Group) -> dict[str, str]:
+        moments = {"exp_avgs": "exp_avg", "exp_avg_sqs": "exp_avg_sq"}
+        return moments | {"max_exp_avg_sqs": "max_exp_avg_sq"} if group["amsgrad"] else moments
+
+    def _rule(self, group: Group) -> dict[str, Any]:
+        beta1, beta2 = group["betas"]
+        return {"beta1": float(beta1), "beta2": float(beta2), "eps": group["eps"], "amsgrad": group["amsgrad"]}
 
     def _counted_there(self, group: Group) -> bool:
-        """Whether the GPU counts the steps: a captured graph has to, and with AMP it alone knows which ones count."""
+        """A captured graph has to count the steps itself, and with AMP the device alone knows which ones count."""
         found = getattr(self, "found_inf", None)
         return group["capturable"] or (isinstance(found, Tensor) and found.device.type != "cpu")
-
-    @staticmethod
-    def _steps(batch: Batch, where: torch.device) -> list[Tensor]:
-        """How many steps each weight has made, counted there; once a GPU counts those of a call, it goes on doing
-        so.
-        """
-        steps = batch.tensors("step", lambda weight: torch.zeros((), dtype=counter_dtype(), device=where))
-        device = batch.weights[0].device
-        if device.type != "cpu" and len({step.device for step in steps} | {where}) > 1:
-            pairs = zip(batch.states, steps, strict=True)
-            steps = [
-                step if step.device == device else batch.staged.put(state, "step", step.to(device))
-                for state, step in pairs
-            ]
-        return steps

@@ -2,12 +2,10 @@
 // map from a chunk's number to the span and the offset where it starts. Plain data, for host and device.
 #pragma once
 
+#include "maths/hyper.h"
 #include "maths/rounding.h"
-#include "maths/settings.h"
 
 namespace askew {
-
-enum class Rule : int32_t { sgd, adamw };
 
 // One tensor in memory order. Unused pointers are null.
 struct Span {

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from askew_cuda import reference, rounding
+from askew_cuda.checks import Call, check
 from tests.tensors import Guarded, draw_gradient, draw_weight, guarded, same_layout
 
 # Tests of the compiled operators need them: no extension is an error, unless the build was told to make none.
@@ -393,12 +394,22 @@ COMPILED = {
     for name in CAPABILITIES
 }
 BACKENDS = {"reference": REFERENCE, **COMPILED}
-# The same operators without torch's dispatcher: another way in, not another way to compute.
-DIRECT = (
-    {"direct": Backend(*(_compiled(operator, CAPABILITIES[0]) for operator in (EXTENSION.sgd_, EXTENSION.adamw_)))}
-    if EXTENSION
-    else {}
-)
+
+
+def _planned(operator: str) -> Callable[..., None]:
+    """The plan of the extension, which the optimizers go through: another way in, not another way to compute."""
+
+    def call(*lists, **settings) -> None:
+        given = Call.of(operator, *lists, **settings)
+        check(given)
+        plan = EXTENSION.Plan([(operator, given.arguments())])
+        plan.lay_out()
+        plan.run()
+
+    return call
+
+
+PLANNED = {"planned": Backend(_planned("sgd_"), _planned("adamw_"))} if EXTENSION else {}
 
 # Where there is a GPU and the extension has kernels for it.
 ON_GPU = torch.cuda.is_available() and EXTENSION is not None and EXTENSION.build_info()["cuda"] is not None

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import reference
-from .checks import Lists, by_channel, check_constraint, check_lists, check_moments
+from ..checks import by_channel
 from .kernel import step_kernel
 
 Tensors = Sequence[Tensor]
@@ -40,6 +40,22 @@ STORAGE = {
     torch.bfloat16: tl.uint16 if INTERPRETED else tl.bfloat16,
     None: None,
 }
+
+
+class Lists(NamedTuple):
+    """The lists of one call; those of ``state``, by name, are empty or have a tensor for each weight."""
+
+    weights: Tensors
+    grads: Tensors
+    state: dict[str, Tensors]
+    scales: Tensors
+    levels: tuple[float, ...]
+    codes: Tensors
+    snapped: Tensors
+
+    def beside_weights(self) -> dict[str, Tensors]:
+        """The lists whose tensors have the shapes of the weights, by name."""
+        return {"grads": self.grads, **self.state, "codes": self.codes, "snapped": self.snapped}
 
 
 class Latest(dict[Hashable, Made]):
@@ -182,7 +198,6 @@ def layout_of(lists: Lists) -> Layout | None:
             raise ValueError(
                 f"askew_cuda: weights[0] is on {lists.weights[0].device}; this Triton steps {' and '.join(DEVICES)} tensors"
             )
-        check_lists(lists)
         ordered = in_memory_order(lists)[0]
         same = [*ordered.weights, *itertools.chain.from_iterable(ordered.beside_weights().values()), *ordered.scales]
         return make_layout(lists) if all(a is b for a, b in zip(tensors, same, strict=True)) else None
@@ -327,7 +342,6 @@ def call(lists: Lists, rule: Rule, *, lr: Scalar, epsilon: Scalar, grad_scale: S
     """What both rules share: scalars to where the kernel finds them, settings to its constants. False: an infinity was
     found, and nothing has been done.
     """
-    check_constraint(anneal, skew_at, recovery, alpha)
     layout = layout_of(lists)  # all that can be wrong is found here, before anything is written
     device, dtype = lists.weights[0].device, lists.weights[0].dtype
     lr_number, epsilon_number = number("lr", lr, 0.0, device), number("epsilon", epsilon, 0.0, device)
@@ -337,7 +351,7 @@ def call(lists: Lists, rule: Rule, *, lr: Scalar, epsilon: Scalar, grad_scale: S
     capture, quantized = anneal == "capture", bool(lists.levels)
     snap = snap_radius(dtype, lists.levels, lr, recovery, alpha, device) if capture and quantized else 0.0
     rate = alpha if recovery is None else recovery
-    assert rate is not None  # check_constraint()
+    assert rate is not None  # checked before
     launch(
         lists, layout, rule, lr_number, epsilon_number, scale_number, found_inf, (float(rate), float(max_step), snap),
         MAXIMIZE=bool(maximize), RATE_IS_ALPHA=alpha is not None, ADAMW=adamw, DECAYS=decays, NESTEROV=bool(nesterov), CAPTURE=capture,
@@ -346,19 +360,26 @@ def call(lists: Lists, rule: Rule, *, lr: Scalar, epsilon: Scalar, grad_scale: S
     return True
 
 
+def refuse_rounding(remainders: Tensors = (), seed: object = None, **of_seed: object) -> None:
+    """The kernel rounds to nearest."""
+    if remainders or seed is not None:
+        raise ValueError(
+            "askew_cuda: Triton's kernel rounds to nearest only; leave remainders and seed out, or take another backend"
+        )
+
+
 @torch.no_grad()
 def sgd_(weights: Tensors, grads: Tensors, momentum_buffers: Tensors, scales: Tensors, levels: Sequence[float], codes: Tensors,
          snapped: Tensors, *, lr: Scalar, momentum: float, dampening: float, weight_decay: float, nesterov: bool, maximize: bool,
          epsilon: Scalar, anneal: str, skew_at: str, recovery: float | None, alpha: float | None, max_step: float, clip: bool,
-         grad_scale: Scalar = None, found_inf: Scalar = None) -> None:  # fmt: skip
+         grad_scale: Scalar = None, found_inf: Scalar = None, **rounding: object) -> None:  # fmt: skip
     """:func:`askew_cuda.reference.sgd_` in one launch, for float32, bfloat16 and float16. Raises ValueError or
     TypeError, which names the argument and its value; nothing has changed then. lr, epsilon, grad_scale and found_inf
     on the weights' device are not read by the host.
     """
+    refuse_rounding(**rounding)
     if not weights:
         return
-    if momentum != 0 and not momentum_buffers:
-        raise ValueError(f"askew_cuda: momentum = {momentum} needs momentum_buffers")
     infinite = number("found_inf", found_inf, 0.0, weights[0].device)
     buffers = momentum_buffers if momentum != 0 else []
     lists = Lists(weights, grads, {"momentum_buffers": buffers}, scales, tuple(levels), codes, snapped)
@@ -373,15 +394,15 @@ def adamw_(weights: Tensors, grads: Tensors, exp_avgs: Tensors, exp_avg_sqs: Ten
            scales: Tensors, levels: Sequence[float], codes: Tensors, snapped: Tensors, *,
            lr: Scalar, beta1: float, beta2: float, eps: float, weight_decay: float, amsgrad: bool, maximize: bool,
            epsilon: Scalar, anneal: str, skew_at: str, recovery: float | None, alpha: float | None, max_step: float, clip: bool,
-           grad_scale: Scalar = None, found_inf: Scalar = None) -> None:  # fmt: skip
+           grad_scale: Scalar = None, found_inf: Scalar = None, **rounding: object) -> None:  # fmt: skip
     """:func:`askew_cuda.reference.adamw_` in one launch, as :func:`sgd_`. ``steps`` are all on the CPU, where a
     ``found_inf`` on a device is read by the host so that they can stand still, or all on the weights' device: then
     nothing is, and the bias corrections may differ from the reference's by a last bit.
     """
+    refuse_rounding(**rounding)
     if not weights:
         return
     device = weights[0].device
-    check_moments(weights, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, amsgrad)
     infinite = number("found_inf", found_inf, 0.0, device)
     if isinstance(infinite, Tensor) and steps[0].is_cpu:
         infinite = infinite.item()

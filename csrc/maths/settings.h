@@ -1,116 +1,74 @@
-// The scalars of a step as the caller gave them, and what the maths makes of them: each rounded once to the arithmetic
-// type.
+// What a step can be told. THE TABLE below is the only list of it in C++: structs, operators and Python's plan follow
+// from it. A number or a flag that is added there is h.<name> in step.h.
 #pragma once
 
-#include "step.h"
+#include "codebook.h"
 
 namespace askew {
 
 enum class Dtype : int32_t { float32, float64, bfloat16, float16 };
+enum class Rule : int32_t { sgd, adamw };
 
-// As the caller gave them; hyper() below rounds each to the arithmetic type.
+// THE TABLE: (whose, name). A number is rounded once, to the arithmetic type; a flag is a flag.
+#define ASKEW_NUMBERS(number)                                                  \
+  number(both, weight_decay);                                                  \
+  number(both, max_step); /* cap on the pull, in units of half the distance */ \
+  number(sgd, momentum);                                                       \
+  number(sgd, dampening);                                                      \
+  number(adamw, beta1);                                                        \
+  number(adamw, beta2);                                                        \
+  number(adamw, eps)
+#define ASKEW_FLAGS(flag)                                      \
+  flag(both, maximize);                                        \
+  flag(both, clip); /* into the box of the outermost levels */ \
+  flag(sgd, nesterov);                                         \
+  flag(adamw, amsgrad)
+
+// As the caller gave them.
 struct Settings {
-  double lr = 0, weight_decay = 0;
-  double grad_scale = 1;
-  bool maximize = false;
-  double momentum = 0, dampening = 0;
-  bool nesterov = false;
-  double beta1 = 0, beta2 = 0, adam_eps = 0;
-  bool amsgrad = false;
-  double steps = 0;  // AdamW: with this one; all weights of a launch have made as many
-  double epsilon = 1;
-  bool interval = false, skew_gradient = false, clip = false;
+#define ASKEW_FIELD(whose, name) double name = 0
+  ASKEW_NUMBERS(ASKEW_FIELD);
+#undef ASKEW_FIELD
+#define ASKEW_FIELD(whose, name) bool name = false
+  ASKEW_FLAGS(ASKEW_FIELD);
+#undef ASKEW_FIELD
+  // What is more than a number: the annealing, the one of two rates that is given, what changes from step to step.
+  bool interval = false, skew_gradient = false;
   bool rate_is_alpha = false;  // the pull's rate is lr * alpha; else `recovery`, whatever lr
   double rate = 0;             // alpha or recovery
-  double max_step = 0;
-  double snap_unit = 0;  // snap_unit() below
+  double lr = 0, epsilon = 1, grad_scale = 1;
+  double steps = 0;      // AdamW: with this one; all weights of a launch have made as many
+  double snap_unit = 0;  // snap_unit() in hyper.h
   uint64_t seed = 0;     // of stochastic rounding
 };
 
-// What follows from each of the four numbers that change from step to step, and that may be known to the device only.
+// What the maths makes of the numbers that change from step to step, and that may be known to the device only.
 template <typename P>
-ASKEW_FN void set_lr(Now<P>& now, const Settings& s, double value) {
-  using T = Lane<P>;
-  const T lr = static_cast<T>(value);
-  T rate = static_cast<T>(s.rate), max_step = static_cast<T>(s.max_step);
-  if (s.skew_gradient)
-    max_step = max_step / lr;  // the gradient is skewed per unit of lr
-  else if (s.rate_is_alpha)
-    rate = lr * rate;
-  if (!s.interval && !(rate < 1)) rate = 1;
-  const double share = s.rate_is_alpha ? value * s.rate : s.rate;
-  now.moves = lr != 0;
-  now.minus_lr = constant(-lr, P{});
-  now.rate = constant(rate, P{});
-  now.max_step = constant(max_step, P{});
-  now.snap = constant(static_cast<T>(::fmax(0x1p-16, s.snap_unit / ::fmin(share, 1.0))), P{});
-}
+struct Now {
+  P minus_lr;
+  P grad_factor;                           // 1 / AMP's grad_scale, negated to maximize; mostly 1
+  P half_width, half_width_outside, root;  // (E1): r, r_out, sqrt(epsilon)
+  P capture_radius;                        // D = 1 - r in units of half the level distance; infinity once D = 1
+  P rate;                                  // a of (E2), (E2')
+  P max_step;                              // cap on the pull, in units of half the level distance
+  P snap;                                  // from this distance on the pull goes all the way, in the same units
+  P bias1, bias2;                          // bias corrections of Adam, 1 / (1 - beta1^t) and 1 / sqrt(1 - beta2^t)
+  bool moves, unscales;                    // lr is not 0, grad_factor is not 1
+};
 
+// The scalars of a step, each rounded once to the arithmetic type.
 template <typename P>
-ASKEW_FN void set_epsilon(Now<P>& now, double value) {
-  using T = Lane<P>;
-  const T root = sqrt(static_cast<T>(value)), half_width = half_width_inside(root), capture_radius = 1 - half_width;
-  now.half_width = constant(half_width, P{});
-  now.half_width_outside = constant(half_width_outside(root), P{});
-  now.root = constant(root, P{});
-  now.capture_radius = constant(capture_radius < 1 ? capture_radius : T(INFINITY), P{});
-}
-
-template <typename P>
-ASKEW_FN void set_grad_scale(Now<P>& now, const Settings& s, double value) {
-  using T = Lane<P>;
-  const T factor = (s.maximize ? T(-1) : T(1)) / static_cast<T>(value);
-  now.grad_factor = constant(factor, P{});
-  now.unscales = factor != 1;
-}
-
-template <typename P>
-ASKEW_FN void set_steps(Now<P>& now, const Settings& s, double value) {
-  using T = Lane<P>;
-  now.bias1 = constant(static_cast<T>(1 / (1 - ::pow(s.beta1, value))), P{});
-  now.bias2 = constant(static_cast<T>(1 / ::sqrt(1 - ::pow(s.beta2, value))), P{});
-}
-
-template <typename P>
-ASKEW_FN Hyper<P> hyper(const Settings& s) {
-  using T = Lane<P>;
-  const auto all = [](T value) { return constant(value, P{}); };
-  Hyper<P> h;
-  set_lr(h.now, s, s.lr);
-  set_epsilon(h.now, s.epsilon);
-  set_grad_scale(h.now, s, s.grad_scale);
-  set_steps(h.now, s, s.steps);
-  h.weight_decay = all(static_cast<T>(s.weight_decay));
-  h.momentum = all(static_cast<T>(s.momentum));
-  h.one_minus_dampening = all(static_cast<T>(1 - s.dampening));
-  h.beta1 = all(static_cast<T>(s.beta1));
-  h.one_minus_beta1 = all(static_cast<T>(1 - s.beta1));
-  h.beta2 = all(static_cast<T>(s.beta2));
-  h.one_minus_beta2 = all(static_cast<T>(1 - s.beta2));
-  h.adam_eps = all(static_cast<T>(s.adam_eps));
-  h.decays = s.weight_decay != 0;
-  h.has_momentum = s.momentum != 0;
-  h.dampens = s.dampening != 0;
-  h.nesterov = s.nesterov;
-  h.amsgrad = s.amsgrad;
-  h.skew_gradient = s.skew_gradient;
-  h.clip = s.clip;
-  return h;
-}
-
-// (E2') The distance, in units of half the level distance and of the rate, from which on a pull goes all the way: where
-// the storage would round a smaller move away, which would leave the weight a last bit short of its level for ever. At
-// least 2^-16 of the former.
-ASKEW_FN double snap_unit(Dtype dtype, Levels levels) {
-  if (levels.count == 0) return 0;
-  const double roundoff = dtype == Dtype::float64   ? 0x1p-53
-                          : dtype == Dtype::float32 ? 0x1p-24
-                          : dtype == Dtype::float16 ? 0x1p-11
-                                                    : 0x1p-8;
-  double gap = INFINITY;
-  for (int k = 0; k + 1 < levels.count; ++k) gap = ::fmin(gap, levels.values[k + 1] - levels.values[k]);
-  const double largest = ::fmax(::fabs(levels.values[0]), ::fabs(levels.values[levels.count - 1]));
-  return 2 * roundoff * largest / gap;
-}
+struct Hyper {
+  Now<P> now;
+#define ASKEW_FIELD(whose, name) P name
+  ASKEW_NUMBERS(ASKEW_FIELD);
+#undef ASKEW_FIELD
+  P one_minus_dampening, one_minus_beta1, one_minus_beta2;
+#define ASKEW_FIELD(whose, name) bool name
+  ASKEW_FLAGS(ASKEW_FIELD);
+#undef ASKEW_FIELD
+  bool decays, has_momentum, dampens;  // factors that are not 0
+  bool skew_gradient;  // the constraint acts on the gradient, as in the authors' code; else on the displacement
+};
 
 }  // namespace askew

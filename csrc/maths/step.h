@@ -1,44 +1,18 @@
 // START HERE. One weight, one step: base rule, skew, move, code. Everything else in csrc/ brings numbers here and back.
 //
-// P is a float, a double, or a SIMD pack of them (pack.h); T is the type of one number. The tags (E1)-(E6) are those of
-// askew_cuda/reference.py, which explains the method and states the same operations in PyTorch. Every operation is an
-// IEEE operation that rounds once, in the order written here, and no multiply-add is fused (build flags): all backends
-// agree bit for bit. `a < b ? a : b` returns b when either is NaN; every select below is written so that a NaN
-// gradient, or weight, comes out as NaN.
+// P is a float, a double, or a SIMD pack of them (pack.h); T is the type of one number. h holds the scalars of the step
+// (settings.h). The tags (E1)-(E6) are those of askew_cuda/reference.py, which explains the method and states the same
+// operations in PyTorch. Every operation is an IEEE operation that rounds once, in the order written here, and no
+// multiply-add is fused (build flags): all backends agree bit for bit. `a < b ? a : b` returns b when either is NaN;
+// every select below is written so that a NaN gradient, or weight, comes out as NaN.
 //
 // Source: Leconte, Schechtman, Moulines, "ASkewSGD", AISTATS 2023; velocity constraints of Muehlebach & Jordan, JMLR
 // 23, 2022.
 #pragma once
 
-#include "codebook.h"
+#include "settings.h"
 
 namespace askew {
-
-// The scalars of a step, each rounded once to the arithmetic type. First those that change from step to step.
-template <typename P>
-struct Now {
-  P minus_lr;
-  P grad_factor;                           // 1 / AMP's grad_scale, negated to maximize; mostly 1
-  P half_width, half_width_outside, root;  // (E1): r, r_out, sqrt(epsilon)
-  P capture_radius;                        // D = 1 - r in units of half the level distance; infinity once D = 1
-  P rate;                                  // a of (E2), (E2')
-  P max_step;                              // cap on the pull, in units of half the level distance
-  P snap;                                  // from this distance on the pull goes all the way, in the same units
-  P bias1, bias2;                          // bias corrections of Adam, 1 / (1 - beta1^t) and 1 / sqrt(1 - beta2^t)
-  bool moves, unscales;                    // lr is not 0, grad_factor is not 1
-};
-
-template <typename P>
-struct Hyper {
-  Now<P> now;
-  P weight_decay;
-  P momentum, one_minus_dampening;                             // SGD
-  P beta1, one_minus_beta1, beta2, one_minus_beta2, adam_eps;  // AdamW
-  bool decays, has_momentum, dampens;                          // factors that are not 0
-  bool nesterov, amsgrad;
-  bool skew_gradient;  // the constraint acts on the gradient, as in the authors' code; else on the displacement
-  bool clip;
-};
 
 // (E1) Half-widths of the feasible interval around a level, inside the codebook and outside of it; root =
 // sqrt(epsilon).
@@ -164,7 +138,7 @@ struct AdamW {
     mean = h.beta1 * mean + h.one_minus_beta1 * g;
     square = h.beta2 * square + h.one_minus_beta2 * (g * g);
     largest = !h.amsgrad ? square : largest > square ? largest : square;
-    const P direction = (mean * h.now.bias1) / (sqrt(largest) * h.now.bias2 + h.adam_eps);
+    const P direction = (mean * h.now.bias1) / (sqrt(largest) * h.now.bias2 + h.eps);
     return h.now.minus_lr * (direction + h.weight_decay * w);
   }
 };

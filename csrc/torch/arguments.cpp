@@ -1,13 +1,175 @@
-// Checks, and tensors to spans.
+// Arguments by name, and whether they go together.
 #include "arguments.h"
 
 #include <ATen/MemoryOverlap.h>
-#include <ATen/ops/empty_like.h>
 
 namespace askew {
 
 using at::Tensor;
-using at::TensorList;
+using c10::IValue;
+
+namespace {
+
+double number_of(const std::string& name, const IValue& value) {
+  TORCH_CHECK_TYPE(value.isDouble() || value.isInt(), "askew_cuda: ", name, " is ", value.tagKind(),
+                   "; a number is needed");
+  return value.isInt() ? static_cast<double>(value.toInt()) : value.toDouble();
+}
+
+bool one_of(const std::string& name, const std::string& value, const char* yes, const char* no) {
+  TORCH_CHECK_VALUE(value == yes || value == no, "askew_cuda: ", name, " = '", value, "'; '", yes, "' or '", no, "'");
+  return value == yes;
+}
+
+}  // namespace
+
+std::vector<Tensor>* Arguments::list(const std::string& name) {
+  const auto names = state_names(rule);
+  for (size_t k = 0; k < names.size(); ++k)
+    if (name == names[k]) return &state[k];
+  if (name == "steps") return rule == Rule::adamw ? &steps : nullptr;
+  return name == "weights"      ? &weights
+         : name == "grads"      ? &grads
+         : name == "scales"     ? &scales
+         : name == "codes"      ? &codes
+         : name == "snapped"    ? &snapped
+         : name == "remainders" ? &remainders
+                                : nullptr;
+}
+
+Scalar* Arguments::scalar(const std::string& name) {
+  return name == "lr"           ? &lr
+         : name == "epsilon"    ? &epsilon
+         : name == "grad_scale" ? &grad_scale
+         : name == "found_inf"  ? &found_inf
+                                : nullptr;
+}
+
+void Arguments::set(const std::string& name, const IValue& value) {
+  if (auto* tensors = list(name)) {
+    *tensors = value.toTensorVector();
+  } else if (Scalar* number = scalar(name)) {
+    const bool is_tensor = value.isTensor();
+    if (!value.isNone()) *number = {is_tensor ? 0 : number_of(name, value), is_tensor ? value.toTensor() : Tensor()};
+    if (value.isNone()) *number = {name == "grad_scale" ? 1.0 : 0.0, Tensor()};
+  } else if (name == "levels") {
+    levels = value.toDoubleVector();
+  } else if (name == "streams") {
+    streams = value.toIntVector();
+  } else if (name == "first_elements") {
+    first_elements = value.toIntVector();
+  } else if (name == "seed") {
+    seed.reset();
+    device_seed = Tensor();
+    if (value.isInt()) seed = value.toInt();
+    if (value.isTensor()) {
+      const Tensor& tensor = value.toTensor();
+      TORCH_CHECK_TYPE(tensor.numel() == 1 && tensor.scalar_type() == at::kLong, "askew_cuda: seed is ",
+                       tensor.toString(), " of shape ", tensor.sizes(), "; one int64 number is needed");
+      if (tensor.is_cpu())
+        seed = tensor.item<int64_t>();
+      else
+        device_seed = tensor;
+    }
+  } else if (name == "anneal") {
+    settings.interval = one_of(name, value.toStringRef(), "interval", "capture");
+  } else if (name == "skew_at") {
+    settings.skew_gradient = one_of(name, value.toStringRef(), "gradient", "velocity");
+  } else if (name == "recovery") {
+    recovery = value.isNone() ? std::nullopt : std::optional(number_of(name, value));
+  } else if (name == "alpha") {
+    alpha = value.isNone() ? std::nullopt : std::optional(number_of(name, value));
+  }
+#define ASKEW_NUMBER(whose, setting) else if (name == #setting) settings.setting = number_of(name, value)
+#define ASKEW_FLAG(whose, setting) else if (name == #setting) settings.setting = value.toBool()
+  ASKEW_NUMBERS(ASKEW_NUMBER);
+  ASKEW_FLAGS(ASKEW_FLAG);
+#undef ASKEW_NUMBER
+#undef ASKEW_FLAG
+  else TORCH_CHECK_TYPE(false, "askew_cuda: an operator has no argument ", name);
+}
+
+void Arguments::check_list(const char* name, const std::vector<Tensor>& list, bool optional) const {
+  if (optional && list.empty()) return;
+  TORCH_CHECK_VALUE(list.size() == weights.size(), "askew_cuda: ", name, " has ", list.size(), " tensors for ",
+                    weights.size(), " weights");
+  for (size_t i = 0; i < list.size(); ++i) {
+    const Tensor &tensor = list[i], &weight = weights[i];
+    TORCH_CHECK_VALUE(
+        tensor.sizes() == weight.sizes() && tensor.device() == weight.device() && tensor.layout() == at::kStrided,
+        "askew_cuda: ", name, "[", i, "] is ", tensor.toString(), " of shape ", tensor.sizes(), " on ", tensor.device(),
+        " but weights[", i, "] is ", weight.toString(), " of shape ", weight.sizes(), " on ", weight.device());
+    TORCH_CHECK_TYPE(tensor.scalar_type() == list[0].scalar_type(), "askew_cuda: ", name, "[", i, "] is ",
+                     tensor.scalar_type(), " but ", name, "[0] is ", list[0].scalar_type());
+  }
+}
+
+void Arguments::check() const {
+  const at::ScalarType kind = weights[0].scalar_type();
+  const auto wanted = [](const char* name, const std::vector<Tensor>& list, at::ScalarType type, bool or_wide = false) {
+    if (list.empty()) return;
+    const at::ScalarType is = list[0].scalar_type();
+    TORCH_CHECK_TYPE(is == type || (or_wide && is == at::kFloat), "askew_cuda: ", name, "[0] is ", is, "; ", type,
+                     " is needed");
+  };
+  dtype_of(weights[0], "a weight");
+  check_list("weights", weights, false);
+  for (const Tensor& weight : weights)
+    TORCH_CHECK_VALUE(at::has_internal_overlap(weight) != at::MemOverlap::Yes, "askew_cuda: a weight of strides ",
+                      weight.strides(), " overlaps itself; clone() it");
+  check_list("grads", grads, false);
+  wanted("grads", grads, kind);
+  const auto names = state_names(rule);
+  for (size_t k = 0; k < names.size(); ++k) {
+    const bool optional = rule == Rule::sgd ? settings.momentum == 0 : k == 2 && !settings.amsgrad;
+    check_list(names[k], state[k], optional);
+    wanted(names[k], state[k], kind, weights[0].element_size() == 2);
+    wanted(names[k], state[k], state[0].empty() ? kind : state[0][0].scalar_type());
+  }
+  TORCH_CHECK_VALUE(rule == Rule::sgd || state[2].empty() == !settings.amsgrad,
+                    "askew_cuda: amsgrad = ", settings.amsgrad, " but max_exp_avg_sqs has ", state[2].size(),
+                    " tensors");
+  check_list("codes", codes, true);
+  wanted("codes", codes, at::kByte);
+  check_list("snapped", snapped, true);
+  check_list("remainders", remainders, true);
+  wanted("remainders", remainders, at::kShort);
+  TORCH_CHECK_VALUE(levels.empty() || (levels.size() >= 2 && levels.size() <= 256), "askew_cuda: levels has ",
+                    levels.size(), " entries; 2 to 256 are supported");
+  for (size_t k = 0; k < levels.size(); ++k)
+    TORCH_CHECK_VALUE(static_cast<float>(levels[k]) == levels[k] && (k == 0 || levels[k] > levels[k - 1]),
+                      "askew_cuda: levels[", k, "] = ", levels[k], "; levels are float32 numbers, strictly increasing");
+  const size_t scaled = levels.empty() ? 0 : weights.size();
+  TORCH_CHECK_VALUE(scales.size() == scaled, "askew_cuda: scales has ", scales.size(), " tensors; ", scaled,
+                    " are needed for ", weights.size(), " weights and ", levels.size(), " levels");
+  for (size_t i = 0; i < scales.size(); ++i)
+    TORCH_CHECK_TYPE(scales[i].scalar_type() == (kind == at::kDouble ? at::kDouble : at::kFloat) &&
+                         scales[i].device() == weights[i].device(),
+                     "askew_cuda: scales[", i, "] is ", scales[i].toString(), " for a weight that is ",
+                     weights[i].toString());
+  TORCH_CHECK_VALUE(!levels.empty() || (codes.empty() && snapped.empty()), "askew_cuda: codes and snapped need levels");
+  TORCH_CHECK_VALUE(recovery.has_value() != alpha.has_value(),
+                    "askew_cuda: give recovery or alpha, not both and not neither");
+  TORCH_CHECK_VALUE(!settings.skew_gradient || (settings.interval && alpha),
+                    "askew_cuda: skew_at = 'gradient' needs alpha and anneal = 'interval'");
+  const bool stochastic = seed || device_seed.defined();
+  TORCH_CHECK_VALUE(
+      weights[0].element_size() == 2 ? !stochastic || remainders.empty() : !stochastic && remainders.empty(),
+      "askew_cuda: remainders or a seed are for bfloat16 and float16, one of them, and weights[0] is ", kind);
+  for (const auto* list : {&streams, &first_elements})
+    TORCH_CHECK_VALUE(list->empty() || list->size() == weights.size(), "askew_cuda: streams or first_elements has ",
+                      list->size(), " entries for ", weights.size(), " weights");
+  if (rule == Rule::sgd) return;
+  TORCH_CHECK_VALUE(steps.size() == weights.size(), "askew_cuda: steps has ", steps.size(), " tensors for ",
+                    weights.size(), " weights");
+  for (const Tensor& step : steps)
+    TORCH_CHECK_TYPE(step.numel() == 1 && (step.scalar_type() == at::kFloat || step.scalar_type() == at::kDouble) &&
+                         step.device() == steps[0].device() &&
+                         (step.is_cpu() || step.scalar_type() == steps[0].scalar_type()) &&
+                         (step.is_cpu() || step.device() == weights[0].device()),
+                     "askew_cuda: a step is ", step.toString(), " of shape ", step.sizes(), " on ", step.device(),
+                     "; 0-d float32 or float64 tensors on the CPU or with the weights are needed");
+}
 
 Dtype dtype_of(const Tensor& tensor, const char* name) {
   switch (tensor.scalar_type()) {
@@ -25,169 +187,32 @@ Dtype dtype_of(const Tensor& tensor, const char* name) {
   }
 }
 
-const Tensor& Layout::weight(const Tensor& tensor, bool in_order) {
-  if (in_order ? tensor.is_contiguous() : tensor.is_non_overlapping_and_dense()) return tensor;
-  return copied(tensor, at::empty_like(tensor, at::MemoryFormat::Contiguous), true);
-}
-
-const Tensor& Layout::like(const Tensor& weight, const Tensor& tensor, bool written) {
-  if (tensor.strides() == weight.strides()) return tensor;
-  return copied(tensor, at::empty_like(weight, weight.options().dtype(tensor.scalar_type())), written);
-}
-
-void* Layout::keep(Tensor tensor) { return copies_.emplace_back(std::move(tensor)).mutable_data_ptr(); }
-
-void Layout::write_back() {
-  for (auto& [original, copy] : written_) original->copy_(*copy);
-}
-
-const Tensor& Layout::copied(const Tensor& tensor, Tensor copy, bool written) {
-  copy.copy_(tensor);
-  const Tensor& kept = copies_.emplace_back(std::move(copy));
-  if (written) written_.emplace_back(&tensor, &kept);
-  return kept;
-}
-
-namespace {
-
-// One number for a channel: (channels, 1, ..); for a group: (rows, groups).
-bool per_channel(const Tensor& weight, const Tensor& scale) {
-  return scale.numel() > 1 && weight.dim() > 0 && scale.dim() == weight.dim() && scale.size(0) == weight.size(0) &&
-         scale.numel() == weight.size(0);
-}
-bool per_group(const Tensor& weight, const Tensor& scale) {
-  return scale.numel() > 1 && weight.dim() > 1 && scale.dim() == 2 && scale.size(0) == weight.size(0) &&
-         (weight.numel() / scale.size(0)) % scale.size(1) == 0;
-}
-
-void check_scale(const Tensor& weight, const Tensor& scale, size_t which) {
-  const auto wanted = weight.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  TORCH_CHECK_TYPE(scale.scalar_type() == wanted, "askew_cuda: scales[", which, "] has dtype ", scale.scalar_type(),
-                   "; ", wanted, " goes with weights of ", weight.scalar_type());
-  TORCH_CHECK_VALUE(scale.device() == weight.device(), "askew_cuda: scales[", which, "] is on ", scale.device(),
-                    " but weights[", which, "] is on ", weight.device());
-  TORCH_CHECK_VALUE(scale.numel() == 1 || per_channel(weight, scale) || per_group(weight, scale) || weight.numel() == 0,
-                    "askew_cuda: scales[", which, "] has shape ", scale.sizes(), " for a weight of shape ",
-                    weight.sizes(), "; (), (channels, 1, ..) or (rows, groups) are understood");
-}
-
-// Fills scale, scale_run and scale_count for a weight in memory order.
-void set_scale(Span& span, const Tensor& weight, const Tensor& scale, Layout& layout) {
-  const int64_t size = weight.numel(), count = scale.numel();
-  span.scale_count = count;
-  if (count <= 1) {  // 0: an empty weight has no chunk, and needs none
-    span.scale_run = size > 0 ? size : 1;
-  } else if (weight.is_contiguous()) {
-    span.scale_run = size / count;
-  } else if (per_channel(weight, scale) || scale.size(1) == 1) {
-    span.scale_run = weight.stride(0);
-  } else {  // groups are counted in logical order: in another memory order each weight brings its own
-    const Tensor each = scale.reshape({count, 1}).expand({count, size / count}).reshape(weight.sizes());
-    span.scale = layout.keep(at::empty_like(weight, scale.options()).copy_(each));
-    span.scale_run = 1;
-    span.scale_count = size;
-    return;
-  }
-  span.scale = scale.is_contiguous() ? scale.const_data_ptr() : layout.keep(scale.contiguous());
-}
-
-void check_list(const char* name, TensorList list, TensorList weights, bool optional) {
-  TORCH_CHECK_VALUE((optional && list.empty()) || list.size() == weights.size(), "askew_cuda: ", name, " has ",
-                    list.size(), " tensors for ", weights.size(), " weights");
-  for (size_t i = 0; i < list.size(); ++i) {
-    TORCH_CHECK_VALUE(list[i].sizes() == weights[i].sizes(), "askew_cuda: ", name, "[", i, "] has shape ",
-                      list[i].sizes(), " but weights[", i, "] has ", weights[i].sizes());
-    TORCH_CHECK_VALUE(list[i].device() == weights[i].device(), "askew_cuda: ", name, "[", i, "] is on ",
-                      list[i].device(), " but weights[", i, "] is on ", weights[i].device());
-    TORCH_CHECK_VALUE(list[i].layout() == at::kStrided, "askew_cuda: ", name, "[", i, "] is not a dense tensor");
-  }
-}
-
-}  // namespace
-
-void check(const Lists& lists) {
-  const auto& weights = lists.weights;
-  for (size_t i = 0; i < weights.size(); ++i) {
-    dtype_of(weights[i], "a weight");
-    TORCH_CHECK_VALUE(at::has_internal_overlap(weights[i]) != at::MemOverlap::Yes, "askew_cuda: weights[", i,
-                      "] of strides ", weights[i].strides(), " overlaps itself; clone() it");
-    TORCH_CHECK_TYPE(weights[i].scalar_type() == weights[0].scalar_type(), "askew_cuda: weights[", i, "] is ",
-                     weights[i].scalar_type(), " but weights[0] is ", weights[0].scalar_type(),
-                     "; one call takes one dtype");
-  }
-  check_list("grads", lists.grads, weights, false);
-  check_list("codes", lists.codes, weights, true);
-  check_list("snapped", lists.snapped, weights, true);
-  check_list("remainders", lists.remainders, weights, true);
-  for (auto& [name, list] : lists.state) check_list(name, list, weights, true);
-  const auto scalar_type = weights[0].scalar_type();
-  for (size_t i = 0; i < weights.size(); ++i) {
-    TORCH_CHECK_TYPE(lists.grads[i].scalar_type() == scalar_type, "askew_cuda: grads[", i, "] is ",
-                     lists.grads[i].scalar_type(), " but weights[", i, "] is ", scalar_type);
-    if (!lists.codes.empty())
-      TORCH_CHECK_TYPE(lists.codes[i].scalar_type() == at::kByte, "askew_cuda: codes[", i, "] is ",
-                       lists.codes[i].scalar_type(), "; codes are uint8");
-    if (!lists.remainders.empty())
-      TORCH_CHECK_TYPE(lists.remainders[i].scalar_type() == at::kShort, "askew_cuda: remainders[", i, "] is ",
-                       lists.remainders[i].scalar_type(), "; remainders are int16");
-    if (!lists.snapped.empty())
-      TORCH_CHECK_TYPE(lists.snapped[i].scalar_type() == lists.snapped[0].scalar_type(), "askew_cuda: snapped[", i,
-                       "] is ", lists.snapped[i].scalar_type(), " but snapped[0] is ", lists.snapped[0].scalar_type());
-    for (auto& [name, list] : lists.state) {
-      if (list.empty()) continue;
-      const auto state_type = list[i].scalar_type();
-      const bool wide = state_type == at::kFloat && weights[0].element_size() == 2;
-      TORCH_CHECK_TYPE(state_type == scalar_type || wide, "askew_cuda: ", name, "[", i, "] is ", state_type,
-                       " for weights of ", scalar_type, "; their dtype, or float32 for 16-bit weights, is supported");
-      TORCH_CHECK_TYPE(state_type == lists.state[0].second[0].scalar_type(), "askew_cuda: ", name, "[", i, "] is ",
-                       state_type, " but ", lists.state[0].first, "[0] is ", lists.state[0].second[0].scalar_type());
-    }
-  }
-  const auto& levels = lists.levels;
-  TORCH_CHECK_VALUE(levels.empty() || (levels.size() >= 2 && levels.size() <= 256), "askew_cuda: levels has ",
-                    levels.size(), " entries; 2 to 256 are supported");
-  for (size_t k = 0; k < levels.size(); ++k) {
-    TORCH_CHECK_VALUE(static_cast<float>(levels[k]) == levels[k], "askew_cuda: levels[", k, "] = ", levels[k],
-                      " is not a float32 number; round it first");
-    if (k > 0)
-      TORCH_CHECK_VALUE(levels[k] > levels[k - 1], "askew_cuda: levels[", k, "] = ", levels[k], " is not above levels[",
-                        k - 1, "] = ", levels[k - 1], "; levels are strictly increasing");
-  }
-  const size_t wanted = levels.empty() ? 0 : weights.size();
-  TORCH_CHECK_VALUE(lists.scales.size() == wanted, "askew_cuda: scales has ", lists.scales.size(), " tensors; ", wanted,
-                    " are needed for ", weights.size(), " weights and ", levels.size(), " levels");
-  for (size_t i = 0; i < lists.scales.size(); ++i) check_scale(weights[i], lists.scales[i], i);
-  TORCH_CHECK_VALUE(!levels.empty() || (lists.codes.empty() && lists.snapped.empty()),
-                    "askew_cuda: codes and snapped need levels");
-}
-
-std::vector<Span> spans_of(const Lists& lists, bool in_order, Layout& layout) {
-  std::vector<Span> spans(lists.weights.size());
-  for (size_t i = 0; i < spans.size(); ++i) {
-    Span& span = spans[i];
-    const Tensor& weight = layout.weight(lists.weights[i], in_order);
-    span = Span{};
-    span.weight = weight.mutable_data_ptr();
-    span.grad = layout.like(weight, lists.grads[i], false).const_data_ptr();
-    for (size_t k = 0; k < lists.state.size(); ++k) {
-      if (!lists.state[k].second.empty())
-        span.state[k] = layout.like(weight, lists.state[k].second[i], true).mutable_data_ptr();
-    }
-    if (!lists.codes.empty())
-      span.codes = static_cast<uint8_t*>(layout.like(weight, lists.codes[i], true).mutable_data_ptr());
-    if (!lists.snapped.empty()) span.snapped = layout.like(weight, lists.snapped[i], true).mutable_data_ptr();
-    if (!lists.remainders.empty()) span.remainder = layout.like(weight, lists.remainders[i], true).mutable_data_ptr();
-    span.size = weight.numel();
-    if (!lists.levels.empty()) set_scale(span, weight, lists.scales[i], layout);
-  }
-  return spans;
-}
-
-void bump_versions(const Lists& lists) {
-  for (TensorList list : {lists.weights, lists.codes, lists.snapped, lists.remainders}) {
-    for (const Tensor& tensor : list)
-      if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
-  }
+std::string schema_of(Rule rule) {
+  const bool is_sgd = rule == Rule::sgd;
+  std::string text = is_sgd ? "sgd_(" : "adamw_(", alias = "a";
+  const auto mutated = [&](const std::string& name) {
+    text += "Tensor(" + alias + "!)[] " + name + ", ";
+    ++alias[0];
+  };
+  mutated("weights");
+  text += "Tensor[] grads, ";
+  for (const char* name : state_names(rule)) mutated(name);
+  if (!is_sgd) mutated("steps");
+  text += "Tensor[] scales, float[] levels, ";
+  for (const char* name : {"codes", "snapped", "remainders"}) mutated(name);
+  text += "*, Tensor lr, ";
+  [[maybe_unused]] constexpr int both = 0, sgd = 1, adamw = 2;
+  const auto mine = [&](int whose) { return whose == both || (whose == sgd) == is_sgd; };
+#define ASKEW_NUMBER(whose, name) text += mine(whose) ? "float " #name ", " : ""
+#define ASKEW_FLAG(whose, name) text += mine(whose) ? "bool " #name ", " : ""
+  ASKEW_NUMBERS(ASKEW_NUMBER);
+  ASKEW_FLAGS(ASKEW_FLAG);
+#undef ASKEW_NUMBER
+#undef ASKEW_FLAG
+  return text +
+         "Tensor epsilon, str anneal, str skew_at, float? recovery, float? alpha, Tensor? grad_scale=None, Tensor? "
+         "found_inf=None, "
+         "Tensor? seed=None, int[] streams=[], int[] first_elements=[]) -> ()";
 }
 
 }  // namespace askew

@@ -1,49 +1,57 @@
-// From tensors to spans: what both backends need of a call before it starts. Part of the binding, which knows torch.
+// What an operator is given, by name: the tensors and scalars of one call, from the dispatcher or from Python.
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/core/ivalue.h>
 
-#include <deque>
-#include <utility>
+#include <optional>
+#include <string>
 #include <vector>
 
 #include "../launch.h"
 
 namespace askew {
 
-// The lists of one call; state[k] is empty or has a tensor for each weight.
-struct Lists {
-  at::TensorList weights, grads;
-  std::vector<std::pair<const char*, at::TensorList>> state;
-  at::TensorList scales, codes, snapped, remainders;
-  at::ArrayRef<double> levels;
+// A number that changes from step to step: the host has it, or it is in a tensor of one element.
+struct Scalar {
+  double value;
+  at::Tensor tensor;  // undefined where the host has it
 };
 
-// All that can be wrong with them is found here, before anything is written: ValueError or TypeError.
-void check(const Lists& lists);
+struct Arguments {
+  explicit Arguments(Rule rule) : rule(rule) {}
 
-Dtype dtype_of(const at::Tensor& tensor, const char* name);
+  // The argument of this name in the operator's schema. An unknown name is an error.
+  void set(const std::string& name, const c10::IValue& value);
 
-// Tensors in the memory order of their weight. One that lies otherwise is copied, and copied back if it is written to.
-class Layout {
- public:
-  const at::Tensor& weight(const at::Tensor& tensor, bool in_order);
-  const at::Tensor& like(const at::Tensor& weight, const at::Tensor& tensor, bool written);
-  void* keep(at::Tensor tensor);
-  void write_back();
+  // Whether the lists go together, so that a step can't leave their memory. askew_cuda/checks.py checks all that can be
+  // wrong, with better words, before the optimizers come here; this is for those who call the operators by themselves.
+  void check() const;
+
+  Rule rule;
+  std::vector<at::Tensor> weights, grads, state[3], steps, scales, codes, snapped, remainders;
+  std::vector<double> levels;
+  Settings settings;
+  std::optional<double> recovery, alpha;
+  Scalar lr{0, {}}, epsilon{1, {}}, grad_scale{1, {}}, found_inf{0, {}};
+  std::optional<int64_t> seed;
+  at::Tensor device_seed;
+  std::vector<int64_t> streams, first_elements;
 
  private:
-  const at::Tensor& copied(const at::Tensor& tensor, at::Tensor copy, bool written);
-  std::deque<at::Tensor> copies_;  // a deque: they stay where they are
-  std::vector<std::pair<const at::Tensor*, const at::Tensor*>> written_;
+  std::vector<at::Tensor>* list(const std::string& name);
+  Scalar* scalar(const std::string& name);
+  void check_list(const char* name, const std::vector<at::Tensor>& list, bool optional) const;
 };
 
-// One span for each weight; the layout keeps what they point to. in_order: weights in the order of their elements'
-// numbers.
-std::vector<Span> spans_of(const Lists& lists, bool in_order, Layout& layout);
+// The names of an operator's states, in the order of Arguments::state and Span::state.
+inline std::vector<const char*> state_names(Rule rule) {
+  if (rule == Rule::sgd) return {"momentum_buffers"};
+  return {"exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs"};
+}
 
-// Autograd must see what changed: a backward pass over a graph from before the step is an error, as with torch's
-// optimizers.
-void bump_versions(const Lists& lists);
+std::string schema_of(Rule rule);  // from the table of settings.h
+
+Dtype dtype_of(const at::Tensor& tensor, const char* name);
 
 }  // namespace askew

@@ -1,13 +1,13 @@
 // The Python module: what it was built with, which instruction sets there are, and the operators without the
 // dispatcher.
-#include <ATen/record_function.h>
-#include <torch/csrc/Exceptions.h>
-#include <torch/csrc/utils/pybind.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <string>
 #include <vector>
 
-#include "operators.h"
+#include "backends.h"
+#include "plan.h"
 
 namespace askew {
 namespace {
@@ -47,56 +47,12 @@ std::string set_cpu_capability(const std::string& name) {
   throw pybind11::value_error("set_cpu_capability: name = '" + name + "'; this machine has " + known);
 }
 
-// The operators for plain tensors in eager mode: through the dispatcher, Python lists cost 0.1 us a tensor, more than
-// the kernel takes for a small one.
-using Tensors = const std::vector<at::Tensor>&;
-using Scalar = const std::optional<at::Tensor>&;
-using Number = std::optional<double>;
-
-void direct_sgd(Tensors weights, Tensors grads, Tensors momentum_buffers, Tensors scales,
-                const std::vector<double>& levels, Tensors codes, Tensors snapped, Tensors remainders,
-                const at::Tensor& lr, double momentum, double dampening, double weight_decay, bool nesterov,
-                bool maximize, const at::Tensor& epsilon, const std::string& anneal, const std::string& skew_at,
-                Number recovery, Number alpha, double max_step, bool clip, Scalar grad_scale, Scalar found_inf,
-                Scalar seed, const std::vector<int64_t>& streams, const std::vector<int64_t>& first_elements) {
-  RECORD_FUNCTION("askew_cuda::sgd_", c10::ArrayRef<const c10::IValue>{});
-  sgd_(weights, grads, momentum_buffers, scales, levels, codes, snapped, remainders, lr, momentum, dampening,
-       weight_decay, nesterov, maximize, epsilon, anneal, skew_at, recovery, alpha, max_step, clip, grad_scale,
-       found_inf, seed, streams, first_elements);
-}
-
-void direct_adamw(Tensors weights, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors max_exp_avg_sqs,
-                  Tensors steps, Tensors scales, const std::vector<double>& levels, Tensors codes, Tensors snapped,
-                  Tensors remainders, const at::Tensor& lr, double beta1, double beta2, double eps, double weight_decay,
-                  bool amsgrad, bool maximize, const at::Tensor& epsilon, const std::string& anneal,
-                  const std::string& skew_at, Number recovery, Number alpha, double max_step, bool clip,
-                  Scalar grad_scale, Scalar found_inf, Scalar seed, const std::vector<int64_t>& streams,
-                  const std::vector<int64_t>& first_elements) {
-  RECORD_FUNCTION("askew_cuda::adamw_", c10::ArrayRef<const c10::IValue>{});
-  adamw_(weights, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, scales, levels, codes, snapped, remainders, lr,
-         beta1, beta2, eps, weight_decay, amsgrad, maximize, epsilon, anneal, skew_at, recovery, alpha, max_step, clip,
-         grad_scale, found_inf, seed, streams, first_elements);
-}
-
 }  // namespace
 }  // namespace askew
 
 PYBIND11_MODULE(_C, m) {
   namespace py = pybind11;
-  m.def("sgd_", torch::wrap_pybind_function_no_gil(askew::direct_sgd), py::arg("weights"), py::arg("grads"),
-        py::arg("momentum_buffers"), py::arg("scales"), py::arg("levels"), py::arg("codes"), py::arg("snapped"),
-        py::arg("remainders"), py::kw_only(), py::arg("lr"), py::arg("momentum"), py::arg("dampening"),
-        py::arg("weight_decay"), py::arg("nesterov"), py::arg("maximize"), py::arg("epsilon"), py::arg("anneal"),
-        py::arg("skew_at"), py::arg("recovery"), py::arg("alpha"), py::arg("max_step"), py::arg("clip"),
-        py::arg("grad_scale"), py::arg("found_inf"), py::arg("seed"), py::arg("streams"), py::arg("first_elements"),
-        "askew_cuda::sgd_ without the dispatcher.");
-  m.def("adamw_", torch::wrap_pybind_function_no_gil(askew::direct_adamw), py::arg("weights"), py::arg("grads"),
-        py::arg("exp_avgs"), py::arg("exp_avg_sqs"), py::arg("max_exp_avg_sqs"), py::arg("steps"), py::arg("scales"),
-        py::arg("levels"), py::arg("codes"), py::arg("snapped"), py::arg("remainders"), py::kw_only(), py::arg("lr"),
-        py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("weight_decay"), py::arg("amsgrad"),
-        py::arg("maximize"), py::arg("epsilon"), py::arg("anneal"), py::arg("skew_at"), py::arg("recovery"),
-        py::arg("alpha"), py::arg("max_step"), py::arg("clip"), py::arg("grad_scale"), py::arg("found_inf"),
-        py::arg("seed"), py::arg("streams"), py::arg("first_elements"), "askew_cuda::adamw_ without the dispatcher.");
+  askew::bind_plan(m);
   m.def("set_cpu_capability", askew::set_cpu_capability,
         "Chooses the CPU kernel's instruction set by name; returns the one before.");
   m.def(

@@ -10,7 +10,7 @@
 #include <tuple>
 #include <vector>
 
-#include "operators.h"
+#include "backends.h"
 
 namespace askew {
 namespace {

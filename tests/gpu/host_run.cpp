@@ -120,7 +120,7 @@ Setup draw_setup() {
   } else {
     s.beta1 = 0.9;
     s.beta2 = 0.99;
-    s.adam_eps = 1e-8;
+    s.eps = 1e-8;
     s.amsgrad = chance(0.3);
     s.steps = 3;
     setup.states = s.amsgrad ? 3 : 2;

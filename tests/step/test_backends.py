@@ -18,7 +18,7 @@ from tests.cases import (
     CODEBOOKS,
     COMPILED,
     COVERING,
-    DIRECT,
+    PLANNED,
     FACTORS,
     PLAIN,
     REFERENCE,
@@ -109,7 +109,7 @@ def test_the_table_reaches_every_branch(monkeypatch):
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_the_cpu_does_what_the_reference_does(case):
     expected = run(case, REFERENCE)
-    for threads, (name, backend) in itertools.product((1, 2), (COMPILED | DIRECT).items()):
+    for threads, (name, backend) in itertools.product((1, 2), (COMPILED | PLANNED).items()):
         actual = run(case, on_threads(threads, backend))
         assert actual.keys() == expected.keys()
         for key, values in expected.items():
@@ -268,13 +268,13 @@ def test_lr_and_epsilon_may_be_tensors_of_any_float_dtype(name, rule):
             assert_same_bits(given[key], expected, f"{dtype}: {key}")
 
 
-@pytest.mark.parametrize("name", [*COMPILED, *DIRECT])
+@pytest.mark.parametrize("name", [*COMPILED, *PLANNED])
 @pytest.mark.parametrize("rule", ["momentum", "adamw"])
 def test_autograd_sees_that_weights_and_outputs_changed(rule, name):
     case = PLAIN._replace(rule=rule)
     lists = build(case).lists
     before = {key: [tensor._version for tensor in lists[key]] for key in ("weights", "codes", "snapped", "grads")}
-    call(case, lists, (COMPILED | DIRECT)[name])
+    call(case, lists, (COMPILED | PLANNED)[name])
     for key, versions in before.items():
         for i, version in enumerate(versions):
             changed = lists[key][i]._version > version

@@ -70,5 +70,5 @@ def test_errors_keep_their_types():
         backends.operators("cpu").sgd_(*wrong, **SETTINGS)
     wrong = lists()
     wrong[1] = [wrong[1][0].double()]
-    with pytest.raises(TypeError, match=r"grads\[0\] is Double"):
+    with pytest.raises(TypeError, match=r"grads\[0\] is torch.float64"):
         backends.operators("cpu").sgd_(*wrong, **SETTINGS)

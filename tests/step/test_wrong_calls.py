@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 
 import askew_cuda.backends  # noqa: F401  registers the fake kernels
-from tests.cases import COMPILED, DIRECT, PLAIN, Backend, build, call
+from tests.cases import COMPILED, PLANNED, PLAIN, Backend, build, call
 from tests.compare import assert_same_bits
 
 
@@ -251,7 +251,7 @@ def assert_refused(wrong: tuple, backend: Backend, as_said: Callable[[str], obje
                 assert_same_bits(lists[key][i], tensor, f"{key}[{i}]")
 
 
-@pytest.mark.parametrize("name", [*COMPILED, *DIRECT][-2:])  # one capability, and the way past the dispatcher
+@pytest.mark.parametrize("name", [*COMPILED, *PLANNED][-2:])  # one capability, and the way past the dispatcher
 @pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG.keys())
 def test_a_wrong_call_names_the_argument_and_changes_nothing(wrong, name):
-    assert_refused(wrong, (COMPILED | DIRECT)[name])
+    assert_refused(wrong, (COMPILED | PLANNED)[name])

@@ -1,0 +1,319 @@
+"""What a step does, worked out and checked once, and done again and again while nothing that it depends on changes.
+
+A plan holds the tensors themselves. :meth:`Plan.holds` compares them, the settings and the gradients with what the plan was made for,
+hands changed numbers over, and says when it has to be made anew. Kernels of the extension are called once for all groups together.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import compress
+from operator import is_, itemgetter
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import backends, checks
+from .checks import Call
+from .keywords import Group, counter_dtype
+
+if TYPE_CHECKING:
+    from .optimizer import QuantizedOptimizer
+
+# Keywords of a group that decide what its calls are. The others are numbers and flags that a call takes.
+STRUCTURE = ("quantizer", "outputs", "state_dtype", "low_precision", "backend")
+SHARED = ("lr", "weight_decay", "maximize", "epsilon", "anneal", "skew_at", "recovery", "alpha", "max_step", "clip")
+PLAIN = (Tensor, torch.nn.Parameter)  # types without a __torch_dispatch__ or __torch_function__ of their own
+
+
+class Additions:
+    """What a step adds to the optimizer - scales, zeroed moments, buffers for outputs - held back until nothing can fail any more."""
+
+    def __init__(self) -> None:
+        self._added: dict[tuple[int, Any], tuple[dict[Any, Any], Any]] = {}
+
+    def __bool__(self) -> bool:
+        """Whether anything is added."""
+        return bool(self._added)
+
+    def get(self, kept: dict[Any, Any], key: Any, make: Callable[[], Any]) -> Any:
+        """``kept[key]``, or what ``make`` makes, once, which becomes it at commit()."""
+        if key in kept:
+            return kept[key]
+        where = (id(kept), key)
+        if where not in self._added:
+            self._added[where] = (kept, make())
+        return self._added[where][1]
+
+    def put(self, kept: dict[Any, Any], key: Any, value: Any) -> Any:
+        """The value, which becomes ``kept[key]`` at commit()."""
+        self._added[(id(kept), key)] = (kept, value)
+        return value
+
+    def commit(self) -> None:
+        """From now on the optimizer has it."""
+        for (_, key), (kept, value) in self._added.items():
+            kept[key] = value
+
+
+class Batch(NamedTuple):
+    """Weights of one group that step in one call, their gradients and their states."""
+
+    weights: list[Tensor]
+    grads: list[Tensor]
+    states: list[dict[str, Any]]
+    additions: Additions
+
+    def pick(self, wanted: list[bool]) -> "Batch":
+        """Those that are wanted."""
+        weights, grads, states = self[:3]
+        return Batch(
+            list(compress(weights, wanted)),
+            list(compress(grads, wanted)),
+            list(compress(states, wanted)),
+            self.additions,
+        )
+
+    def tensors(self, key: str, make: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        """A state tensor of each weight; made where it is missing."""
+        pairs = zip(self.weights, self.states, strict=True)
+        return [self.additions.get(state, key, lambda weight=weight: make(weight)) for weight, state in pairs]
+
+
+class Part(NamedTuple):
+    """A call, and what it was made from."""
+
+    backend: str
+    group: Group
+    batch: Batch
+    kept: dict[str, list[Tensor]]  # state tensors of the weights, by their key in the state
+    fixed: dict[str, Any]  # settings that this call has whatever its group says
+    call: Call
+    names: checks.Names
+
+
+def batches(optimizer: "QuantizedOptimizer", group: Group, additions: Additions) -> Iterator[Batch]:
+    """The weights of a group that have a gradient, by device and dtype."""
+    weights, grads = [], []
+    for weight in group["params"]:
+        grad = weight.grad
+        if grad is not None:
+            weights.append(weight)
+            grads.append(grad)
+    if any([grad.is_sparse for grad in grads]):
+        name = next(name for name, each in optimizer._named(group) if each.grad is not None and each.grad.is_sparse)
+        raise ValueError(f"the gradient of {name} is sparse; dense gradients are needed (sparse=False in an embedding)")
+    states = [additions.get(optimizer.state, weight, dict) for weight in weights]
+    batch = Batch(weights, grads, states, additions)
+    kinds = list(dict.fromkeys([(weight.device, weight.dtype) for weight in weights]))
+    for device, dtype in kinds:
+        yield batch if len(kinds) == 1 else batch.pick([w.device == device and w.dtype == dtype for w in weights])
+
+
+def parts(optimizer: "QuantizedOptimizer", additions: Additions) -> Iterator[Part]:
+    """The calls of a step. Nothing is changed."""
+    for group in optimizer.param_groups:
+        for batch in batches(optimizer, group, additions):
+            for some, fixed in optimizer._split(group, batch):
+                if some.weights:
+                    yield part_of(optimizer, group, some, fixed)
+
+
+def part_of(optimizer: "QuantizedOptimizer", group: Group, batch: Batch, fixed: dict[str, Any]) -> Part:
+    """The call of a batch."""
+    first, quantizer = batch.weights[0], optimizer._quantizer(group)
+    if first.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
+        check_capture(group, batch)
+    operator, wide = optimizer._operator, None if group["state_dtype"] is None else torch.float32
+    lists: dict[str, list[Tensor]] = {"weights": batch.weights, "grads": batch.grads}
+    lists |= {name: [] for name in checks.STATES[operator]}
+    kept: dict[str, list[Tensor]] = {}
+    for name, key in optimizer._moments(group).items():
+        lists[name] = kept[key] = batch.tensors(key, lambda w: torch.zeros_like(w, dtype=wide, requires_grad=False))
+    if operator == "adamw_":
+        lists["steps"] = kept["step"] = counters(batch, optimizer._counted_there(group))
+    lists |= {"scales": [], "codes": [], "snapped": [], "remainders": []}
+    if quantizer is not None:
+        lists["scales"] = kept["scale"] = optimizer._scales(group, quantizer, batch)
+    for name in group["outputs"]:
+        lists[name] = [buffer(optimizer, name, weight, batch.additions) for weight in batch.weights]
+    if group["low_precision"] == "remainder" and first.dtype.itemsize == 2:
+        zeros = partial(torch.zeros_like, dtype=torch.int16, requires_grad=False)
+        lists["remainders"] = kept["remainder"] = batch.tensors("remainder", zeros)
+
+    def names() -> list[str]:
+        here = set(batch.weights)
+        return [name for name, weight in optimizer._named(group) if weight in here]
+
+    levels = () if quantizer is None else quantizer.codebook.levels
+    backend = optimizer._choose(group, first.device, first.dtype)
+    call = Call(operator, lists, levels, settings_of(optimizer, group, batch) | fixed)
+    return Part(backend, group, batch, kept, fixed, call, names)
+
+
+def counters(batch: Batch, there: bool) -> list[Tensor]:
+    """How many steps each weight has made, counted on the CPU or there; once a GPU counts those of a call, it goes on doing so."""
+    device = batch.weights[0].device
+    where = device if there else torch.device("cpu")
+    steps = batch.tensors("step", lambda weight: torch.zeros((), dtype=counter_dtype(), device=where))
+    if device.type != "cpu" and len({step.device for step in steps} | {where}) > 1:
+        pairs = zip(batch.states, steps, strict=True)
+        put = batch.additions.put
+        steps = [step if step.device == device else put(state, "step", step.to(device)) for state, step in pairs]
+    return steps
+
+
+def buffer(optimizer: "QuantizedOptimizer", name: str, weight: Tensor, additions: Additions) -> Tensor:
+    """Where a step writes the codes or the snapped form of a weight."""
+    dtype = torch.uint8 if name == "codes" else None
+    kept = additions.get(optimizer.outputs, weight, dict)
+    made: Tensor = additions.get(kept, name, lambda: torch.empty_like(weight, dtype=dtype, requires_grad=False))
+    return made
+
+
+def check_capture(group: Group, batch: Batch) -> None:
+    """Whether a CUDA graph that is being captured would do, when it is replayed, what a step does then."""
+    if not group.get("capturable", True):
+        raise RuntimeError(
+            "step() in a CUDA graph capture with capturable = False: the step would never be counted; pass True"
+        )
+    if group["quantizer"] is None:
+        return
+    if not isinstance(group["epsilon"], Tensor) or group["epsilon"].device.type == "cpu":
+        raise RuntimeError(
+            f"step() in a CUDA graph capture with epsilon = {group['epsilon']!r}: the graph would never anneal; "
+            "pass epsilon=torch.tensor(1.0, device=...), which Anneal fills in place"
+        )
+    if any("scale" not in state for state in batch.states):
+        raise RuntimeError(
+            "step() in a CUDA graph capture before the scales are set: call prepare(), or step once, before it"
+        )
+
+
+def settings_of(optimizer: "QuantizedOptimizer", group: Group, batch: Batch) -> dict[str, Any]:
+    """The numbers and flags of a call as they are now."""
+    settings = {key: group[key] for key in SHARED}
+    settings |= optimizer._rule(group)
+    device = batch.weights[0].device
+    for key in ("grad_scale", "found_inf"):  # set by torch.amp.GradScaler, on its own device
+        value = getattr(optimizer, key, None)
+        settings[key] = value.to(device) if isinstance(value, Tensor) else value
+    if group["low_precision"] == "stochastic" and batch.weights[0].dtype.itemsize == 2:
+        number = {
+            weight: i for i, weight in enumerate(weight for each in optimizer.param_groups for weight in each["params"])
+        }
+        settings["seed"] = group["seed"]
+        settings["streams"] = [number[weight] for weight in batch.weights]
+        settings["first_elements"] = [optimizer.first_elements.get(weight, 0) for weight in batch.weights]
+    return settings
+
+
+def differs(a: Any, b: Any) -> bool:
+    """Whether a setting has changed. A tensor is read where it is: another one is another setting."""
+    return a is not b and (isinstance(a, Tensor) or isinstance(b, Tensor) or a != b)
+
+
+def same(values: Sequence[Any], others: Sequence[Any]) -> bool:
+    """Whether these are the very same objects."""
+    return len(values) == len(others) and all(map(is_, values, others))
+
+
+class Plan:
+    """The calls of a step, checked and ready. Making it changes nothing; :meth:`run` does, all of it or nothing.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: an argument of a call is wrong; the message names it, its value and the remedy.
+    """
+
+    def __init__(self, optimizer: "QuantizedOptimizer"):
+        self.additions = Additions()
+        self.parts = list(parts(optimizer, self.additions))
+        for part in self.parts:
+            checks.check(part.call, part.names)
+        self.structures = [self._structure(optimizer, group) for group in optimizer.param_groups]
+        self.groups = list(optimizer.param_groups)
+        self.members = [list(group["params"]) for group in self.groups]
+        self.idle = [weight for weights in self.members for weight in weights if weight.grad is None]
+        weights = [weight for part in self.parts for weight in part.batch.weights]
+        # Where something listens to torch's operations, it hears the calls; else they go straight to the kernels.
+        plain = all([type(weight) in PLAIN for weight in weights]) and torch._C._len_torch_dispatch_stack() == 0
+        if plain:
+            checks.check_memory(self._extents())
+        self.compiled, self.together, self.others = None, [], self.parts
+        if plain and backends.extension is not None:
+            self.together = [part for part in self.parts if part.backend in ("cpu", "cuda")]
+            self.others = [part for part in self.parts if part.backend not in ("cpu", "cuda")]
+            calls = [(part.call.operator, part.call.arguments()) for part in self.together]
+            self.compiled = backends.extension.Plan(calls)
+        # A weight that has a gradient and no call waits for its first one; what is fixed holds for this step alone.
+        whole = len(weights) + len(self.idle) == sum(map(len, self.members))
+        self.lasts = plain and whole and not self.others and not any(part.fixed for part in self.parts)
+
+    def _extents(self) -> Iterator[checks.Extent]:
+        for part in self.parts:
+            for name, tensors in part.call.lists.items():
+                if name != "grads":
+                    names = part.names()
+                    for i, tensor in enumerate(tensors):
+                        yield checks.extent(f"{name}[{i}] ({names[i]})", tensor, name != "scales")
+
+    @staticmethod
+    def _structure(optimizer: "QuantizedOptimizer", group: Group) -> tuple[Any, ...]:
+        """What decides which calls a group needs."""
+        return itemgetter(*STRUCTURE)(group), optimizer._moments(group), optimizer._counted_there(group)
+
+    def holds(self, optimizer: "QuantizedOptimizer") -> bool:
+        """Whether the next step is still this plan's; it then has the gradients and the numbers of that step."""
+        groups = optimizer.param_groups
+        if not self.lasts or not same(groups, self.groups):
+            return False
+        for group, members, structure in zip(groups, self.members, self.structures, strict=True):
+            if not same(group["params"], members) or self._structure(optimizer, group) != structure:
+                return False
+        if torch._C._len_torch_dispatch_stack() > 0 or any([weight.grad is not None for weight in self.idle]):
+            return False
+        return all([self._is_current(optimizer, part) for part in self.together]) and self._take(optimizer)
+
+    def _is_current(self, optimizer: "QuantizedOptimizer", part: Part) -> bool:
+        """Whether the optimizer still has the state that a part was made with."""
+        weights, _, states, _ = part.batch
+        if not all(map(is_, map(optimizer.state.get, weights), states)):
+            return False
+        for key, tensors in part.kept.items():
+            if not all(map(is_, [state.get(key) for state in states], tensors)):
+                return False
+        if part.group["outputs"]:
+            outputs = [optimizer.outputs.get(weight, {}) for weight in weights]
+            for name in part.group["outputs"]:
+                if not all(map(is_, [each.get(name) for each in outputs], part.call.lists[name])):
+                    return False
+        return True
+
+    def _take(self, optimizer: "QuantizedOptimizer") -> bool:
+        """Hands over what changes from step to step."""
+        assert self.compiled is not None
+        for i, part in enumerate(self.together):
+            before = part.call.settings
+            now = settings_of(optimizer, part.group, part.batch)
+            changed = {key: value for key, value in now.items() if differs(value, before[key])}
+            if changed:
+                call = part.call._replace(settings={**before, **changed})
+                checks.check_settings(call)
+                self.compiled.set(i, changed)
+                before.update(changed)
+        return self.compiled.take_gradients()
+
+    def lay_out(self) -> None:
+        """What is left that can fail: numbers that lie in tensors, copies of tensors that lie in another order than their weights."""
+        if self.compiled is not None:
+            self.compiled.lay_out()
+        self.ready = [backends.ready(part.backend, part.call) for part in self.others]
+
+    def run(self) -> None:
+        """The step. What it adds to the optimizer comes to be with it."""
+        self.additions.commit()
+        self.additions = Additions()
+        if self.compiled is not None:
+            self.compiled.run()
+        for call in self.ready:
+            call()

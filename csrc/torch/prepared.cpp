@@ -1,0 +1,279 @@
+// From arguments to spans, and the spans to the backend of their device.
+#include "prepared.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty_like.h>
+
+#include <algorithm>
+#include <map>
+
+#include "backends.h"
+
+namespace askew {
+
+using at::Tensor;
+
+std::atomic<CpuStep> cpu_step{cpu_step_baseline};
+
+const Tensor& MemoryOrder::weight(const Tensor& tensor, bool contiguous) {
+  if (contiguous ? tensor.is_contiguous() : tensor.is_non_overlapping_and_dense()) return tensor;
+  return copied(tensor, at::empty_like(tensor, at::MemoryFormat::Contiguous), true);
+}
+
+const Tensor& MemoryOrder::like(const Tensor& weight, const Tensor& tensor, bool written) {
+  if (tensor.strides() == weight.strides()) return tensor;
+  return copied(tensor, at::empty_like(weight, weight.options().dtype(tensor.scalar_type())), written);
+}
+
+void* MemoryOrder::keep(Tensor tensor) { return copies_.emplace_back(std::move(tensor)).mutable_data_ptr(); }
+
+void MemoryOrder::write_back() {
+  for (auto& [original, copy] : written_) original->copy_(*copy);
+}
+
+const Tensor& MemoryOrder::copied(const Tensor& tensor, Tensor copy, bool written) {
+  copy.copy_(tensor);
+  const Tensor& kept = copies_.emplace_back(std::move(copy));
+  if (written) written_.emplace_back(&tensor, &kept);
+  return kept;
+}
+
+namespace {
+
+// One number for a channel: (channels, 1, ..); for a group: (rows, groups).
+bool per_channel(const Tensor& weight, const Tensor& scale) {
+  return scale.numel() > 1 && weight.dim() > 0 && scale.dim() == weight.dim() && scale.size(0) == weight.size(0) &&
+         scale.numel() == weight.size(0);
+}
+bool per_group(const Tensor& weight, const Tensor& scale) {
+  return scale.numel() > 1 && weight.dim() > 1 && scale.dim() == 2 && scale.size(0) == weight.size(0) &&
+         (weight.numel() / scale.size(0)) % scale.size(1) == 0;
+}
+
+// Fills scale, scale_run and scale_count for a weight in memory order.
+void set_scale(Span& span, const Tensor& weight, const Tensor& scale, MemoryOrder& order) {
+  const int64_t size = weight.numel(), count = scale.numel();
+  TORCH_CHECK_VALUE(count == 1 || size == 0 || per_channel(weight, scale) || per_group(weight, scale),
+                    "askew_cuda: a scale has shape ", scale.sizes(), " for a weight of shape ", weight.sizes(),
+                    "; (), (channels, 1, ..) or (rows, groups) are understood");
+  span.scale_count = count;
+  if (count <= 1) {  // 0: an empty weight has no chunk, and needs none
+    span.scale_run = size > 0 ? size : 1;
+  } else if (weight.is_contiguous()) {
+    span.scale_run = size / count;
+  } else if (per_channel(weight, scale) || scale.size(1) == 1) {
+    span.scale_run = weight.stride(0);
+  } else {  // groups are counted in logical order: in another memory order each weight brings its own
+    const Tensor each = scale.reshape({count, 1}).expand({count, size / count}).reshape(weight.sizes());
+    span.scale = order.keep(at::empty_like(weight, scale.options()).copy_(each));
+    span.scale_run = 1;
+    span.scale_count = size;
+    return;
+  }
+  span.scale = scale.is_contiguous() ? scale.const_data_ptr() : order.keep(scale.contiguous());
+}
+
+// Chunks to torch's threads. One is worth waking for a chunk's worth of weights, however many tensors they lie in.
+void run_cpu(const Launch& launch) {
+  std::vector<int64_t> first_chunk(launch.span_count + 1, 0);
+  int64_t total = 0;
+  for (int64_t i = 0; i < launch.span_count; ++i) {
+    first_chunk[i + 1] = first_chunk[i] + chunks_of(launch.spans[i].size, cpu_chunk);
+    total += launch.spans[i].size;
+  }
+  const int64_t chunks = first_chunk[launch.span_count], grain = chunks * cpu_chunk / std::max<int64_t>(total, 1);
+  const CpuStep step = cpu_step;
+  at::parallel_for(0, chunks, grain, [&](int64_t begin, int64_t end) { step(launch, first_chunk.data(), begin, end); });
+}
+
+}  // namespace
+
+PreparedCall::Seen::Seen(const Tensor& tensor)
+    : data(tensor.const_data_ptr()),
+      sizes(tensor.sizes()),
+      strides(tensor.strides()),
+      dtype(tensor.scalar_type()),
+      device(tensor.device()) {}
+
+bool PreparedCall::Seen::is(const Tensor& tensor) const {
+  return tensor.const_data_ptr() == data && tensor.sizes() == at::IntArrayRef(sizes) &&
+         tensor.strides() == at::IntArrayRef(strides) && tensor.scalar_type() == dtype && tensor.device() == device;
+}
+
+// All but the gradients.
+template <typename Visit>
+void PreparedCall::visit_tensors(const Visit& visit) {
+  for (const auto* list :
+       {&arguments_.weights, &arguments_.state[0], &arguments_.state[1], &arguments_.state[2], &arguments_.steps,
+        &arguments_.scales, &arguments_.codes, &arguments_.snapped, &arguments_.remainders})
+    for (const Tensor& tensor : *list) visit(tensor);
+}
+
+PreparedCall::PreparedCall(Arguments arguments) : arguments_(std::move(arguments)), device_(at::kCPU) {
+  if (arguments_.weights.empty()) return;
+  device_ = arguments_.weights[0].device();
+#if defined(ASKEW_WITH_CUDA)
+  TORCH_CHECK_VALUE(device_.is_cpu() || device_.is_cuda(), "askew_cuda: weights[0] is on ", device_,
+                    "; the CPU and CUDA are supported");
+#else
+  TORCH_CHECK_VALUE(device_.is_cpu(), "askew_cuda: weights[0] is on ", device_,
+                    " and the extension was built for the CPU only");
+#endif
+  arguments_.check();
+  visit_tensors([&](const Tensor& tensor) { seen_.emplace_back(tensor); });
+  counts_there_ = !arguments_.steps.empty() && !arguments_.steps[0].is_cpu();
+}
+
+bool PreparedCall::take_gradients() {
+  size_t k = 0;
+  bool same = true;
+  visit_tensors([&](const Tensor& tensor) { same = same && seen_[k++].is(tensor); });
+  if (!same) return false;
+  for (size_t i = 0; i < arguments_.weights.size(); ++i) {
+    const Tensor &weight = arguments_.weights[i], &grad = weight.grad();
+    arguments_.grads[i] = grad;
+    if (grad.defined() && !(grad.sizes() == weight.sizes() && grad.scalar_type() == weight.scalar_type() &&
+                            grad.device() == device_ && grad.layout() == at::kStrided))
+      return false;
+  }
+  return true;
+}
+
+// A number into its setting; where only the device knows it, what tells the kernel where it is.
+void PreparedCall::take(const char* name, const Scalar& scalar, double& setting, DeviceNumber& number) {
+  const Tensor& tensor = scalar.tensor;
+  number = {};
+  setting = scalar.value;
+  if (!tensor.defined()) return;
+  TORCH_CHECK_VALUE(tensor.numel() == 1, "askew_cuda: ", name, " has shape ", tensor.sizes(), "; one number is needed");
+  if (device_.is_cpu() || tensor.is_cpu()) {
+    setting = tensor.item<double>();
+    return;
+  }
+  TORCH_CHECK_VALUE(tensor.device() == device_, "askew_cuda: ", name, " is on ", tensor.device(),
+                    " but weights[0] is on ", device_);
+  const bool is_double = tensor.scalar_type() == at::kDouble;
+  TORCH_CHECK_TYPE(is_double || tensor.scalar_type() == at::kFloat, "askew_cuda: ", name, " is ", tensor.scalar_type(),
+                   " on ", device_, "; float32 and float64 are read there");
+  number = {tensor.const_data_ptr(), is_double};
+}
+
+void PreparedCall::take_numbers() {
+  Settings& settings = launch_.settings;
+  settings = arguments_.settings;
+  double found = 0;
+  take("lr", arguments_.lr, settings.lr, numbers_.lr);
+  take("epsilon", arguments_.epsilon, settings.epsilon, numbers_.epsilon);
+  take("grad_scale", arguments_.grad_scale, settings.grad_scale, numbers_.grad_scale);
+  take("found_inf", arguments_.found_inf, found, numbers_.found_inf);
+  skipped_ = found != 0;
+  TORCH_CHECK_VALUE(
+      arguments_.rule == Rule::sgd || counts_there_ || !numbers_.found_inf.at, "askew_cuda: found_inf is on ", device_,
+      " but steps[0] on the CPU, where nothing knows whether this step counts; keep the steps with the weights");
+  settings.rate_is_alpha = arguments_.alpha.has_value();
+  settings.rate = settings.rate_is_alpha ? *arguments_.alpha : *arguments_.recovery;
+  settings.seed = static_cast<uint64_t>(arguments_.seed.value_or(0));
+  const Tensor& seed = arguments_.device_seed;
+  TORCH_CHECK_VALUE(!seed.defined() || seed.device() == device_, "askew_cuda: seed is on ", seed.device(),
+                    " but weights[0] is on ", device_);
+  numbers_.seed = seed.defined() ? seed.const_data_ptr<int64_t>() : nullptr;
+}
+
+void PreparedCall::make_spans() {
+  const Arguments& a = arguments_;
+  order_ = MemoryOrder();
+  launch_.rule = a.rule;
+  launch_.levels = {a.levels.data(), static_cast<int>(a.levels.size())};
+  launch_.dtype = dtype_of(a.weights[0], "weights[0]");
+  launch_.wide_state = !a.state[0].empty() && a.state[0][0].scalar_type() != a.weights[0].scalar_type();
+  launch_.snapped_dtype = a.snapped.empty() ? Dtype::float32 : dtype_of(a.snapped[0], "snapped[0]");
+  launch_.rounding = a.seed || a.device_seed.defined() ? Rounding::stochastic
+                     : !a.remainders.empty()           ? Rounding::remainder
+                                                       : Rounding::nearest;
+  if (counts_there_) numbers_.step_is_double = a.steps[0].scalar_type() == at::kDouble;
+  spans_.assign(a.weights.size(), Span{});
+  for (size_t i = 0; i < spans_.size(); ++i) {
+    if (!a.grads[i].defined()) continue;
+    Span& span = spans_[i];
+    // random bits count elements in logical order
+    const Tensor& weight = order_.weight(a.weights[i], launch_.rounding == Rounding::stochastic);
+    const auto written = [&](const std::vector<Tensor>& list) {
+      return list.empty() ? nullptr : order_.like(weight, list[i], true).mutable_data_ptr();
+    };
+    span.weight = weight.mutable_data_ptr();
+    span.grad = order_.like(weight, a.grads[i], false).const_data_ptr();
+    for (int k = 0; k < 3; ++k) span.state[k] = written(a.state[k]);
+    span.codes = static_cast<uint8_t*>(written(a.codes));
+    span.snapped = written(a.snapped);
+    span.remainder = written(a.remainders);
+    span.size = weight.numel();
+    if (!a.levels.empty()) set_scale(span, weight, a.scales[i], order_);
+    if (!a.streams.empty()) span.stream = static_cast<uint64_t>(a.streams[i]);
+    if (!a.first_elements.empty()) span.first_element = a.first_elements[i];
+    if (counts_there_) span.step = a.steps[i].mutable_data_ptr();
+  }
+  has_spans_ = true;
+}
+
+void PreparedCall::lay_out() {
+  if (arguments_.weights.empty()) return;
+  take_numbers();
+  bool same = has_spans_ && !order_.has_copies();
+  for (size_t i = 0; same && i < spans_.size(); ++i) {
+    const Tensor &weight = arguments_.weights[i], &grad = arguments_.grads[i];
+    if (!grad.defined()) continue;
+    same = spans_[i].weight && grad.strides() == weight.strides();
+    spans_[i].grad = grad.const_data_ptr();
+  }
+  if (!same) make_spans();
+  // With a remainder a weight is a float32 number.
+  launch_.settings.snap_unit =
+      snap_unit(launch_.rounding == Rounding::remainder ? Dtype::float32 : launch_.dtype, launch_.levels);
+}
+
+// The number of this step of a weight, where the host counts; 0 elsewhere.
+double PreparedCall::step_of(size_t i) const {
+  if (arguments_.rule == Rule::sgd || counts_there_) return 0;
+  const Tensor& step = arguments_.steps[i];
+  return 1 + (step.scalar_type() == at::kFloat ? *step.const_data_ptr<float>() : *step.const_data_ptr<double>());
+}
+
+void PreparedCall::run() {
+  const auto& [weights, grads, steps] = std::tie(arguments_.weights, arguments_.grads, arguments_.steps);
+  if (weights.empty() || skipped_) return;
+  bool alike = true;
+  for (size_t i = 0; i < weights.size() && alike; ++i) alike = grads[i].defined() && step_of(i) == step_of(0);
+  if (alike) {
+    run_together(spans_, step_of(0));
+  } else {
+    std::map<double, std::vector<Span>> by_step;
+    for (size_t i = 0; i < weights.size(); ++i)
+      if (grads[i].defined()) by_step[step_of(i)].push_back(spans_[i]);
+    for (const auto& [step, spans] : by_step) run_together(spans, step);
+  }
+  for (size_t i = 0; i < steps.size() && !counts_there_; ++i) {
+    if (!grads[i].defined()) continue;
+    if (steps[i].scalar_type() == at::kFloat)
+      *steps[i].mutable_data_ptr<float>() += 1;
+    else
+      *steps[i].mutable_data_ptr<double>() += 1;
+  }
+  order_.write_back();
+  // Autograd must see what changed: a backward pass over a graph from before the step is an error, as with torch's
+  // optimizers.
+  for (const auto* list : {&arguments_.weights, &arguments_.codes, &arguments_.snapped, &arguments_.remainders})
+    for (size_t i = 0; i < list->size(); ++i)
+      if (grads[i].defined() && !(*list)[i].is_inference()) (*list)[i].unsafeGetTensorImpl()->bump_version();
+}
+
+void PreparedCall::run_together(const std::vector<Span>& spans, double steps) {
+  launch_.spans = spans.data();
+  launch_.span_count = static_cast<int64_t>(spans.size());
+  launch_.settings.steps = steps;
+  if (device_.is_cpu()) run_cpu(launch_);
+#if defined(ASKEW_WITH_CUDA)
+  if (device_.is_cuda()) run_cuda(launch_, numbers_, device_);
+#endif
+}
+
+}  // namespace askew
