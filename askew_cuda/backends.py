@@ -188,7 +188,7 @@ def ready(backend: str, call: Call) -> Callable[[], None]:
     if backend == "triton":
         return functools.partial(_triton, call)
     # through the dispatcher, where torch.compile, fake tensors and tracing listen; it takes scalars as tensors
-    arguments = call.arguments()
+    arguments = call.for_kernels()
     for name in ("lr", "epsilon", "grad_scale", "found_inf", "seed"):
         value = arguments.get(name)
         if value is not None and not isinstance(value, torch.Tensor):
@@ -202,7 +202,7 @@ def ready(backend: str, call: Call) -> Callable[[], None]:
 def _triton(call: Call) -> None:
     from .triton import launch
 
-    getattr(launch, call.operator)(**call.arguments())
+    getattr(launch, call.operator)(**call.for_kernels())
 
 
 class Operators(NamedTuple):

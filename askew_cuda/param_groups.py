@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from .backends import DTYPES
+from .checks import DTYPES
 from .keywords import LAYERS
 from .layers import Layout, Place, Survey, is_norm, survey
 from .quantizer import Quantizer

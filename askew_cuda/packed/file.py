@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import reference
-from ..backends import DTYPES
+from ..checks import DTYPES
 from ..quantizer import Quantizer
 from ..quantizer import codes as nearest_codes
 from .bits import PACKINGS, fault, pack, packed_size, restore, unpack, width

@@ -160,8 +160,9 @@ def stepped(spec: str, channel_dim: object, shape: tuple[int, ...], backend: str
 
 
 @pytest.mark.parametrize(("shape", "channel_dim", "spec", "wanted"), SHAPES)
-def test_a_step_is_that_of_the_scales_one_by_one(shape, channel_dim, spec, wanted):
-    weight, optimizer = stepped(spec, channel_dim, shape)
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_a_step_is_that_of_the_scales_one_by_one(shape, channel_dim, spec, wanted, backend):
+    weight, optimizer = stepped(spec, channel_dim, shape, backend)
     scale = optimizer.state[weight]["scale"]
     assert scale.shape == wanted
     start = draw(*shape)
@@ -175,7 +176,7 @@ def test_a_step_is_that_of_the_scales_one_by_one(shape, channel_dim, spec, wante
         one_each.grad = blocks(draw(*shape, seed=step), wanted).clone()
         other.step()
     assert_same_bits(blocks(weight.detach(), wanted), one_each.detach(), "weights")
-    again, fresh = stepped(spec, channel_dim, shape)
+    again, fresh = stepped(spec, channel_dim, shape, backend)
     fresh.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     assert_same_bits(fresh.state[again]["scale"], scale, "from a checkpoint")
 
