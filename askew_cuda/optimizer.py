@@ -20,13 +20,14 @@ from .plan import Additions, Batch, Plan, parts
 from .quantizer import Quantizer, codes, distance, snap
 
 
-def next_seed(seed: Any) -> Any:
-    """The seed of the next step; a tensor is advanced in place, on its device. A congruential generator mod 2^63
-    (Knuth, MMIX).
-    """
-    if isinstance(seed, Tensor):
-        return seed.mul_(6364136223846793005).add_(1442695040888963407).bitwise_and_(2**63 - 1)
+def next_seed(seed: int) -> int:
+    """The seed of the next step. A congruential generator mod 2^63 (Knuth, MMIX)."""
     return (seed * 6364136223846793005 + 1442695040888963407) % 2**63
+
+
+def advance_seed(seed: Tensor) -> None:
+    """The same in place, where the seed lies."""
+    seed.mul_(6364136223846793005).add_(1442695040888963407).bitwise_and_(2**63 - 1)
 
 
 @dataclass(frozen=True)
@@ -304,16 +305,30 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         if plan is None or not plan.holds(self):
             plan = Plan(self)
         lost = LostSteps(self.param_groups, self._stepped) if plan.additions else None
+        entries, seeds = self._advances()
         plan.lay_out()
-        with deferred():
-            plan.run()
-            for group in self.param_groups:
-                if group["low_precision"] == "stochastic":
-                    group["seed"] = next_seed(group["seed"])
-            if plan is not self._plan:
-                self._adopt(plan)
+        if plan is self._plan and not seeds:
+            plan.run(entries)
+        else:
+            with deferred():
+                plan.run(entries)
+                for seed in seeds:
+                    advance_seed(seed)
+                if plan is not self._plan:
+                    self._adopt(plan)
         if lost and not self._overflowed(wait=True):  # nothing moves then
             lost.warn()
+
+    def _advances(self) -> tuple[list[tuple[Group, str, Any]], list[Tensor]]:
+        """What a step changes in the param groups: entries, and seeds on a device, which are advanced in place."""
+        entries, seeds = [], []
+        for group in self.param_groups:
+            if group["low_precision"] == "stochastic":
+                if isinstance(group["seed"], Tensor):
+                    seeds.append(group["seed"])
+                else:
+                    entries.append((group, "seed", next_seed(group["seed"])))
+        return entries, seeds
 
     def _trace(self) -> None:
         """The step as torch.compile sees it: the operators, and no plan."""

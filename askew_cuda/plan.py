@@ -208,9 +208,16 @@ def settings_of(optimizer: "QuantizedOptimizer", group: Group, batch: Batch) -> 
     return settings
 
 
-def differs(a: Any, b: Any) -> bool:
-    """Whether a setting has changed. A tensor is read where it is: another one is another setting."""
-    return a is not b and (isinstance(a, Tensor) or isinstance(b, Tensor) or a != b)
+def changed_settings(now: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
+    """Those that are others than before. Another tensor is another setting, whatever it holds."""
+    if all(map(is_, now.values(), before.values())):
+        return {}
+    pairs = ((key, value, before[key]) for key, value in now.items())
+    return {
+        key: value
+        for key, value, old in pairs
+        if value is not old and (isinstance(value, Tensor) or isinstance(old, Tensor) or value != old)
+    }
 
 
 def same(values: Sequence[Any], others: Sequence[Any]) -> bool:
@@ -295,7 +302,7 @@ class Plan:
         for i, part in enumerate(self.together):
             before = part.call.settings
             now = settings_of(optimizer, part.group, part.batch)
-            changed = {key: value for key, value in now.items() if differs(value, before[key])}
+            changed = changed_settings(now, before)
             if changed:
                 call = part.call._replace(settings={**before, **changed})
                 checks.check_settings(call)
@@ -309,11 +316,18 @@ class Plan:
             self.compiled.lay_out()
         self.ready = [backends.ready(part.backend, part.call) for part in self.others]
 
-    def run(self) -> None:
-        """The step. What it adds to the optimizer comes to be with it."""
-        self.additions.commit()
-        self.additions = Additions()
-        if self.compiled is not None:
-            self.compiled.run()
+    def run(self, entries: list[tuple[dict[str, Any], str, Any]]) -> None:
+        """The step. What it adds to the optimizer comes to be with it, and so do entries of param groups: (group, key, value).
+
+        Where the plan is one that was kept, this is one call of the extension, which nothing interrupts.
+        """
+        if self.additions:
+            self.additions.commit()
+            self.additions = Additions()
         for call in self.ready:
             call()
+        if self.compiled is not None:
+            self.compiled.run(entries)
+        else:
+            for group, key, value in entries:
+                group[key] = value

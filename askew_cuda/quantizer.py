@@ -350,7 +350,9 @@ def _parse_name(spec: str) -> Quantizer:
     return Quantizer(codebook, granularity=suffix or "tensor")
 
 
-def _place(weight: Tensor, scale: Tensor, levels: Sequence[float]) -> tuple[Tensor, reference.Levels, Tensor, Tensor]:
+def _place(
+    weight: Tensor, scale: Tensor, levels: Sequence[float]
+) -> tuple[Tensor, reference.AnyCodebook, Tensor, Tensor]:
     """The weight in the arithmetic type, its codebook, unit and the index of its level: (E6)."""
     w = weight.detach().to(reference.arithmetic(weight.dtype))
     book = reference.codebook(levels, w)

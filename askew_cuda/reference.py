@@ -1,11 +1,13 @@
 """START HERE. The method, first in words, then in PyTorch: the specification that every backend is held to, bit for
 bit.
- A network is to end with every weight on one of the values ``scale * level``, for a few sorted ``levels`` (the
+
+A network is to end with every weight on one of the values ``scale * level``, for a few sorted ``levels`` (the
 codebook). There is no straight-through estimator, no latent copy and no projection: the trained weight itself is
 steered. A feasible set, intervals around the levels, shrinks from everything to the levels alone while training goes
 on; a weight outside of it has its displacement *skewed* towards its level. The forward pass always uses the trained
 weights.
- Around a weight ``w`` lie two levels. ``r_h`` is half their distance (weight units), ``q`` the nearer one, ``e = q -
+
+Around a weight ``w`` lie two levels. ``r_h`` is half their distance (weight units), ``q`` the nearer one, ``e = q -
 w``, ``delta = |e| / r_h`` (0 on a level, 1 half-way), ``t`` the position with -1 and +1 on the two levels. ``d`` is the
 displacement, in weight units, that the base rule asks for. ``epsilon`` in [0, 1] is the annealed number, 1 free, 0
 levels only.
@@ -24,36 +26,91 @@ levels only.
 (E4)  base rule        SGD (momentum, dampening, nesterov, weight decay) or AdamW, by torch's formulas
 (E5)  move             w + d, kept within the outermost levels (``clip``)
 (E6)  code             index of the level nearest to the new weight; a tie goes to the lower one, NaN to 0
- ``interval`` is the paper's annealing: Leconte, Schechtman, Moulines, "ASkewSGD: an annealed interval-constrained
+
+``interval`` is the paper's annealing: Leconte, Schechtman, Moulines, "ASkewSGD: an annealed interval-constrained
 optimisation method to train quantized neural networks", AISTATS 2023, with the velocity constraint of Muehlebach &
 Jordan, "On constraints in first-order optimization", JMLR 23, 2022. ``capture`` is ours: the dual set, which pins the
 confident weights first and leaves the uncertain ones free to go on choosing; freezing the confident first has been
 done, with a straight-through estimator, by INQ (2017), OFQ's confidence-guided annealing (ICML 2023) and StoMPP (2026).
- One arithmetic. Every operation rounds once, in the order written here, in float64 for float64 weights and in float32
+
+One arithmetic. Every operation rounds once, in the order written here, in float64 for float64 weights and in float32
 for all others; 16-bit storage is widened on load and rounded to nearest even on store. Scalars are rounded to that type
-first. So nothing below uses ``addcmul``, ``lerp``, ``add(alpha=)`` or a division by a Python number, which round
-otherwise, and selects are written so that a NaN gets through. ``csrc/maths/step.h`` states the same operations in the
-same order.
+first, as torch does with a Python number that meets a tensor. So nothing below uses ``addcmul``, ``lerp``,
+``add(alpha=)`` or a division by a Python number, which round otherwise, and selects are written so that a NaN gets
+through. ``csrc/maths/step.h`` states the same operations in the same order.
+
+All of it can be traced: ``torch.compile(sgd_, fullgraph=True)`` makes one graph of a step. Python branches on flags and
+on Python numbers, which become part of the graph; a number that comes in a tensor may change without a new one, since
+it is not read by Python, but selected on by ``torch.where``. (Steps are read in eager mode: see ``bias_corrections``.)
 """
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
-from types import SimpleNamespace
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import rounding
+from .rounding import Number, Storage
 
 Tensors = Sequence[Tensor]
-Number = float | Tensor  # a tensor of one element
+
+
+class Settings(NamedTuple):
+    """The scalars of a step, as they are given. A rule's own have defaults, since the other rule's calls lack them."""
+
+    lr: Number  # learning rate, >= 0; 0 moves no weight
+    weight_decay: float  # >= 0; of AdamW the decoupled one
+    maximize: bool  # go up the gradient
+    epsilon: Number  # the annealed number, in [0, 1]: 1 free, 0 levels only
+    anneal: str  # "capture" or "interval"
+    skew_at: str  # "velocity": the displacement is skewed; "gradient": the gradient (interval and alpha only)
+    recovery: float | None  # a of (E2), (E2'): share of the violation, or distance, healed per step, > 0; or None
+    alpha: float | None  # where there is no recovery: the paper's rate per unit of lr, a = lr alpha, > 0
+    max_step: float  # cap on the pull, in units of r_h, > 0
+    clip: bool  # no weight leaves the outermost levels
+    grad_scale: Number | None = None  # what AMP multiplied the gradients by, > 0; None: 1
+    # SGD
+    momentum: float = 0.0  # share of the buffer that a step keeps, in [0, 1]
+    dampening: float = 0.0  # share of the gradient that the buffer does not take, in [0, 1]
+    nesterov: bool = False  # look one step of the buffer ahead
+    # AdamW
+    beta1: float = 0.0  # share of the first moment that a step keeps, in [0, 1)
+    beta2: float = 0.0  # the same of the second
+    eps: float = 0.0  # Adam's, beside the root of the second moment, >= 0; not epsilon
+    amsgrad: bool = False  # divide by the largest second moment so far
+
+
+class Now(NamedTuple):
+    """What follows from the settings: 0-d tensors of the arithmetic type, each rounded once."""
+
+    lr: Tensor
+    grad_factor: Tensor  # 1 / grad_scale, negated to maximize
+    half_width: Tensor  # (E1): r
+    half_width_outside: Tensor  # (E1): r_out
+    root: Tensor  # (E1)
+    capture_radius: Tensor  # (E3'): D in units of r_h, infinity once it is 1
+    rate: Tensor  # a of (E2), (E2')
+    max_step: Tensor  # in units of r_h
+    snap: Tensor  # (E2'), in units of r_h
 
 
 def arithmetic(dtype: torch.dtype) -> torch.dtype:
     """The type that a step on weights of ``dtype`` is computed in, and its scales are stored in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def rounded(x: Number, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A number as a 0-d tensor of that type; of any type before, it is rounded once."""
+    if isinstance(x, Tensor):
+        return x.reshape(()).to(device, dtype)
+    return torch.tensor(x, dtype=dtype, device=device)
+
+
+def in_double(x: Number) -> Number:
+    """A number to compute with in double; of a tensor on the CPU, since some devices can't."""
+    return x.cpu().double() if isinstance(x, Tensor) else x
 
 
 def sqrt(x: Tensor) -> Tensor:
@@ -176,17 +233,13 @@ class TableCodebook:
         self.levels = like.new_tensor(levels)
         self.midpoints = (self.levels[:-1] + self.levels[1:]) * 0.5
         gaps = (self.levels[1:] - self.levels[:-1]) * 0.5
-        self.below, self.above = (
-            torch.cat((gaps[:1], gaps)),
-            torch.cat((gaps, gaps[-1:])),
-        )  # to the neighbour; at the ends, to the only one
+        # To the neighbour on either side; at the ends, to the only one.
+        self.below, self.above = torch.cat((gaps[:1], gaps)), torch.cat((gaps, gaps[-1:]))
         self.unit, self.lowest, self.highest = torch.ones_like(self.levels[0]), self.levels[0], self.levels[-1]
 
     def nearest(self, u: Tensor) -> Tensor:
-        index = torch.zeros_like(u)
-        for midpoint in self.midpoints:
-            index = index + (u > midpoint)
-        return index
+        index = torch.bucketize(u.contiguous(), self.midpoints)  # how many midpoints lie below; all, of a NaN
+        return torch.where(u.isnan(), 0, index).to(u.dtype)
 
     def level(self, index: Tensor) -> Tensor:
         return self.levels[index.long()]
@@ -198,25 +251,45 @@ class TableCodebook:
         return torch.where(e < 0, self.above.reciprocal()[index.long()], self.below.reciprocal()[index.long()])
 
 
-Levels = UniformCodebook | TableCodebook
+AnyCodebook = UniformCodebook | TableCodebook
 
 
-def codebook(levels: Sequence[float], like: Tensor) -> Levels:
+def codebook(levels: Sequence[float], like: Tensor) -> AnyCodebook:
     """The levels in the dtype and on the device of ``like``. (K,) strictly increasing float32 numbers, 2 <= K <=
     256.
     """
     return (UniformCodebook if UniformCodebook.fits(levels) else TableCodebook)(levels, like)
 
 
-def locate(w: Tensor, unit: Tensor, book: Levels) -> SimpleNamespace:
-    """The weight among its levels: index and value of the nearest, distance e to it, half the gap it lies in, and
-    r_h.
-    """
-    index = book.nearest(w * unit.reciprocal())
-    level = book.level(index)
+class Grid(NamedTuple):
+    """What all weights under one scale share."""
+
+    scale: Tensor  # weight units per level unit, broadcastable to the weight
+    unit: Tensor  # weight units per unit of the codebook
+    book: AnyCodebook
+
+
+def make_grid(scale: Tensor, w: Tensor, book: AnyCodebook) -> Grid:
+    scale = spread(scale, w)
+    return Grid(scale, scale * book.unit, book)
+
+
+class Place(NamedTuple):
+    """A weight among its levels."""
+
+    code: Tensor  # index of the nearest level
+    level: Tensor  # its value, units of the codebook
+    e: Tensor  # signed distance to it, q - w; weight units
+    gap: Tensor  # half the distance between the two levels around the weight, units of the codebook
+    half: Tensor  # the same in weight units: r_h
+
+
+def locate(w: Tensor, unit: Tensor, book: AnyCodebook) -> Place:
+    code = book.nearest(w * unit.reciprocal())
+    level = book.level(code)
     e = unit * level - w
-    gap = book.gap(index, e)
-    return SimpleNamespace(index=index, level=level, e=e, gap=gap, half=unit * gap)
+    gap = book.gap(code, e)
+    return Place(code, level, e, gap, unit * gap)
 
 
 def flip(x: Tensor, sign: Tensor) -> Tensor:
@@ -224,248 +297,233 @@ def flip(x: Tensor, sign: Tensor) -> Tensor:
     return torch.where(torch.signbit(sign), -x, x)
 
 
-def skew_capture(d: Tensor, w: Tensor, unit: Tensor, book: Levels, h: SimpleNamespace) -> Tensor:
+def skew_capture(d: Tensor, w: Tensor, unit: Tensor, book: AnyCodebook, now: Now) -> Tensor:
     """(E2'), (E3'): the displacement of a weight under capture annealing."""
     at = locate(w, unit, book)
     distance = at.e.abs()
-    cap = h.max_step * at.half
-    pull = h.rate * distance
+    cap = now.max_step * at.half
+    pull = now.rate * distance
     pull = torch.where(pull < cap, pull, cap)
-    pull = torch.where(distance <= h.snap * at.half, distance, pull)
+    pull = torch.where(distance <= now.snap * at.half, distance, pull)
     toward = flip(d, at.e)
     wanted = torch.where(toward > distance, distance, toward)
     move = torch.where(pull > wanted, pull, wanted)
-    return torch.where(distance < h.capture_radius * at.half, flip(move, at.e), d)
+    return torch.where(distance < now.capture_radius * at.half, flip(move, at.e), d)
 
 
-def skew_interval(d: Tensor, w: Tensor, unit: Tensor, book: Levels, h: SimpleNamespace) -> Tensor:
+def skew_interval(d: Tensor, w: Tensor, unit: Tensor, book: AnyCodebook, now: Now) -> Tensor:
     """(E2), (E3): the displacement of a weight under the paper's interval annealing."""
     at = locate(w, unit, book)
     distance = at.e.abs()
     outside = ((at.level == book.lowest) & (at.e > 0)) | ((at.level == book.highest) & (at.e < 0))
     middle = unit * (at.level - flip(at.gap, at.e))
     from_middle = torch.where(outside, distance + at.half, (w - middle).abs())
-    per_half = unit.reciprocal() * book.inverse_gap(at.index, at.e)
+    per_half = unit.reciprocal() * book.inverse_gap(at.code, at.e)
     delta, t = distance * per_half, from_middle * per_half
     signed_delta = torch.where(outside, -delta, delta)
-    width = torch.where(outside, h.half_width_outside, h.half_width)
+    width = torch.where(outside, now.half_width_outside, now.half_width)
     signed_width = torch.where(outside, -width, width)
     well = delta * (2 - signed_delta)
-    pull = (
-        h.rate * at.half * 0.25 * (delta - width) * (2 - (signed_delta + signed_width)) * (well + h.root) / (well * t)
-    )
-    cap = h.max_step * at.half
+    pull = now.rate * at.half * 0.25 * (delta - width)
+    pull = pull * (2 - (signed_delta + signed_width)) * (well + now.root) / (well * t)
+    cap = now.max_step * at.half
     keep = (delta <= width) | (from_middle == 0) | ~(flip(d, at.e) < pull)
     return torch.where(keep, d, flip(torch.where(pull < cap, pull, cap), at.e))
 
 
-def hyper(dtype: torch.dtype, device: torch.device, levels: Sequence[float], **given: Any) -> SimpleNamespace:
-    """The scalars of a step as 0-d tensors of the arithmetic type, each rounded once; flags as they are."""
-    h = SimpleNamespace(**given)
+def derive(s: Settings, levels: Sequence[float], dtype: torch.dtype, device: torch.device) -> Now:
+    """The numbers of a step of weights that are as exact as ``dtype``."""
 
-    def number(x: float | Tensor) -> Tensor:
-        return torch.as_tensor(float(x), dtype=torch.float64).to(device, arithmetic(dtype))
+    def scalar(x: Number) -> Tensor:
+        return rounded(x, arithmetic(dtype), device)
 
-    for name, value in given.items():
-        if isinstance(value, (int, float, Tensor)) and not isinstance(value, bool):
-            setattr(h, name, number(value))
-    h.half_width, h.half_width_outside, h.root = half_widths(h.epsilon)
-    h.capture_radius = torch.where(1 - h.half_width < 1, 1 - h.half_width, math.inf)
-    h.rate = h.recovery if h.alpha is None else h.alpha
-    if h.skew_at == "gradient":
-        h.max_step = h.max_step / h.lr  # the gradient is skewed per unit of lr
-    elif h.alpha is not None:
-        h.rate = h.lr * h.alpha
-    if h.anneal == "capture":
-        rate = given["recovery"] if given["alpha"] is None else float(given["lr"]) * given["alpha"]
-        h.snap = number(snap_radius(dtype, levels, rate)) if rate else number(2.0**-16)  # rate 0: lr = 0 moves nothing
-        h.rate = torch.where(h.rate < 1, h.rate, 1)
-    grad_scale = torch.ones_like(h.lr) if h.grad_scale is None else h.grad_scale
-    h.grad_factor = (-1 if h.maximize else 1) * grad_scale.reciprocal()
-    return h
+    share: Number = s.recovery or s.alpha or 0.0  # one of them is given
+    lr, rate, max_step = scalar(s.lr), scalar(share), scalar(s.max_step)
+    if s.skew_at == "gradient":
+        max_step = max_step / lr  # the gradient is skewed per unit of lr
+    elif s.alpha is not None:
+        rate, share = lr * rate, in_double(s.lr) * s.alpha
+    if s.anneal == "capture":
+        rate = torch.where(rate < 1, rate, 1)
+    half_width, half_width_outside, root = half_widths(scalar(s.epsilon))
+    return Now(
+        lr=lr,
+        grad_factor=(-1 if s.maximize else 1) * scalar(1.0 if s.grad_scale is None else s.grad_scale).reciprocal(),
+        half_width=half_width,
+        half_width_outside=half_width_outside,
+        root=root,
+        capture_radius=torch.where(1 - half_width < 1, 1 - half_width, math.inf),
+        rate=rate,
+        max_step=max_step,
+        snap=scalar(snap_radius(dtype, levels, share)),
+    )
 
 
-def snap_radius(dtype: torch.dtype, levels: Sequence[float], rate: float) -> float:
+def snap_radius(dtype: torch.dtype, levels: Sequence[float], rate: Number) -> Number:
     """(E2'): the distance, in units of r_h, from which on a pull goes all the way: 2^-16, or where half a unit in the
     last place of the largest level is more than the pull, which would leave the weight a last bit short of its level
-    for ever.
+    for ever. ``rate`` is a float or in float64; where it is 0, nothing moves.
     """
     if not levels:
         return 2.0**-16
     gap = min(upper - lower for lower, upper in itertools.pairwise(levels))
     largest = max(abs(levels[0]), abs(levels[-1]))
-    return max(2.0**-16, torch.finfo(dtype).eps * largest / gap / min(rate, 1))
+    last_bit = torch.finfo(dtype).eps * largest / gap
+    if isinstance(rate, Tensor):
+        return (torch.full_like(rate, last_bit) / rate.clamp(max=1)).clamp(min=2.0**-16)
+    return max(2.0**-16, last_bit / min(rate, 1)) if rate else 2.0**-16
 
 
-def sgd_displacement(g: Tensor, w: Tensor, buffer: Tensor | None, h: SimpleNamespace) -> tuple[Tensor, Tensor | None]:
+def gradient(g: Tensor, w: Tensor, grid: Grid | None, s: Settings, now: Now) -> Tensor:
+    """The gradient as the base rule takes it: without AMP's factor, to be descended, and skewed where that is wanted of
+    it.
+    """
+    g = g * now.grad_factor
+    if grid is None or s.skew_at != "gradient":
+        return g
+    return torch.where(now.lr != 0, -skew(-g, w, grid, s, now), g)
+
+
+def skew(d: Tensor, w: Tensor, grid: Grid, s: Settings, now: Now) -> Tensor:
+    """(E3) or (E3')."""
+    return (skew_capture if s.anneal == "capture" else skew_interval)(d, w, grid.unit, grid.book, now)
+
+
+def sgd_displacement(
+    g: Tensor, w: Tensor, buffer: Tensor | None, s: Settings, now: Now
+) -> tuple[Tensor, Tensor | None]:
     """(E4), SGD: the displacement and the new momentum buffer."""
-    if h.weight_decay != 0:
-        g = g + h.weight_decay * w
-    if buffer is not None and h.momentum != 0:
-        buffer = h.momentum * buffer + h.one_minus_dampening * g
-        g = g + h.momentum * buffer if h.nesterov else buffer
-    return -h.lr * g, buffer
+    if s.weight_decay != 0:
+        g = g + s.weight_decay * w
+    if buffer is not None and s.momentum != 0:
+        buffer = s.momentum * buffer + (1 - s.dampening) * g
+        g = g + s.momentum * buffer if s.nesterov else buffer
+    return -now.lr * g, buffer
 
 
 def adamw_displacement(
-    g: Tensor, w: Tensor, mean: Tensor, square: Tensor, largest: Tensor | None, step: float, h: SimpleNamespace
+    g: Tensor, w: Tensor, mean: Tensor, square: Tensor, largest: Tensor | None, step: Tensor, s: Settings, now: Now
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """(E4), AdamW: the displacement and the new moments. ``step`` counts this one; bias corrections are computed in
-    double.
-    """
-    mean = h.beta1 * mean + h.one_minus_beta1 * g
-    square = h.beta2 * square + h.one_minus_beta2 * (g * g)
+    """(E4), AdamW: the displacement and the new moments. ``step`` counts the steps so far."""
+    mean = s.beta1 * mean + (1 - s.beta1) * g
+    square = s.beta2 * square + (1 - s.beta2) * (g * g)
     if largest is not None:
         largest = torch.where(largest > square, largest, square)
-    first = w.new_tensor(1 / (1 - h.double_beta1**step))
-    second = w.new_tensor(1 / math.sqrt(1 - h.double_beta2**step))
-    direction = (mean * first) / (sqrt(square if largest is None else largest) * second + h.adam_eps)
-    return -h.lr * (direction + h.weight_decay * w), mean, square, largest
+    first, second = (rounded(x, w.dtype, w.device) for x in bias_corrections(step, s.beta1, s.beta2))
+    direction = (mean * first) / (sqrt(square if largest is None else largest) * second + s.eps)
+    return -now.lr * (direction + s.weight_decay * w), mean, square, largest
 
 
-def step_weight(
-    w: Tensor,
-    g: Tensor,
-    scale: Tensor | None,
-    levels: Sequence[float],
-    h: SimpleNamespace,
-    displacement: Callable[[Tensor], Tensor],
-) -> tuple[Tensor, Tensor | None, Levels | None]:
-    """One weight tensor, one step, in the arithmetic type: (new weight, unit of the codebook, codebook).
-    ``displacement`` takes the gradient to what (E4) makes of it, and keeps the state.
-    """
-    skew = skew_capture if h.anneal == "capture" else skew_interval
-    g = g * h.grad_factor
-    if scale is None:
-        d = displacement(g)
-        return (w + d if h.lr != 0 else w), None, None
-    book = codebook(levels, w)
-    scale = spread(scale, w)
-    unit = scale * book.unit
-    if h.skew_at == "gradient" and h.lr != 0:
-        g = -skew(-g, w, unit, book, h)
-    d = displacement(g)
-    if h.lr == 0:
-        return w, unit, book
-    if h.skew_at == "velocity":
-        d = skew(d, w, unit, book, h)
+def bias_corrections(step: Tensor, beta1: float, beta2: float) -> tuple[Number, Number]:
+    """1 / (1 - beta1^t) and 1 / sqrt(1 - beta2^t) of the step after so many, in double."""
+    if torch.compiler.is_compiling():  # a trace knows no values; torch's power may be a last bit away from C's
+        t = in_double(step) + 1
+        return 1 / (1 - beta1**t), 1 / (1 - beta2**t) ** 0.5
+    t = float(step) + 1
+    return 1 / (1 - beta1**t), 1 / math.sqrt(1 - beta2**t)
+
+
+def move(w: Tensor, d: Tensor, grid: Grid | None, s: Settings, now: Now) -> Tensor:
+    """(E3) and (E5): the new weight."""
+    if grid is not None and s.skew_at == "velocity":
+        d = skew(d, w, grid, s, now)
     moved = w + d
-    if h.clip:
-        live = scale > 0
-        moved = torch.where((moved < unit * book.lowest) & live, unit * book.lowest, moved)
-        moved = torch.where((moved > unit * book.highest) & live, unit * book.highest, moved)
-    return moved, unit, book
+    if grid is not None and s.clip:
+        low, high, live = grid.unit * grid.book.lowest, grid.unit * grid.book.highest, grid.scale > 0
+        moved = torch.where((moved < low) & live, low, moved)
+        moved = torch.where((moved > high) & live, high, moved)
+    return torch.where(now.lr != 0, moved, w)
 
 
 def write_outputs(
-    weight: Tensor, unit: Tensor | None, book: Levels | None, codes: Tensor | None, snapped: Tensor | None
+    weight: Tensor, grid: Grid | None, codes: Tensor | None, snapped: Tensor | None, storage: Storage
 ) -> None:
     """(E6), from what its storage made of the weight: codes and snapped weights where wanted."""
-    if unit is None or book is None or (codes is None and snapped is None):
+    if grid is None or (codes is None and snapped is None):
         return
-    index = book.nearest(weight.to(arithmetic(weight.dtype)) * unit.reciprocal())
+    index = grid.book.nearest(weight.to(arithmetic(weight.dtype)) * grid.unit.reciprocal())
     if codes is not None:
-        codes.copy_(index)
+        storage.write(codes, index)
     if snapped is not None:
-        snapped.copy_(unit * book.level(index))
+        storage.write(snapped, grid.unit * grid.book.level(index))
 
 
 @torch.no_grad()
-def sgd_(weights: Tensors, grads: Tensors, momentum_buffers: Tensors, scales: Tensors, levels: Sequence[float],
-         codes: Tensors, snapped: Tensors, *, lr: Number, momentum: float, dampening: float, weight_decay: float,
-         nesterov: bool, maximize: bool, epsilon: Number, anneal: str, skew_at: str, recovery: float | None,
-         alpha: float | None, max_step: float, clip: bool, grad_scale: Number | None = None,
-         found_inf: Number | None = None, remainders: Tensors = (), seed: Tensor | int | None = None,
-         streams: Sequence[int] = (), first_elements: Sequence[int] = ()) -> None:  # fmt: skip
+def sgd_(
+    weights: Tensors, grads: Tensors, momentum_buffers: Tensors, scales: Tensors, levels: Sequence[float],
+    codes: Tensors, snapped: Tensors, *, found_inf: Number | None = None, remainders: Tensors = (),
+    seed: Tensor | int | None = None, streams: Sequence[int] = (), first_elements: Sequence[int] = (), **settings: Any,
+) -> None:  # fmt: skip
     """One askew SGD step of every weight, in place: the reference of the operator ``askew_cuda::sgd_``.
 
-       Args:
-           weights: N x (...), float32, float64, bfloat16 or float16, on one device and of one dtype. Mutated.
-           grads: N x (...), as the weights. Never written.
-           momentum_buffers: N x (...), the weights' dtype or float32; or empty, when momentum is 0. Mutated.
-           scales: N x a shape that :func:`spread` takes, of the arithmetic type, >= 0, weight units per level unit;
-               0 leaves the weight unclipped. Empty without levels.
-           levels: K strictly increasing float32 numbers, 2 <= K <= 256, level units; or empty: the base rule alone.
-           codes: N x (...), uint8, receives the index of each weight's level; or empty.
-           snapped: N x (...), any float dtype, receives scale * level; or empty.
-           lr, epsilon, grad_scale, found_inf: float or 0-d tensor. epsilon in [0, 1]; lr = 0 moves no weight.
-           anneal: "capture" or "interval". skew_at: "velocity", or "gradient" (interval and alpha only).
-           recovery, alpha: one of them. Share of the distance removed per step, or the paper's rate per unit of lr.
-           max_step: cap on the pull in units of half the level distance, > 0.
-           remainders: N x (...), int16, what rounding takes from 16-bit weights; or empty. Mutated.
-           seed: int64, of stochastic rounding of 16-bit weights; or None. streams: N numbers of the weights,
-               first_elements: N numbers of their first elements, where they are parts of larger weights; random bits
-               depend on these three and the element alone.
-    A NaN gradient makes its own weight NaN and no other. found_inf != 0 leaves everything as it is. Empty tensors are
-       fine.
+    Args:
+        weights: N x (...), float32, float64, bfloat16 or float16, on one device and of one dtype. Mutated.
+        grads: N x (...), as the weights. Never written.
+        momentum_buffers: N x (...), the weights' dtype or float32; or empty, when momentum is 0. Mutated.
+        scales: N x a shape that :func:`spread` takes, of the arithmetic type, >= 0, weight units per level unit;
+            0 leaves the weight unclipped. Empty without levels.
+        levels: K strictly increasing float32 numbers, 2 <= K <= 256, level units; or empty: the base rule alone.
+        codes: N x (...), uint8, receives the index of each weight's level; or empty.
+        snapped: N x (...), any float dtype, receives scale * level; or empty.
+        found_inf: float or 0-d tensor; where it is not 0, everything stays as it is. AMP's.
+        remainders: N x (...), int16, what rounding takes from 16-bit weights; or empty. Mutated.
+        seed: int64, of stochastic rounding of 16-bit weights; or None. streams: N numbers of the weights,
+            first_elements: N numbers of their first elements, where they are parts of larger weights; random bits
+            depend on these three and the element alone.
+        settings: the fields of :class:`Settings`, but for AdamW's. A Number may be a 0-d tensor.
+
+    A NaN gradient makes its own weight NaN and no other. Empty tensors are fine.
     """
-    if found_inf is not None and found_inf != 0:
+    s, storage = Settings(**settings), Storage(remainders, seed, streams, first_elements, found_inf)
+    if not weights or storage.is_closed:
         return
-    storage = rounding.Storage(remainders, seed, streams, first_elements)
+    now = derive(s, levels, storage.dtype(weights[0]), weights[0].device)
+    book = codebook(levels, now.lr) if levels else None
     for i, weight in enumerate(weights):
-        h = hyper(storage.dtype(weight), weight.device, levels, lr=lr, weight_decay=weight_decay, maximize=maximize,
-                  grad_scale=grad_scale, momentum=momentum, one_minus_dampening=1 - dampening, nesterov=nesterov,
-                  epsilon=epsilon, anneal=anneal, skew_at=skew_at, recovery=recovery, alpha=alpha, max_step=max_step,
-                  clip=clip)  # fmt: skip
-        wide = arithmetic(weight.dtype)
-        w, g = storage.load(i, weight), grads[i].to(wide)
-        buffer = [momentum_buffers[i].to(wide) if momentum_buffers else None]
-
-        def displacement(
-            g: Tensor, w: Tensor = w, h: SimpleNamespace = h, buffer: list[Tensor | None] = buffer
-        ) -> Tensor:
-            d, buffer[0] = sgd_displacement(g, w, buffer[0], h)
-            return d
-
-        moved, unit, book = step_weight(w, g, scales[i] if scales else None, levels, h, displacement)
-        if buffer[0] is not None:
-            momentum_buffers[i].copy_(buffer[0])
-        storage.store(i, weight, moved)
-        write_outputs(weight, unit, book, codes[i] if codes else None, snapped[i] if snapped else None)
+        w = storage.load(i, weight)
+        grid = None if book is None else make_grid(scales[i], w, book)
+        buffer = momentum_buffers[i].to(w.dtype) if momentum_buffers else None
+        g = gradient(grads[i].to(w.dtype), w, grid, s, now)
+        d, buffer = sgd_displacement(g, w, buffer, s, now)
+        if buffer is not None:
+            storage.write(momentum_buffers[i], buffer)
+        storage.store(i, weight, move(w, d, grid, s, now))
+        write_outputs(weight, grid, codes[i] if codes else None, snapped[i] if snapped else None, storage)
 
 
 @torch.no_grad()
-def adamw_(weights: Tensors, grads: Tensors, exp_avgs: Tensors, exp_avg_sqs: Tensors, max_exp_avg_sqs: Tensors,
-           steps: Tensors, scales: Tensors, levels: Sequence[float], codes: Tensors, snapped: Tensors, *, lr: Number,
-           beta1: float, beta2: float, eps: float, weight_decay: float, amsgrad: bool, maximize: bool, epsilon: Number,
-           anneal: str, skew_at: str, recovery: float | None, alpha: float | None, max_step: float, clip: bool,
-           grad_scale: Number | None = None, found_inf: Number | None = None, remainders: Tensors = (),
-           seed: Tensor | int | None = None, streams: Sequence[int] = (), first_elements: Sequence[int] = ()) -> None:  # fmt: skip
+def adamw_(
+    weights: Tensors, grads: Tensors, exp_avgs: Tensors, exp_avg_sqs: Tensors, max_exp_avg_sqs: Tensors, steps: Tensors,
+    scales: Tensors, levels: Sequence[float], codes: Tensors, snapped: Tensors, *, found_inf: Number | None = None,
+    remainders: Tensors = (), seed: Tensor | int | None = None, streams: Sequence[int] = (),
+    first_elements: Sequence[int] = (), **settings: Any,
+) -> None:  # fmt: skip
     """One askew AdamW step (decoupled weight decay) of every weight, in place: the reference of ``askew_cuda::adamw_``.
 
     Args:
         exp_avgs, exp_avg_sqs: N x (...), the weights' dtype or float32. Mutated.
         max_exp_avg_sqs: the same with amsgrad, else empty. Mutated.
-        steps: N x (), float32 or float64, steps taken so far. Each is increased by one. lr, beta1, beta2, eps,
-        weight_decay: torch.optim.AdamW's; ``epsilon`` is the annealed number, not Adam's ``eps``. All others: as in
-        :func:`sgd_`.
+        steps: N x (), float32 or float64, steps taken so far. Each is increased by one.
+        settings: the fields of :class:`Settings`, but for SGD's.
+
+    All others: as in :func:`sgd_`.
     """
-    if found_inf is not None and found_inf != 0:
+    s, storage = Settings(**settings), Storage(remainders, seed, streams, first_elements, found_inf)
+    if not weights or storage.is_closed:
         return
-    storage = rounding.Storage(remainders, seed, streams, first_elements)
+    now = derive(s, levels, storage.dtype(weights[0]), weights[0].device)
+    book = codebook(levels, now.lr) if levels else None
     for i, weight in enumerate(weights):
-        h = hyper(storage.dtype(weight), weight.device, levels, lr=lr, weight_decay=weight_decay, maximize=maximize,
-                  grad_scale=grad_scale, beta1=beta1, one_minus_beta1=1 - beta1, beta2=beta2,
-                  one_minus_beta2=1 - beta2, adam_eps=eps, epsilon=epsilon, anneal=anneal, skew_at=skew_at,
-                  recovery=recovery, alpha=alpha, max_step=max_step, clip=clip)  # fmt: skip
-        h.double_beta1, h.double_beta2 = beta1, beta2
-        wide = arithmetic(weight.dtype)
-        w, g = storage.load(i, weight), grads[i].to(wide)
-        lists = [exp_avgs, exp_avg_sqs, *([max_exp_avg_sqs] if amsgrad else [])]
-        state = [each[i].to(wide) for each in lists]
-        step = float(steps[i]) + 1
-
-        def displacement(
-            g: Tensor, w: Tensor = w, h: SimpleNamespace = h, state: list[Tensor] = state, step: float = step
-        ) -> Tensor:
-            mean, square, *largest = state
-            d, *new = adamw_displacement(g, w, mean, square, largest[0] if largest else None, step, h)
-            state[:] = [each for each in new if each is not None]
-            return d
-
-        moved, unit, book = step_weight(w, g, scales[i] if scales else None, levels, h, displacement)
-        for kept, new in zip(lists, state, strict=True):
-            kept[i].copy_(new)
-        steps[i].add_(1)
-        storage.store(i, weight, moved)
-        write_outputs(weight, unit, book, codes[i] if codes else None, snapped[i] if snapped else None)
+        w = storage.load(i, weight)
+        grid = None if book is None else make_grid(scales[i], w, book)
+        mean, square = exp_avgs[i].to(w.dtype), exp_avg_sqs[i].to(w.dtype)
+        largest = max_exp_avg_sqs[i].to(w.dtype) if s.amsgrad else None
+        g = gradient(grads[i].to(w.dtype), w, grid, s, now)
+        d, mean, square, largest = adamw_displacement(g, w, mean, square, largest, steps[i], s, now)
+        storage.write(exp_avgs[i], mean)
+        storage.write(exp_avg_sqs[i], square)
+        if largest is not None:
+            storage.write(max_exp_avg_sqs[i], largest)
+        storage.write(steps[i], steps[i] + 1)
+        storage.store(i, weight, move(w, d, grid, s, now))
+        write_outputs(weight, grid, codes[i] if codes else None, snapped[i] if snapped else None, storage)

@@ -1,6 +1,7 @@
 """How a float32 result becomes a 16-bit weight where rounding to nearest would lose it: ``csrc/maths/rounding.h`` in
 PyTorch.
- Rounding to nearest lets a weight stand still whose step is below half of its last place. A *remainder* of 16 bits
+
+Rounding to nearest lets a weight stand still whose step is below half of its last place. A *remainder* of 16 bits
 beside the weight keeps what is rounded off; *stochastic* rounding goes up or down by chances whose mean is the result.
 Words of 32 bits are int64 here.
 """
@@ -10,6 +11,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+Number = float | Tensor  # a tensor of one element
 
 WORD = 0xFFFFFFFF
 
@@ -38,9 +41,10 @@ def _exponent(wide: Tensor) -> Tensor:
 
 def split(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """float32 numbers as 16-bit weights and int16 remainders.
+
     bfloat16: the upper half, rounded, ties away from zero, and the lower half; both together are the number, exactly.
-       float16: the nearest, and how far it is in units of 2^-15 of its last place: exact from 2^-16 on, within 2^-40
-       below.
+    float16: the nearest, and how far it is in units of 2^-15 of its last place: exact from 2^-16 on, within 2^-40
+    below.
     """
     if dtype == torch.bfloat16:
         bits = bits_of(x)
@@ -61,19 +65,31 @@ def join(weight: Tensor, remainder: Tensor) -> Tensor:
 
 
 class Key(NamedTuple):
-    """What random bits depend on, beside the element's number."""
+    """What random bits depend on, beside the element's number: two words, 0-d."""
 
-    low: int
-    high: int
+    low: Tensor
+    high: Tensor
 
 
-def make_key(seed: int, stream: int) -> Key:
-    """A step of splitmix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", 2014)."""
-    x = (seed + 0x9E3779B97F4A7C15 * (stream + 1)) % 2**64
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
-    x = x ^ (x >> 31)
-    return Key(x & WORD, x >> 32)
+def make_key(seed: Tensor | int, stream: int) -> Key:
+    """A step of splitmix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", 2014). Its words of
+    64 bits are int64, which wraps; a seed that is a tensor stays on its device.
+    """
+    x = seed.reshape(()).long() if isinstance(seed, Tensor) else torch.tensor(seed, dtype=torch.int64, device="cpu")
+    x = x + torch.full_like(x, stream + 1) * _signed64(0x9E3779B97F4A7C15)
+    x = (x ^ _shifted64(x, 30)) * _signed64(0xBF58476D1CE4E5B9)
+    x = (x ^ _shifted64(x, 27)) * _signed64(0x94D049BB133111EB)
+    x = x ^ _shifted64(x, 31)
+    return Key(x & WORD, _shifted64(x, 32))
+
+
+def _signed64(word: int) -> int:
+    return (word ^ 2**63) - 2**63
+
+
+def _shifted64(x: Tensor, bits: int) -> Tensor:
+    """To the right, zeros coming in."""
+    return (x >> bits) & (2 ** (64 - bits) - 1)
 
 
 def _mix(x: Tensor) -> Tensor:
@@ -108,33 +124,46 @@ def elements_of(weight: Tensor, first: int) -> Tensor:
 
 
 class Storage(NamedTuple):
-    """How the weights of a call are stored: to nearest; with remainders; or, with a seed, stochastically."""
+    """How a call writes: weights to nearest; with remainders; or, with a seed, stochastically. And whether it does:
+    where ``found_inf`` is a tensor other than 0, everything gets the value that it has.
+    """
 
     remainders: Sequence[Tensor]
     seed: Tensor | int | None
     streams: Sequence[int]
     first_elements: Sequence[int]
+    found_inf: Number | None
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the host knows that nothing is written."""
+        return self.found_inf is not None and not isinstance(self.found_inf, Tensor) and self.found_inf != 0
 
     def load(self, i: int, weight: Tensor) -> Tensor:
         """The weight in the arithmetic type."""
-        return (
-            join(weight, self.remainders[i])
-            if self.remainders
-            else weight.to(torch.promote_types(weight.dtype, torch.float32))
-        )
+        if self.remainders:
+            return join(weight, self.remainders[i])
+        return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
     def dtype(self, weight: Tensor) -> torch.dtype:
         """As which the weight is as exact as it is stored."""
         return torch.float32 if self.remainders else weight.dtype
 
+    def write(self, kept: Tensor, value: Tensor) -> None:
+        """To nearest."""
+        value = value.to(kept.dtype)
+        if isinstance(self.found_inf, Tensor):
+            value = torch.where(self.found_inf.reshape(()).to(kept.device) != 0, kept, value)
+        # Views, since torch.compile (2.11, 2.13) loses what is written to a 0-d float64 tensor itself.
+        kept[None].copy_(value[None])
+
     def store(self, i: int, weight: Tensor, moved: Tensor) -> None:
+        """The weight from the arithmetic type."""
         if self.remainders:
-            kept, remainder = split(moved, weight.dtype)
-            weight.copy_(kept)
-            self.remainders[i].copy_(remainder)
+            moved, remainder = split(moved, weight.dtype)
+            self.write(self.remainders[i], remainder)
         elif self.seed is not None:
-            key = make_key(int(self.seed), self.streams[i] if self.streams else 0)
+            key = make_key(self.seed, self.streams[i] if self.streams else 0)
             elements = elements_of(weight, self.first_elements[i] if self.first_elements else 0)
-            weight.copy_(stochastic(moved, weight.dtype, random_bits(key, elements)))
-        else:
-            weight.copy_(moved)
+            moved = stochastic(moved, weight.dtype, random_bits(key, elements))
+        self.write(weight, moved)

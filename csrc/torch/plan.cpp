@@ -56,12 +56,18 @@ class Plan {
     for (PreparedCall& call : calls_) call.lay_out();
   }
 
-  void run() {
-    for (PreparedCall& call : calls_) {
-      RECORD_FUNCTION(call.rule() == Rule::sgd ? "askew_cuda::sgd_" : "askew_cuda::adamw_",
-                      c10::ArrayRef<const c10::IValue>{});
-      call.run();
+  // The steps, and then the entries of dictionaries that go with them: (dictionary, key, value). Python's signal
+  // handlers run between two lines of Python, so that nothing interrupts this.
+  void run(const std::vector<std::tuple<py::dict, py::str, py::object>>& entries) {
+    {
+      const py::gil_scoped_release released;
+      for (PreparedCall& call : calls_) {
+        RECORD_FUNCTION(call.rule() == Rule::sgd ? "askew_cuda::sgd_" : "askew_cuda::adamw_",
+                        c10::ArrayRef<const c10::IValue>{});
+        call.run();
+      }
     }
+    for (const auto& [dictionary, key, value] : entries) dictionary[key] = value;
   }
 
  private:
@@ -82,7 +88,8 @@ void bind_plan(py::module_& m) {
            "place that the "
            "calls were made for: then they must not be run.")
       .def("lay_out", torch::wrap_pybind_function_no_gil(&Plan::lay_out), "All that can fail, before run().")
-      .def("run", torch::wrap_pybind_function_no_gil(&Plan::run), "All calls.");
+      .def("run", torch::wrap_pybind_function(&Plan::run), py::arg("entries") = py::list(),
+           "All calls, and then entries of dictionaries: [(dictionary, key, value)].");
 }
 
 }  // namespace askew

@@ -2,7 +2,6 @@
 
 import inspect
 import os
-import re
 import subprocess
 import sys
 from collections import Counter
@@ -11,16 +10,29 @@ import pytest
 import torch
 
 from askew_cuda import backends, doctor
+from askew_cuda.checks import Call, check
 from tests.cases import BACKENDS, CASES, PLAIN, REFERENCE, Backend, Case, build, call, case_id, run
 from tests.compare import assert_close, assert_same_bits
 from tests.gpu.triton_copies import Recorder, load, on_gpu, triton
 from tests.step import test_backends, test_by_hand, test_golden
-from tests.step.test_wrong_calls import WRONG, assert_refused
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LAUNCHER = load(interpreted=True)
+
+
+def checked(name, operator):
+    """As the library calls it."""
+
+    def call(*lists, **settings) -> None:
+        given = Call.of(name, *lists, **settings)
+        check(given)
+        operator(**given.arguments())
+
+    return call
+
+
 BLOCK = LAUNCHER.BLOCK
-TRITON = {"interpreted": Backend(LAUNCHER.sgd_, LAUNCHER.adamw_)}
+TRITON = {"interpreted": Backend(*(checked(name, getattr(LAUNCHER, name)) for name in ("sgd_", "adamw_")))}
 if on_gpu():
     TRITON["cuda"] = Backend(*backends.operators("triton"), device="cuda")
 on_all = pytest.mark.parametrize("name", TRITON)
@@ -141,27 +153,6 @@ def test_found_inf_on_the_device_leaves_everything_as_it_is(infinite, rule, name
     for key, tensors in untouched.items():
         for i, tensor in enumerate(tensors):
             assert_same_bits(lists[key][i].cpu(), tensor, f"{key}[{i}]")
-
-
-def renamed(message: str) -> str:
-    """What the extension says of dtypes, in the words of Python."""
-    names = {"BFloat16": "bfloat16", "Float": "float32", "Double": "float64", "Short": "int16", "Int": "int32", "Long": "int64",
-             "ComplexFloat": "complex64"}  # fmt: skip
-    return re.sub(rf"\b({'|'.join(names)})\b", lambda found: f"torch.{names[found[0]]}", message)
-
-
-@pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG.keys())
-def test_a_wrong_call_names_the_argument_and_changes_nothing(wrong):
-    assert_refused(wrong, TRITON["interpreted"], lambda message: re.compile(renamed(message), re.IGNORECASE))
-
-
-@pytest.mark.parametrize("rule", ["momentum", "amsgrad"])
-def test_arguments_are_checked_where_an_infinity_was_found(rule):
-    case = PLAIN._replace(rule=rule)
-    lists = build(case).lists
-    lists["codes"] = [codes.int() for codes in lists["codes"]]
-    with pytest.raises(TypeError, match=r"codes\[0\] is torch.int32; codes are uint8"):
-        call(case, lists, TRITON["interpreted"], found_inf=1.0)
 
 
 def test_numbers_and_weights_elsewhere_are_refused():

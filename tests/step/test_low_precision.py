@@ -268,7 +268,12 @@ def test_the_operator_refuses_what_does_not_go_together():
         (torch.ones(3), {"remainders": [remainder]}, ValueError, "remainders and seed are for bfloat16 and float16"),
         (torch.ones(3), {"seed": 1}, ValueError, "remainders and seed are for bfloat16 and float16"),
         (half, {"remainders": [remainder], "seed": 1}, ValueError, "remainders or a seed, not both"),
-        (half, {"remainders": [remainder.int()]}, TypeError, r"remainders\[0\] is Int; remainders are int16"),
+        (
+            half,
+            {"remainders": [remainder.int()]},
+            TypeError,
+            r"remainders\[0\] is torch.int32; remainders are torch.int16",
+        ),
         (half, {"remainders": [remainder[:2]]}, ValueError, r"remainders\[0\] has shape \[2\]"),
         (half, {"seed": torch.tensor(1.0)}, TypeError, "seed is .*; one int64 number is needed"),
         (half, {"seed": 1, "streams": [1, 2]}, ValueError, "streams has 2 entries for 1 weights"),
