@@ -16,8 +16,9 @@ from .quantizer import Quantizer
 def adopt(saved: dict[str, Any], groups: list[Group]) -> tuple[defaultdict[Tensor, Any], list[Group]]:
     """State and param groups that an optimizer with these groups takes over from a state_dict of ours or of torch's.
 
-    Weights are matched by name where both sides have names, else by position. Nothing is mutated, and nothing is
-    shared: all tensors are copies, on the devices of the weights and in their memory order.
+    Weights are matched by name where both sides have names, else by position; by name, frozen weights may be missing
+    there, as other optimizers leave them out. Nothing is mutated, and nothing is shared: all tensors are copies, on the
+    devices of the weights and in their memory order.
 
     Raises: ValueError: the weights don't match, a state has another shape than its weight, or the state_dict is of
         another rule.
@@ -40,7 +41,9 @@ def adopt(saved: dict[str, Any], groups: list[Group]) -> tuple[defaultdict[Tenso
     return state, adopted
 
 
-Source = list[tuple[int, Any]]  # for each weight of a group: which saved group it is in, and its id there
+# For each weight of a group: which saved group it is in, and its id there; none for frozen ones that were not saved.
+Source = list[tuple[int, Any]]
+_NOWHERE = (-1, None)
 
 
 def _by_name(theirs: list[Group], groups: list[Group]) -> list[Source]:
@@ -49,14 +52,17 @@ def _by_name(theirs: list[Group], groups: list[Group]) -> list[Source]:
         for i, group in enumerate(theirs)
         for name, index in zip(group["param_names"], group["params"], strict=True)
     }
-    names = {name for group in groups for name in group["param_names"]}
+    weights = {
+        name: weight for group in groups for name, weight in zip(group["param_names"], group["params"], strict=True)
+    }
+    names = {name for name, weight in weights.items() if weight.requires_grad or name in where}
     if names != set(where):
         raise ValueError(
             f"load_state_dict: {_listed(names - set(where), 'not in the checkpoint')}"
             f"{_listed(set(where) - names, 'only there')}both must have the same weights; a hook of "
             "register_load_state_dict_pre_hook can rename them"
         )
-    return [[where[name] for name in group["param_names"]] for group in groups]
+    return [[where.get(name, _NOWHERE) for name in group["param_names"]] for group in groups]
 
 
 def _listed(names: Iterable[str], what: str) -> str:
@@ -79,7 +85,7 @@ def _group(theirs: list[Group], source: Source, mine: Group) -> Group:
     """A group of ours with the keywords of the saved one, except those that say how this machine computes, or what the
     layers of this model are.
     """
-    origins = dict.fromkeys(i for i, _ in source)
+    origins = dict.fromkeys(i for i, index in source if (i, index) != _NOWHERE)
     if len(origins) > 1:
         raise ValueError(
             f"load_state_dict: the weights of one param group ({_listed(mine['param_names'], 'here')[:-2]}) lie in "

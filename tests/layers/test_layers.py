@@ -395,6 +395,22 @@ def test_frozen_weights_are_listed_and_keep_their_values_until_they_train(capsys
     assert model[1].weight.unique().numel() <= 3
 
 
+def test_a_checkpoint_may_leave_frozen_weights_out():
+    model, groups = frozen_base()
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    theirs = torch.optim.SGD(list(trained.items()), lr=0.5, momentum=0.9)
+    train(model, theirs)
+    optimizer = askew.AskewSGD(groups, lr=0.1, momentum=0.9)
+    optimizer.load_state_dict(theirs.state_dict())
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    assert model[1].weight not in optimizer.state
+    buffers = [each.state[model[2].weight]["momentum_buffer"] for each in (theirs, optimizer)]
+    assert_same_bits(*buffers, "momentum")
+    model[1].requires_grad_(True)
+    with pytest.raises(ValueError, match=r"1\.bias, 1\.weight \(2 in all\) not in the checkpoint"):
+        optimizer.load_state_dict(theirs.state_dict())
+
+
 def test_frozen_weights_are_snapped_on_request():
     model, _ = frozen_base()
     optimizer = askew.AskewSGD(param_groups(model, "ternary", quantize_frozen=True, verbose=False), epsilon=0.0)
