@@ -245,7 +245,7 @@ def survey(model: nn.Module) -> Survey:
     """
     places: dict[Tensor, list[Place]] = {}
     routers, orders, count = _routers(model), dict[nn.Module, int](), 0
-    for path, module in model.named_modules():
+    for path, module in model.named_modules(remove_duplicate=False):  # a layer that stands twice is two
         own = {name: weight for name, weight in module._parameters.items() if weight is not None}
         for name, weight in own.items():
             if isinstance(weight, UninitializedParameter):

@@ -46,7 +46,7 @@ def _matches(rule: str, name: str) -> bool:
 
 def _obstacle(weight: Tensor, places: list[Place]) -> str | None:
     """Why a parameter is not the weight of a layer; None where it is, or an embedding's."""
-    if not weight.dtype.is_floating_point:
+    if weight.dtype not in DTYPES:
         return str(weight.dtype).removeprefix("torch.")
     for place in places:
         if place.role == "unknown":

@@ -244,6 +244,8 @@ def test_a_tied_weight_counts_at_every_place():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
     model[3].weight = model[1].weight
     assert chosen(param_groups(model, "ternary", verbose=False)) == ["2.weight"]
+    model[3] = model[1]  # as a layer, too
+    assert chosen(param_groups(model, "ternary", verbose=False)) == ["2.weight"]
 
 
 class Mixture(nn.Module):
@@ -421,9 +423,11 @@ def test_frozen_weights_are_snapped_on_request():
 def test_what_is_frozen_and_no_number_is_listed_only(capsys):
     model = between(nn.Linear(4, 4))
     model.register_parameter("table", nn.Parameter(torch.arange(4), requires_grad=False))
+    model.register_parameter("small", nn.Parameter(torch.ones(4, 4).to(torch.float8_e4m3fn), requires_grad=False))
+    assert "float8_e4m3fn, frozen" in table(model, "ternary", capsys)["small"]
     assert "int64, frozen" in table(model, "ternary", capsys)["table"]
     everything = [name for group in param_groups(model, "ternary", verbose=False) for name, _ in group["params"]]
-    assert "table" not in everything
+    assert not {"table", "small"} & set(everything)
 
 
 # Rules
