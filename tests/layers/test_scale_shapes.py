@@ -1,12 +1,14 @@
 """A scale along any dimension: its shape, its estimation, codes, a step, checkpoints, files and packed layers."""
 
 import copy
+import itertools
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import askew_cuda as askew
+from askew_cuda import backends
 from askew_cuda.packed import load_packed, pack_modules, save_packed
 from askew_cuda.packed.inspect import inspect
 from askew_cuda.quantizer import Quantizer, codes, distance, snap
@@ -179,6 +181,26 @@ def test_a_step_is_that_of_the_scales_one_by_one(shape, channel_dim, spec, wante
     again, fresh = stepped(spec, channel_dim, shape, backend)
     fresh.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     assert_same_bits(fresh.state[again]["scale"], scale, "from a checkpoint")
+
+
+@pytest.mark.skipif(backends.extension is None, reason="the compiled extension is not there")
+@pytest.mark.parametrize("scale_shape", [(1, 4, 1), (1, 1, 6), (2, 1, 6), (2, 4, 6), (1, 4, 3), (1, 2, 2)], ids=str)
+def test_the_kernels_find_every_scale_in_every_memory_order(scale_shape):
+    generator = torch.Generator().manual_seed(0)
+    start, grad = torch.randn(2, 2, 4, 6, generator=generator)
+    scale = torch.rand(scale_shape, generator=generator) + 0.1
+    settings = {
+        "lr": 0.1, "momentum": 0.0, "dampening": 0.0, "weight_decay": 0.0, "nesterov": False, "maximize": False,
+        "epsilon": 0.3, "anneal": "capture", "skew_at": "velocity", "recovery": 0.5, "alpha": None, "max_step": 0.5,
+        "clip": True,
+    }  # fmt: skip
+    for order in itertools.permutations(range(3)):
+        results = []
+        for backend in ("reference", "cpu"):
+            weight = start.permute(order).contiguous().permute([order.index(dim) for dim in range(3)])
+            backends.operators(backend).sgd_([weight], [grad], [], [scale], (-1, 0, 1), [], [], **settings)
+            results.append(weight)
+        assert_same_bits(*results, f"memory order {order}")
 
 
 def test_a_checkpoint_of_another_dimension_is_refused():
