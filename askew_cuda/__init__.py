@@ -1,9 +1,7 @@
 """Training of quantized neural networks (binary, ternary, 2-8 bit) as one fused optimizer step.
 
 import askew_cuda as askew
-groups = askew.param_groups(model, "ternary")
-optimizer = askew.AskewSGD(groups, lr=0.1, momentum=0.9)
-anneal = askew.Anneal(optimizer, total_steps=n)          # anneal.step() after optimizer.step()
+optimizer = askew.AskewSGD(askew.param_groups(model, "ternary"), lr=0.5, momentum=0.9, total_steps=n)
 with optimizer.quantized(): evaluate(model)
 report = optimizer.finalize()
 """

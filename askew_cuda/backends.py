@@ -152,7 +152,6 @@ def _choose(backend: str, device: torch.device, dtype: torch.dtype, rounds: bool
 _warned: set[str] = set()
 
 
-@torch.compiler.assume_constant_result  # torch.compile asks once, and does not watch what other optimizers ask
 def choose(backend: str, device: torch.device, dtype: torch.dtype, rounds: bool = False) -> str:
     """The backend that steps weights of this dtype on this device: the one asked for, or the first present one for "auto".
 
@@ -186,7 +185,9 @@ def ready(backend: str, call: Call) -> Callable[[], None]:
     if backend == "reference":
         return functools.partial(getattr(reference, call.operator), **call.arguments())
     if backend == "triton":
-        return functools.partial(_triton, call)
+        from .triton import launch  # not before: it takes Triton
+
+        return functools.partial(getattr(launch, call.operator), **call.for_kernels())
     # through the dispatcher, where torch.compile, fake tensors and tracing listen; it takes scalars as tensors
     arguments = call.for_kernels()
     for name in ("lr", "epsilon", "grad_scale", "found_inf", "seed"):
@@ -195,14 +196,6 @@ def ready(backend: str, call: Call) -> Callable[[], None]:
             dtype = torch.int64 if name == "seed" else torch.float64
             arguments[name] = torch.tensor(value, dtype=dtype, device="cpu")
     return functools.partial(getattr(torch.ops.askew_cuda, call.operator).default, **arguments)
-
-
-# The launch follows addresses, which a trace does not have: torch.compile breaks its graph there.
-@torch.compiler.disable(reason="the Triton backend is launched outside of torch.compile's graphs")
-def _triton(call: Call) -> None:
-    from .triton import launch
-
-    getattr(launch, call.operator)(**call.for_kernels())
 
 
 class Operators(NamedTuple):

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
-from .keywords import CONSTRAINT, EXECUTION, LAYERS, Group, counter_dtype
+from . import hints, reference
+from .keywords import CONSTRAINT, EXECUTION, LAYERS, SCHEDULE, Group, check, counter_dtype
 from .quantizer import Quantizer
+from .schedule import count_at, epsilon_at
 
 
 def adopt(saved: dict[str, Any], groups: list[Group]) -> tuple[defaultdict[Tensor, Any], list[Group]]:
@@ -20,8 +21,8 @@ def adopt(saved: dict[str, Any], groups: list[Group]) -> tuple[defaultdict[Tenso
     there, as other optimizers leave them out. Nothing is mutated, and nothing is shared: all tensors are copies, on the
     devices of the weights and in their memory order.
 
-    Raises: ValueError: the weights don't match, a state has another shape than its weight, or the state_dict is of
-        another rule.
+    Raises: ValueError, TypeError: the weights don't match, a state has another shape than its weight, the state_dict is
+        of another rule, or its count of steps is none.
     """
     theirs = saved["param_groups"]
     named = all("param_names" in group for group in (*groups, *theirs))
@@ -34,6 +35,7 @@ def adopt(saved: dict[str, Any], groups: list[Group]) -> tuple[defaultdict[Tenso
             if kept:
                 name = group["param_names"][which] if "param_names" in group else f"params[{which}]"
                 state[group["params"][which]] = _state(kept, group["params"][which], group, name)
+    _count(saved, sources, adopted)
     ours = {index for source in sources for _, index in source}
     state.update(
         {key: copy.deepcopy(value) for key, value in saved["state"].items() if key not in ours}
@@ -57,12 +59,20 @@ def _by_name(theirs: list[Group], groups: list[Group]) -> list[Source]:
     }
     names = {name for name, weight in weights.items() if weight.requires_grad or name in where}
     if names != set(where):
+        bare, wanted = {_bare(name): found for name, found in where.items()}, {_bare(name) for name in names}
+        if len(bare) == len(where) and len(wanted) == len(names) and wanted == set(bare):
+            return [[bare[_bare(name)] for name in group["param_names"]] for group in groups]
         raise ValueError(
             f"load_state_dict: {_listed(names - set(where), 'not in the checkpoint')}"
             f"{_listed(set(where) - names, 'only there')}both must have the same weights; a hook of "
             "register_load_state_dict_pre_hook can rename them"
         )
     return [[where.get(name, _NOWHERE) for name in group["param_names"]] for group in groups]
+
+
+def _bare(name: str) -> str:
+    """A weight's name without what DDP and torch.compile put before it, or into it."""
+    return ".".join(part for part in name.split(".") if part not in ("module", "_orig_mod"))
 
 
 def _listed(names: Iterable[str], what: str) -> str:
@@ -82,8 +92,8 @@ def _by_position(theirs: list[Group], groups: list[Group]) -> list[Source]:
 
 
 def _group(theirs: list[Group], source: Source, mine: Group) -> Group:
-    """A group of ours with the keywords of the saved one, except those that say how this machine computes, or what the
-    layers of this model are.
+    """A group of ours with the keywords of the saved one, except those that say how this machine computes, how this
+    training is annealed, or what the layers of this model are.
     """
     origins = dict.fromkeys(i for i, index in source if (i, index) != _NOWHERE)
     if len(origins) > 1:
@@ -98,10 +108,56 @@ def _group(theirs: list[Group], source: Source, mine: Group) -> Group:
         raise ValueError(
             f"load_state_dict: the checkpoint is one of {rules[0]}; this optimizer goes by the rule of {rules[1]}"
         )
-    taken = {key: copy.deepcopy(value) for key, value in saved.items() if key not in ("params", *EXECUTION, *LAYERS)}
+    own = ("params", *EXECUTION, *LAYERS, *SCHEDULE)
+    taken = {key: copy.deepcopy(value) for key, value in saved.items() if key not in own}
     kept = {key: mine[key] for key in (*CONSTRAINT, *EXECUTION) if key in mine and key not in taken}
     names = {"param_names": mine["param_names"]} if "param_names" in mine else {}
     return {**taken, **kept, **names, "params": mine["params"]}
+
+
+def _count(saved: dict[str, Any], sources: list[Source], adopted: list[Group]) -> None:
+    """Sets count and epsilon of the adopted groups that anneal themselves. Groups of a checkpoint that did not count
+    its steps take the count from their epsilon, all of them the same one.
+    """
+    silent = []
+    for source, group in zip(sources, adopted, strict=True):
+        origin = saved["param_groups"][source[0][0]] if source else {}
+        theirs, mine = origin.get("total_steps"), group["total_steps"]
+        check(group, ("steps_done", "epsilon"))
+        if theirs is not None and theirs != mine and (mine is not None or group["steps_done"] < theirs):
+            hints.warn(
+                f"load_state_dict: the checkpoint has total_steps = {theirs}, this optimizer total_steps = {mine}; "
+                + ("epsilon stays as it is" if mine is None else f"it goes on at step {group['steps_done']} of {mine}")
+            )
+        if mine is not None and theirs is None and origin.get("quantizer") is not None and "epsilon" in origin:
+            silent.append((source, group))
+    if silent:
+        count = _count_by_epsilon(saved, silent)
+        for group in adopted:
+            group["steps_done"] = count if group["total_steps"] is not None else group["steps_done"]
+    for group in adopted:
+        if group["total_steps"] is not None and group["quantizer"] is not None:
+            epsilon = epsilon_at(group, group["steps_done"])
+            old = group["epsilon"]
+            group["epsilon"] = torch.full_like(old, epsilon) if isinstance(old, Tensor) else epsilon
+
+
+def _count_by_epsilon(saved: dict[str, Any], silent: list[tuple[Source, Group]]) -> int:
+    """How many steps a run has made that did not count them: its epsilon says it where it is below 1, else AdamW's
+    counters where they lie before the annealing.
+    """
+    count = max(count_at(group, float(group["epsilon"])) for _, group in silent)
+    states = [saved["state"].get(index) for source, _ in silent for _, index in source]
+    states = [state for state in states if state]
+    if count == 0 and states:
+        made = max((int(state["step"]) for state in states if state.get("step") is not None), default=0)
+        if made and all(epsilon_at(group, made) == 1 for _, group in silent):
+            return made
+        hints.warn(
+            "load_state_dict: the checkpoint does not say how many steps it has made, and its epsilon is 1: "
+            "total_steps are counted from 0. If that is wrong, set group['steps_done'] in every param group"
+        )
+    return count
 
 
 def _state(kept: dict[str, Any], weight: Tensor, group: Group, name: str) -> dict[str, Any]:

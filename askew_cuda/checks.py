@@ -62,14 +62,6 @@ def check(call: Call, names: Names | None = None) -> None:
     subject.check_numbers()
 
 
-def check_settings(call: Call) -> None:
-    """The same for the settings alone."""
-    subject = Subject(call, None)
-    subject.check_rule()
-    subject.check_constraint()
-    subject.check_numbers()
-
-
 class Subject:
     """A call that is looked at."""
 

@@ -1,10 +1,11 @@
-"""Warnings that come from measurements (docs/recipes.md): annealing too early, steps too small, steps lost to
-rounding.
+"""Warnings that come from measurements (docs/recipes.md): annealing too early or never, steps too small, steps lost to
+rounding, weights that finalize() has to move.
 """
 
 import statistics
+import sys
 import warnings
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +24,14 @@ SHORTEST = 100  # steps: a shorter run is a trial
 SAMPLE = 65_536  # weights of a tensor that are looked at, its first rows: no copy of a large one is made
 
 
+def warn(message: str) -> None:
+    """Warns, at the line of the caller outside of this package and of torch."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("askew_cuda", "torch"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
+
+
 def was_measured(group: dict[str, Any], total_steps: int) -> bool:
     """Whether this is the kind of training that the traps were measured in: fresh weights, capture, and no mere
     trial.
@@ -33,27 +42,68 @@ def was_measured(group: dict[str, Any], total_steps: int) -> bool:
 def warn_of_early_annealing(group: dict[str, Any], r: float, total_steps: int) -> None:
     """``r``: the group's half-width when ``EARLY`` of the training is over."""
     if r < 0.9 and was_measured(group, total_steps):
-        warnings.warn(
-            f"Anneal: after {EARLY:.0%} of the training r = {r:.2f} already, on weights that are not pretrained: they choose their levels "
-            "while they are free. Leave hold= out for the measured default, or say pretrained=True to param_groups if they are trained",
-            stacklevel=3,
+        warn(
+            f"annealing: after {EARLY:.0%} of the training r = {r:.2f} already, on weights that are not pretrained: "
+            "they "
+            "choose their levels while they are free. Leave hold= out for the measured default, or say pretrained=True "
+            "to param_groups if they are trained"
         )
 
 
 def warn_of_small_steps(
-    optimizer: torch.optim.Optimizer, group: dict[str, Any], steps_left: int, total_steps: int
-) -> bool:
-    """Called once, when ``SOON`` of the training is over. True where it warned."""
-    reached = reach(optimizer, group, steps_left) if was_measured(group, total_steps) else None
-    if reached is None or reached >= REACH:
-        return False
-    warnings.warn(
-        f"Anneal: at lr = {float(group['lr']):g} a weight would go about {reached:.2g} times half the distance between two levels until "
-        f"the training ends, if it never turned; below {REACH:g} too few weights can choose their level. Raise the learning rate "
-        "(docs/recipes.md has those that work), or train longer",
-        stacklevel=4,
+    optimizer: torch.optim.Optimizer, groups: Sequence[dict[str, Any]], steps_done: int, total_steps: int
+) -> None:
+    """Looks once, when ``SOON`` of the training is over, and warns of the first group whose steps are too small for its
+    weights to reach another level.
+    """
+    if steps_done != max(1, round(SOON * total_steps)):
+        return
+    for group in groups:
+        reached = None
+        if was_measured(group, total_steps):
+            reached = reach(optimizer, group, total_steps - steps_done)
+        if reached is not None and reached < REACH:
+            warn(
+                f"annealing: at lr = {float(group['lr']):g} a weight would go about {reached:.2g} times half the "
+                "distance "
+                f"between two levels until the training ends, if it never turned; below {REACH:g} too few weights can "
+                "choose their level. Raise the learning rate (docs/recipes.md has those that work), or train longer"
+            )
+            return
+
+
+def after_step(optimizer: torch.optim.Optimizer, count: int, total: int) -> None:
+    """After a step of an optimizer that anneals itself: what there is to say at this count."""
+    if count == total + 1:
+        warn(
+            f"the optimizer has made {count} steps for total_steps = {total}; the annealing has ended: give it the "
+            "steps of the whole training"
+        )
+    groups = [group for group in optimizer.param_groups if group["quantizer"] is not None]
+    warn_of_small_steps(optimizer, groups, count, total)
+
+
+def warn_of_moves(moves: Sequence[tuple[str, int, int, float]], epsilon: float) -> None:
+    """Of what finalize() is about to move.
+
+    Args:
+        moves: name of each tensor, its number of weights, how many of them are not near their level, and the largest
+            distance from one, in units of half the distance between levels.
+        epsilon: the largest one of a group.
+    """
+    moving, total = sum(each[2] for each in moves), sum(each[1] for each in moves)
+    if not moving:
+        return
+    worst = sorted((each for each in moves if each[2]), key=lambda each: each[2] / each[1], reverse=True)
+    named = ", ".join(f"{name} ({count / numel:.1%}, by up to {away:.2g})" for name, numel, count, away in worst[:3])
+    warn(
+        f"finalize: {f'epsilon is still {epsilon:.3g}: ' if epsilon > 0 else ''}{moving / total:.1%} of the weights "
+        "are "
+        f"off their levels and will move, by up to {max(each[3] for each in worst):.3g} of half the distance between "
+        f"levels; most in {named}. Nothing has to move when all weights are annealed to the end: total_steps are those "
+        "of the whole training, no layer is frozen on the way, and the weights are the last ones, not an earlier "
+        "checkpoint"
     )
-    return True
 
 
 @torch.no_grad()
@@ -134,9 +184,8 @@ class LostSteps:
             standing += int((pushed & (_first(weight) == before)).sum())
         if moving and standing > moving / 2:
             kinds = ", ".join(sorted({str(weight.dtype).removeprefix("torch.") for weight, *_ in self._seen}))
-            warnings.warn(
-                f"{standing / moving:.0%} of the {kinds} weights that have a gradient did not move in the first step: their steps are "
-                "below half of their last place and are rounded off; low_precision='remainder' (2 more bytes per weight) or 'stochastic' "
-                "keeps them",
-                stacklevel=5,
+            warn(
+                f"{standing / moving:.0%} of the {kinds} weights that have a gradient did not move in the first step: "
+                "their steps are below half of their last place and are rounded off; low_precision='remainder' (2 more "
+                "bytes per weight) or 'stochastic' keeps them"
             )

@@ -1,41 +1,136 @@
 """The keywords of a param group beyond torch.optim's: defaults, ranges, and which of two rates holds."""
 
-import functools
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .schedule import SHAPES
+
 Group = dict[str, Any]
 
-# Keywords of a quantized param group beyond torch.optim's, and their defaults.
-CONSTRAINT = {
-    "quantizer": None,
-    "pretrained": False,
-    "normalized": False,
-    "trained_norms": False,
-    "channel_dim": 0,
-    "fan_in": None,
-    "quantize_frozen": False,
-    "epsilon": 1.0,
-    "recovery": None,
-    "alpha": None,
-    "anneal": "capture",
-    "skew_at": "velocity",
-    "max_step": 0.5,
-    "clip": True,
-    "outputs": (),
-    "state_dtype": None,
-    "low_precision": "nearest",
-    "seed": 0,
-    "backend": "auto",
+
+class Keyword(NamedTuple):
+    """A keyword of a param group: its default, which values are good, and what is wanted instead of others."""
+
+    default: Any
+    good: Callable[[Any], bool]
+    wanted: str
+    kind: str = "any"  # "number": a float, or a tensor of one; "whole": an int. Others are a TypeError
+    optional: bool = False  # None is good, too
+
+
+def _among(*values: Any) -> Callable[[Any], bool]:
+    return lambda value: value in values
+
+
+def _is_seed(seed: Any) -> bool:
+    if isinstance(seed, Tensor):
+        return seed.dtype == torch.int64 and seed.numel() == 1
+    return type(seed) is int and 0 <= seed < 2**63
+
+
+def _is_channel_dim(dim: Any) -> bool:
+    """Whether it has the form of one; the weights' shapes are not looked at."""
+    dims = dim if isinstance(dim, (tuple, list)) and dim else [dim]
+    return all(type(each) is int for each in dims)
+
+
+def _is_fan_in(fan_in: Any) -> bool:
+    fans = fan_in if isinstance(fan_in, (tuple, list)) else [fan_in]
+    return all(each is None or (type(each) is int and each >= 1) for each in fans)
+
+
+_CHANNEL_DIM = (
+    "the weights' output dimension is needed, such as 0, or, for stacked experts, those of expert and output, such as "
+    "(0, 2)"
+)
+_FAN_IN = (
+    "how many weights are summed up into one output, or a list with one such number for each weight of the group; None "
+    "where it is not known"
+)
+_SHARE = "a share of total_steps lies in [0, 1]"
+_SHAPES = f"{', '.join(map(repr, SHAPES))} or a callable progress -> r"
+_ANNEALED = "the annealed number lies in [0, 1]: 1 is unconstrained, 0 leaves the levels (it is not Adam's eps)"
+
+# Keywords of a quantized param group beyond torch.optim's. Quantizers are checked where they are parsed, backends where
+# they are chosen.
+_OURS = {
+    "quantizer": Keyword(None, lambda _: True, ""),
+    "pretrained": Keyword(False, _among(False, True, "packed"), "False, True or 'packed'"),
+    "normalized": Keyword(False, _among(None, False, True), "True, or False, which None also means"),
+    "trained_norms": Keyword(False, _among(False, True), "True or False"),
+    "channel_dim": Keyword(0, _is_channel_dim, _CHANNEL_DIM),
+    "fan_in": Keyword(None, _is_fan_in, _FAN_IN),
+    "quantize_frozen": Keyword(False, _among(False, True), "True or False"),
+    "epsilon": Keyword(1.0, lambda x: 0 <= x <= 1, _ANNEALED, "number"),
+    "total_steps": Keyword(None, lambda x: x >= 1, "at least 1 is needed", "whole", optional=True),
+    "hold": Keyword(None, lambda x: 0 <= x <= 1, _SHARE, "number", optional=True),
+    "end": Keyword(None, lambda x: 0 <= x <= 1, _SHARE, "number", optional=True),
+    "shape": Keyword("quadratic", lambda x: callable(x) or (isinstance(x, str) and x in SHAPES), _SHAPES),
+    "steps_done": Keyword(0, lambda x: x >= 0, "a count of steps is at least 0", "whole"),
+    "recovery": Keyword(
+        None,
+        lambda x: 0 < x <= 1,
+        "the share of the distance that a step removes lies in (0, 1]",
+        "number",
+        optional=True,
+    ),
+    "alpha": Keyword(None, lambda x: 0 < x < math.inf, "a finite rate above 0 per unit of lr", "number", optional=True),
+    "anneal": Keyword("capture", _among("capture", "interval"), "'capture' or 'interval'"),
+    "skew_at": Keyword("velocity", _among("velocity", "gradient"), "'velocity' or 'gradient'"),
+    "max_step": Keyword(
+        0.5, lambda x: x > 0, "above 0, in units of half the distance between levels; inf for no cap", "number"
+    ),
+    "clip": Keyword(True, lambda x: isinstance(x, bool), "True or False"),
+    "outputs": Keyword(
+        (), lambda x: not isinstance(x, str) and set(x) <= {"codes", "snapped"}, "a list of 'codes' and 'snapped'"
+    ),
+    "state_dtype": Keyword(None, _among(None, torch.float32, "float32"), "None (the weight's dtype) or torch.float32"),
+    "low_precision": Keyword(
+        "nearest", _among("nearest", "remainder", "stochastic"), "'nearest', 'remainder' or 'stochastic'"
+    ),
+    "seed": Keyword(0, _is_seed, "a whole number in [0, 2^63), or a 0-d int64 tensor"),
+    "backend": Keyword("auto", lambda _: True, ""),
 }
+# Those of torch.optim that both rules have; their defaults are in the constructors.
+_TORCHS = {
+    "lr": Keyword(..., lambda x: x >= 0, "a learning rate is at least 0", "number"),
+    "weight_decay": Keyword(..., lambda x: x >= 0, "weight decay is at least 0", "number"),
+    "maximize": Keyword(..., lambda x: isinstance(x, bool), "True or False"),
+    "differentiable": Keyword(..., lambda x: not x, "the step is not differentiable; leave it False"),
+}
+KEYWORDS = {**_TORCHS, **_OURS}
+CONSTRAINT = {name: keyword.default for name, keyword in _OURS.items()}
+
+# What depends on two keywords, once each of them is good: (both, good, wanted of the first).
+_PAIRS: tuple[tuple[tuple[str, str], Callable[[Any, Any], bool], str], ...] = (
+    (
+        ("recovery", "skew_at"),
+        lambda recovery, skew_at: recovery is None or skew_at == "velocity",
+        "with skew_at = 'gradient' give alpha: momentum would amplify a recovery",
+    ),
+    (
+        ("skew_at", "anneal"),
+        lambda skew_at, anneal: skew_at == "velocity" or anneal == "interval",
+        "skew_at = 'gradient' needs anneal = 'interval'",
+    ),
+    (
+        ("outputs", "quantizer"),
+        lambda outputs, quantizer: not outputs or quantizer is not None,
+        "outputs need a quantizer",
+    ),
+    (("foreach", "fused"), lambda foreach, fused: not (foreach and fused), "foreach and fused exclude each other"),
+)
+
 # These say how a machine computes, not what: a checkpoint does not bring them along.
 EXECUTION = ("backend", "outputs", "foreach", "fused", "capturable", "differentiable")
 # These say what the layers of this model are, and belong to its weights as their names do.
 LAYERS = ("channel_dim", "fan_in")
+# These say how this training is to be annealed: a checkpoint does not bring them along, but for how far it has come.
+SCHEDULE = ("total_steps", "hold", "end", "shape")
 
 
 def counter_dtype() -> torch.dtype:
@@ -56,101 +151,31 @@ def resolve_rate(group: dict[str, Any], defaults: dict[str, Any], skew_at: str) 
     return (None, 1.0) if skew_at == "gradient" else (0.5, None)
 
 
-def _check(group: Group, name: str, good: bool, wanted: str) -> None:
-    if not good:
-        raise ValueError(f"{name} = {group[name]!r}; {wanted}")
+def check(group: dict[str, Any], names: Iterable[str] | None = None) -> None:
+    """Whether keywords of a group are good, by themselves and together; all of them, or those of these names.
+
+    Raises: ValueError, TypeError: with the keyword, its value and what is wanted. A tensor that is not on the CPU is
+        not read, which would wait for its device.
+    """
+    wanted = set(KEYWORDS) | {"foreach", "fused"} if names is None else set(names)
+    for name, keyword in KEYWORDS.items():
+        if name in wanted and not (keyword.optional and group[name] is None):
+            _check_one(name, group[name], keyword)
+    for pair, good, remedy in _PAIRS:
+        if not wanted.isdisjoint(pair) and not good(*(group[name] for name in pair)):
+            raise ValueError(f"{pair[0]} = {group[pair[0]]!r}; {remedy}")
 
 
-def _check_number(group: Group, name: str, good: Callable[[float], bool], wanted: str) -> None:
-    value = group[name]
-    if isinstance(value, Tensor):
-        _check(group, name, value.numel() == 1, "a tensor must hold one number")
+def _check_one(name: str, value: Any, keyword: Keyword) -> None:
+    if keyword.kind == "number" and isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{name} = {value!r}; a tensor must hold one number")
         if value.device.type != "cpu":
-            return  # reading it would wait for the device
-    elif isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} = {value!r}; a number is needed")
-    _check(group, name, good(float(value)), wanted)
-
-
-def _check_layers(group: Group) -> None:
-    """Whether what a group says of its layers has the form that it should; the weights' shapes are not looked at."""
-
-    dim, fan_in = group["channel_dim"], group["fan_in"]
-    dims = dim if isinstance(dim, (tuple, list)) and dim else [dim]
-    _check(
-        group,
-        "channel_dim",
-        all(type(each) is int for each in dims),
-        "the weights' output dimension is needed, such as 0, or, for stacked experts, those of expert and output, such "
-        "as (0, 2)",
-    )
-    fans = fan_in if isinstance(fan_in, (tuple, list)) else [fan_in]
-    _check(
-        group,
-        "fan_in",
-        all(each is None or (type(each) is int and each >= 1) for each in fans),
-        "how many weights are summed up into one output, or a list with one such number for each weight of the group; "
-        "None where it is not known",
-    )
-    _check(group, "normalized", group["normalized"] in (None, False, True), "True, or False, which None also means")
-    for name in ("trained_norms", "quantize_frozen"):
-        _check(group, name, isinstance(group[name], bool), "True or False")
-
-
-def check_group(group: Group) -> None:
-    """Ranges of what every group has; raises before anything is changed."""
-    check, number = functools.partial(_check, group), functools.partial(_check_number, group)
-    number("lr", lambda x: x >= 0, "a learning rate is at least 0")
-    number("weight_decay", lambda x: x >= 0, "weight decay is at least 0")
-    number(
-        "epsilon",
-        lambda x: 0 <= x <= 1,
-        "the annealed number lies in [0, 1]: 1 is unconstrained, 0 leaves the levels (it is not Adam's eps)",
-    )
-    number("max_step", lambda x: x > 0, "above 0, in units of half the distance between levels; inf for no cap")
-    check("anneal", group["anneal"] in ("capture", "interval"), "'capture' or 'interval'")
-    check("skew_at", group["skew_at"] in ("velocity", "gradient"), "'velocity' or 'gradient'")
-    if group["recovery"] is not None:
-        number("recovery", lambda x: 0 < x <= 1, "the share of the distance that a step removes lies in (0, 1]")
-        check(
-            "recovery",
-            group["skew_at"] == "velocity",
-            "with skew_at = 'gradient' give alpha: momentum would amplify a recovery",
-        )
-    if group["alpha"] is not None:
-        number("alpha", lambda x: 0 < x < math.inf, "a finite rate above 0 per unit of lr")
-    check(
-        "skew_at",
-        group["skew_at"] == "velocity" or group["anneal"] == "interval",
-        "skew_at = 'gradient' needs anneal = 'interval'",
-    )
-    check("pretrained", group["pretrained"] in (False, True, "packed"), "False, True or 'packed'")
-    _check_layers(group)
-    check("clip", isinstance(group["clip"], bool), "True or False")
-    check("maximize", isinstance(group["maximize"], bool), "True or False")
-    outputs = group["outputs"]
-    check(
-        "outputs",
-        not isinstance(outputs, str) and set(outputs) <= {"codes", "snapped"},
-        "a list of 'codes' and 'snapped'",
-    )
-    check("outputs", not outputs or group["quantizer"] is not None, "outputs need a quantizer")
-    check(
-        "state_dtype",
-        group["state_dtype"] in (None, torch.float32, "float32"),
-        "None (the weight's dtype) or torch.float32",
-    )
-    check(
-        "low_precision",
-        group["low_precision"] in ("nearest", "remainder", "stochastic"),
-        "'nearest', 'remainder' or 'stochastic'",
-    )
-    seed = group["seed"]
-    whole = (
-        seed.dtype == torch.int64 and seed.numel() == 1
-        if isinstance(seed, Tensor)
-        else type(seed) is int and 0 <= seed < 2**63
-    )
-    check("seed", whole, "a whole number in [0, 2^63), or a 0-d int64 tensor")
-    check("differentiable", not group["differentiable"], "the step is not differentiable; leave it False")
-    check("foreach", not (group["foreach"] and group["fused"]), "foreach and fused exclude each other")
+            return
+    elif keyword.kind != "any":
+        wanted = (int,) if keyword.kind == "whole" else (int, float)
+        if isinstance(value, bool) or not isinstance(value, wanted):
+            needed = "a whole number" if keyword.kind == "whole" else "a number"
+            raise TypeError(f"{name} = {value!r}; {needed} is needed")
+    if not keyword.good(float(value) if keyword.kind == "number" else value):
+        raise ValueError(f"{name} = {value!r}; {keyword.wanted}")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .optimizer import QuantizedOptimizer
 from .quantizer import codes, distance, snap
+from .wrappers import unwrap
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,14 @@ class Sample:
 class Monitor:
     """Samples an optimizer's quantized weights after every ``every``-th step; made by :func:`monitor`.
     It reads weights, gradients and scales and changes nothing: the training is the same, bit for bit. It keeps the last
-       codes, one byte per weight. ``history`` is a list of (step, {name: Sample}); the name "all" is all of them together.
+       codes, one byte per weight. ``history`` is a list of (step, {name: Sample}); the name "all" is all of them
+       together.
     """
 
-    def __init__(self, optimizer: QuantizedOptimizer, every: int = 100):
+    def __init__(self, optimizer: torch.optim.Optimizer, every: int = 100):
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ValueError(f"monitor: every = {every!r}; a whole number of steps, at least 1")
+        optimizer = unwrap(optimizer)
         if not isinstance(optimizer, QuantizedOptimizer):
             raise TypeError(f"monitor: optimizer is a {type(optimizer).__name__}; an AskewSGD or AskewAdamW is needed")
         self.every, self.steps = every, 0
@@ -172,9 +175,9 @@ def _sample_of(count: dict[str, Any]) -> Sample:
     )
 
 
-def monitor(optimizer: QuantizedOptimizer, every: int = 100) -> Monitor:
-    """Watches an optimizer's quantized weights: a sample after every ``every``-th step, by PyTorch operations; see
-    :class:`Monitor`.
+def monitor(optimizer: torch.optim.Optimizer, every: int = 100) -> Monitor:
+    """Watches the quantized weights of an optimizer, or of the one that it wraps: a sample after every ``every``-th
+    step, by PyTorch operations; see :class:`Monitor`.
 
     >>> import askew_cuda as askew
     >>> weight = torch.nn.Parameter(torch.tensor([0.9, -1.2, 0.1, 1.0]))

@@ -3,7 +3,7 @@ good.
 """
 
 import contextlib
-import warnings
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, overload
@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from . import backends, checkpoints, scales
+from . import backends, checkpoints, hints, scales, schedule
 from .hints import LostSteps
 from .interrupts import deferred
-from .keywords import CONSTRAINT, Group, check_group, resolve_rate
+from .keywords import CONSTRAINT, Group, check, resolve_rate
 from .plan import Additions, Batch, Plan, parts
 from .quantizer import Quantizer, codes, distance, snap
 
@@ -58,18 +58,17 @@ class FinalizeReport:
 class QuantizedOptimizer(torch.optim.Optimizer):
     """An optimizer whose param groups may bring a quantizer and the keywords around it. Subclasses bring the rule."""
 
-    _step_supports_amp_scaling = (
-        True  # torch.amp.GradScaler: sets grad_scale and found_inf here, and leaves p.grad alone
-    )
-
     def __init__(self, params: ParamsT, defaults: dict[str, Any], constraint: dict[str, Any]):
         unknown = set(constraint) - set(CONSTRAINT)
         if unknown:
             raise TypeError(
-                f"{type(self).__name__}: unknown keywords {', '.join(sorted(unknown))}; beyond torch's there are {', '.join(CONSTRAINT)}"
+                f"{type(self).__name__}: unknown keywords {', '.join(sorted(unknown))}; beyond torch's there are "
+                f"{', '.join(CONSTRAINT)}"
             )
         self._start()
         super().__init__(params, {**defaults, **CONSTRAINT, **constraint})
+        # as torch: torch.amp.GradScaler then sets grad_scale and found_inf here, and leaves p.grad alone
+        self._step_supports_amp_scaling = bool(self.defaults["fused"])
 
     def _start(self) -> None:
         """What is neither saved nor copied."""
@@ -80,12 +79,15 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         self._quantized_depth = 0
         self._lent: dict[Tensor, Tensor] = {}  # scales that are not set yet, while quantized() holds them
         self._plan: Plan | None = None
+        self._chosen: dict[tuple[str, torch.device, torch.dtype, bool], str] = {}  # backends
         self._scaled: dict[Tensor, Any] = {}  # the quantizer that a weight's scale was set for
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "_parsed" not in self.__dict__:  # unpickled or copied; load_state_dict also comes through here
             self._start()
+            self.defaults = {**CONSTRAINT, **self.defaults}  # older versions have fewer
+            self._step_supports_amp_scaling = bool(self.defaults["fused"])
         self._stepped.update(
             (weight, True) for weight, kept in self.state.items() if kept and isinstance(weight, Tensor)
         )
@@ -111,9 +113,16 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         )
         quantizer = self._check(group)
         group["quantizer"] = None if quantizer is None else quantizer.plain()
+        annealed = self._annealed(group)
+        epsilon = group.setdefault("epsilon", self.defaults["epsilon"])
+        if any(epsilon is each["epsilon"] for each in self.param_groups if isinstance(epsilon, Tensor)):
+            group["epsilon"] = epsilon.clone()  # the phases of groups differ
         group["outputs"] = list(group.get("outputs", self.defaults["outputs"]))
         group["state_dtype"] = None if group.get("state_dtype", self.defaults["state_dtype"]) is None else "float32"
         super().add_param_group(group)
+        if "epsilon" in annealed:
+            schedule.put_epsilon(group, annealed.pop("epsilon"))
+        group.update(annealed)
         unique = {weight: i for i, weight in reversed(list(enumerate(group["params"])))}  # torch has warned of others
         for key in ("params", "param_names", "fan_in"):
             if isinstance(group.get(key), (list, tuple)):
@@ -123,14 +132,35 @@ class QuantizedOptimizer(torch.optim.Optimizer):
     def _check(self, group: Group) -> Quantizer | None:
         """Whether the group, and the defaults where it is silent, can be stepped; its quantizer."""
         settings = {**self.defaults, **group}
-        check_group(settings)
+        check(settings)
         self._check_rule(settings)
         quantizer = None if settings["quantizer"] is None else Quantizer.parse(settings["quantizer"])
         self._check_weights(settings["params"], settings, quantizer)
         return quantizer
 
-    @staticmethod
-    def _check_weights(params: Any, settings: Group, quantizer: Quantizer | None) -> None:
+    def _annealed(self, group: Group) -> Group:
+        """The keywords of a new group that anneals itself: when it begins and ends, its count of steps, its epsilon."""
+        settings = {**self.defaults, **group}
+        total = settings["total_steps"]
+        if total is None:
+            return {}
+        done = group.get(
+            "steps_done", max([settings["steps_done"], *(each["steps_done"] for each in self.param_groups)])
+        )
+        if settings["quantizer"] is None:
+            return {"steps_done": done}
+        hold, end = schedule.phase(settings)
+        settings |= {"hold": hold, "end": end}
+        epsilon = schedule.epsilon_at(settings, done)
+        if not isinstance(settings["epsilon"], Tensor) and settings["epsilon"] not in (1, epsilon):
+            raise ValueError(
+                f"epsilon = {settings['epsilon']} with total_steps = {total}: after {done} steps it is {epsilon:.3g}. "
+                "Leave epsilon out, and give steps_done to go on from a step; or leave out total_steps"
+            )
+        hints.warn_of_early_annealing(settings, schedule.half_width(settings, hints.EARLY), total)
+        return {"hold": hold, "end": end, "steps_done": done, "epsilon": epsilon}
+
+    def _check_weights(self, params: Any, settings: Group, quantizer: Quantizer | None) -> None:
         """Whether the weights of a group can be stepped as the group says."""
         params = [params] if isinstance(params, Tensor) else params
         fan_in = settings["fan_in"]
@@ -145,27 +175,30 @@ class QuantizedOptimizer(torch.optim.Optimizer):
                 continue  # torch's own error says it best
             if weight.layout != torch.strided or weight.is_complex() or weight.dtype not in backends.DTYPES:
                 raise TypeError(
-                    f"{name} is {weight.dtype} ({weight.layout}); dense float32, float64, bfloat16 and float16 weights can be stepped"
+                    f"{name} is {weight.dtype} ({weight.layout}); dense float32, float64, bfloat16 and float16 weights "
+                    "can be stepped"
                 )
             if settings["state_dtype"] is not None and weight.dtype == torch.float64:
                 raise ValueError(f"state_dtype = float32, but {name} is float64; it is for 16-bit weights")
             if settings.get("capturable") and weight.device.type == "cpu":
                 raise ValueError(
-                    f"capturable = True, but {name} is on the CPU; it is for weights on a GPU, in CUDA graphs. Leave it False"
+                    f"capturable = True, but {name} is on the CPU; it is for weights on a GPU, in CUDA graphs. Leave "
+                    "it False"
                 )
             if quantizer is not None:
                 quantizer.check(weight, name, settings["channel_dim"])
-            chosen = QuantizedOptimizer._choose(settings, weight.device, weight.dtype)
+            chosen = self._choose(settings, weight.device, weight.dtype)
             if settings["fused"] and chosen == "reference":
                 raise RuntimeError(
                     f"fused = True, but the pure PyTorch reference would step {name} on {weight.device}; leave it None"
                 )
 
-    @staticmethod
-    def _choose(group: Group, device: torch.device, dtype: torch.dtype) -> str:
-        """The backend of weights of a group."""
-        rounds = dtype.itemsize == 2 and group["low_precision"] != "nearest"
-        return backends.choose(group["backend"], device, dtype, rounds)
+    def _choose(self, group: Group, device: torch.device, dtype: torch.dtype) -> str:
+        """The backend of weights of a group. Asked for once: torch.compile watches the answers, which are this optimizer's own."""
+        key = (group["backend"], device, dtype, dtype.itemsize == 2 and group["low_precision"] != "nearest")
+        if key not in self._chosen:
+            self._chosen[key] = backends.choose(*key)
+        return self._chosen[key]
 
     def _quantizer(self, group: Group) -> Quantizer | None:
         plain = group["quantizer"]
@@ -218,10 +251,9 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         levels = quantizer.codebook.levels
         zeros = 0.0 if 0 in levels else scales.share_of_zeros(weight)
         if 0.05 < zeros < 1:
-            warnings.warn(
+            hints.warn(
                 f"{name}: {zeros:.0%} of its weights are exactly 0, and no level of its codebook is: if they were "
-                "pruned, they come back to life; take levels with a 0 among them, such as 'ternary'",
-                stacklevel=4,
+                "pruned, they come back to life; take levels with a 0 among them, such as 'ternary'"
             )
         fresh = group["normalized"] and not group["trained_norms"]
         if group["clip"] and not (
@@ -229,10 +261,9 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         ):
             outside = scales.share_outside(weight.detach(), scale, levels)
             if outside > 0.25:
-                warnings.warn(
+                hints.warn(
                     f"{name}: clipping to the outermost levels will move {outside:.0%} of its weights in the first "
-                    "step; if the network is trained already, pass pretrained=True; clip=False leaves them outside",
-                    stacklevel=4,
+                    "step; if the network is trained already, pass pretrained=True; clip=False leaves them outside"
                 )
         return scale
 
@@ -305,30 +336,41 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         if plan is None or not plan.holds(self):
             plan = Plan(self)
         lost = LostSteps(self.param_groups, self._stepped) if plan.additions else None
-        entries, seeds = self._advances()
+        entries, in_place = self._advances() if plan.parts else ([], [])
         plan.lay_out()
-        if plan is self._plan and not seeds:
+        if plan is self._plan and not in_place:
             plan.run(entries)
         else:
             with deferred():
                 plan.run(entries)
-                for seed in seeds:
-                    advance_seed(seed)
+                for write in in_place:
+                    write()
                 if plan is not self._plan:
                     self._adopt(plan)
         if lost and not self._overflowed(wait=True):  # nothing moves then
             lost.warn()
+        total, count = (self.param_groups[0][key] for key in ("total_steps", "steps_done"))
+        if total is not None and not 5 * count > total >= count:  # early, or past the end
+            hints.after_step(self, count, total)
 
-    def _advances(self) -> tuple[list[tuple[Group, str, Any]], list[Tensor]]:
-        """What a step changes in the param groups: entries, and seeds on a device, which are advanced in place."""
-        entries, seeds = [], []
+    def _advances(self) -> tuple[list[tuple[Group, str, Any]], list[Callable[[], object]]]:
+        """What a step changes in the param groups: entries, and what is written in place."""
+        entries: list[tuple[Group, str, Any]] = []
+        in_place: list[Callable[[], object]] = []
         for group in self.param_groups:
             if group["low_precision"] == "stochastic":
                 if isinstance(group["seed"], Tensor):
-                    seeds.append(group["seed"])
+                    in_place.append(functools.partial(advance_seed, group["seed"]))
                 else:
                     entries.append((group, "seed", next_seed(group["seed"])))
-        return entries, seeds
+            if group["total_steps"] is not None:
+                count, epsilon = schedule.next_state(group)
+                entries.append((group, "steps_done", count))
+                if isinstance(group["epsilon"], Tensor):
+                    in_place.append(functools.partial(schedule.put_epsilon, group, epsilon))
+                else:
+                    entries.append((group, "epsilon", epsilon))
+        return entries, in_place
 
     def _trace(self) -> None:
         """The step as torch.compile sees it: the operators, and no plan."""
@@ -337,6 +379,9 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         additions.commit()
         for part in found:
             backends.ready(part.backend, part.call)()
+        if found:
+            for group in self.param_groups:
+                schedule.advance(group)
 
     def _adopt(self, plan: Plan) -> None:
         """Keeps a plan that was carried out, and lets go of weights that are in no group any more."""
@@ -404,16 +449,29 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         known = wait or not isinstance(found, Tensor) or found.device.type == "cpu"
         return known and found is not None and bool(found != 0)
 
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, of plain values and tensors; of a callable ``shape`` it says "callable" only."""
+        saved: dict[str, Any] = super().state_dict()
+        for group in saved["param_groups"]:
+            if callable(group.get("shape")):
+                group["shape"] = "callable"
+        return saved
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a checkpoint of this optimizer, or of torch's of the same rule: then the groups keep their quantizers
-               and their keywords.
-        Weights are matched by name where both have names (the groups may then differ), else by position. Scales are taken over
-               as they are; a checkpoint without them drops the stored ones (set again at the next step). What says how to
-               compute (backend, outputs, fused, ..) stays as it is here. ``state_dict`` is not mutated, and no tensor is
-               shared with it.
+        and their keywords.
 
-               Raises:
-                   ValueError, TypeError: the weights don't match, or a value is out of range. Nothing has been loaded then.
+        Weights are matched by name where both have names (the groups may then differ; the prefixes of DDP and
+        torch.compile don't count), else by position. Scales are taken over as they are; a checkpoint without them drops
+        the stored ones (set again at the next step). What says how to compute (backend, outputs, fused, ..), and
+        total_steps, hold, end and shape stay as they are here; the count of steps is taken, and epsilon is where it is
+        then. Where there is none, it is found by the saved epsilon. ``state_dict`` is not mutated, and no tensor is
+        shared with it.
+
+        Raises:
+            ValueError, TypeError: the weights don't match, or a value is out of range. Nothing has been loaded then.
+
+        Warns: total_steps here and there differ, or the count had to be guessed.
         """
         state_dict = state_dict.copy()
         for before in self._optimizer_load_state_dict_pre_hooks.values():
@@ -499,7 +557,9 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         """Snaps every quantized weight onto its level, for good, and says how far they were.
 
         Holds a copy of the quantized weights meanwhile: all of them are snapped, or none. Weights that are frozen and
-        were never stepped, such as the base of LoRA, keep their values, unless their group says quantize_frozen.
+        were never stepped, such as the base of LoRA, keep their values, unless their group says quantize_frozen. Warns
+        where weights have a way to go, more than 1/64 of half the distance between levels: which share, how far, in
+        which tensors.
 
         Returns: The largest distance, in units of half the distance between levels, the share of weights that were on a
             level, and the names of quantized weights that never received a gradient; per tensor and in all.
@@ -509,23 +569,19 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         """
         if self._quantized_depth:
             raise RuntimeError("finalize() inside quantized(): leave the block first")
-        found, tensors, annealing = list(self._quantized_weights()), [], 0.0
+        found, tensors, moves = list(self._quantized_weights()), [], []
         for name, weight, scale, levels, group in found:
             away = distance(weight, scale, levels)
             if away.isnan().any():
                 raise ValueError(f"finalize: {name} holds {int(away.isnan().sum())} NaN weights; they have no level")
             largest, share = (float(away.max()), float((away == 0).double().mean())) if away.numel() else (0.0, 1.0)
             tensors.append(TensorReport(name, weight.numel(), largest, share))
-            annealing = max(annealing, float(group["epsilon"]))
+            arrived = schedule.near(levels, weight.dtype, group["low_precision"])
+            moves.append((name, weight.numel(), int((away > arrived).sum()), largest))
         total = sum(each.numel for each in tensors)
         largest = max((each.max_distance for each in tensors), default=0.0)
         share = sum(each.share_on_level * each.numel for each in tensors) / total if total else 1.0
-        if annealing > 0:
-            warnings.warn(
-                f"finalize: epsilon is still {annealing:.3g}: {1 - share:.1%} of the weights are off their levels and will move, "
-                f"by up to {largest:.3g} of half the distance between levels; anneal to 0 first",
-                stacklevel=2,
-            )
+        hints.warn_of_moves(moves, max((float(group["epsilon"]) for *_, group in found), default=0.0))
         ready = [(weight, snap(weight, scale, levels), scale) for _, weight, scale, levels, _ in found]
         with deferred():
             for weight, snapped, scale in ready:

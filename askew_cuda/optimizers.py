@@ -28,8 +28,18 @@ _KEYWORDS = """
         without: give those a group with quantizer None, or use param_groups, which does.
     quantize_frozen: whether weights that are frozen and were never stepped are snapped and coded, too. Else they keep
         their values, and are saved as they are; once they train, they are quantized like all others.
-    epsilon: the annealed number in [0, 1], 1 free, 0 levels only; mostly set by :class:`~askew_cuda.Anneal`, which
-        fills a 0-d tensor in place.
+    total_steps: optimizer steps of the whole training, a whole number: then the optimizer anneals itself. None: epsilon
+        is set from outside, by :class:`~askew_cuda.Anneal` or by hand. It is counted what is stepped; a step that the
+        host sees skipped (found_inf on the CPU, a GradScaler that does not call step) is not, one that only a device
+        knows of is.
+    hold, end: shares of total_steps, 0 <= hold < end <= 1: r, the half-width around a level, is 1 until ``hold`` and 0
+        from ``end`` on. None: as measured for the number of levels and ``pretrained`` (docs/recipes.md); in a training
+        of fewer steps than some 340 earlier, so that the weights get there.
+    shape: of the way between, "quadratic" or "geometric"; or a callable from progress in [0, 1] (of the whole training:
+        hold and end don't act) to r in [0, 1], which must not rise.
+    steps_done: the count, a whole number in each group; a checkpoint carries it. A group that is added later takes the
+        others'. Give it to go on from a step.
+    epsilon: the annealed number in [0, 1], 1 free, 0 levels only; a 0-d tensor is filled in place.
     anneal: "capture" (ours) or "interval" (the paper's). skew_at: what the constraint acts on, "velocity" or, as in the
         authors' code, "gradient" (interval only).
     recovery: share in (0, 1] of the distance that a constrained weight makes up in a step. alpha: the paper's rate, per

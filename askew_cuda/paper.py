@@ -1,11 +1,11 @@
-"""The authors' settings, as keywords of the optimizer and of Anneal."""
+"""The authors' settings, as keywords of the optimizer and of its annealing."""
 
 import functools
 import math
 from typing import Any
 
-from .anneal import half_width_of
 from .quantizer import Quantizer
+from .schedule import half_width_of
 
 # epochs, epochs at epsilon = 1, factor per epoch after that, floor (normalised), alpha
 _BINARY = (100, 50, 0.96, 0.0, 0.1)  # their logistic problem; two moons: epochs=50, hold_epochs=20, decay=0.99, alpha=1
@@ -34,7 +34,10 @@ def paper(
     decay: float | None = None,
     alpha: float | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the authors of ASkewSGD used: (keywords of the optimizer beyond torch.optim's, keywords of Anneal).
+    """What the authors of ASkewSGD used: (keywords of the optimizer beyond torch.optim's, keywords of its annealing).
+
+    Both go to the optimizer, with ``total_steps``: ``AskewSGD(params, lr, **first, **second, total_steps=n)``. Or the
+    second to :class:`~askew_cuda.Anneal`.
 
     Args:
         setting: "binary" (levels -1 and 1, no scale) or "4bit" (17 levels -8..8, SAWB scale). In their 4-bit training

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends, checks
+from . import backends, checks, keywords
 from .checks import Call
 from .keywords import Group, counter_dtype
 
@@ -173,6 +173,11 @@ def buffer(optimizer: "QuantizedOptimizer", name: str, weight: Tensor, additions
 
 def check_capture(group: Group, batch: Batch) -> None:
     """Whether a CUDA graph that is being captured would do, when it is replayed, what a step does then."""
+    if group["total_steps"] is not None:
+        raise RuntimeError(
+            f"step() in a CUDA graph capture with total_steps = {group['total_steps']}: a replay counts no step; leave "
+            "total_steps out and use Anneal, with epsilon=torch.tensor(1.0, device=...), which it fills in place"
+        )
     if not group.get("capturable", True):
         raise RuntimeError(
             "step() in a CUDA graph capture with capturable = False: the step would never be counted; pass True"
@@ -233,6 +238,9 @@ class Plan:
     """
 
     def __init__(self, optimizer: "QuantizedOptimizer"):
+        for group in optimizer.param_groups:
+            keywords.check(group)
+            optimizer._check_rule(group)
         self.additions = Additions()
         self.parts = list(parts(optimizer, self.additions))
         for part in self.parts:
@@ -304,8 +312,8 @@ class Plan:
             now = settings_of(optimizer, part.group, part.batch)
             changed = changed_settings(now, before)
             if changed:
-                call = part.call._replace(settings={**before, **changed})
-                checks.check_settings(call)
+                keywords.check(part.group, changed)
+                optimizer._check_rule(part.group)
                 self.compiled.set(i, changed)
                 before.update(changed)
         return self.compiled.take_gradients()

@@ -373,9 +373,11 @@ def codes(weight: Tensor, scale: Tensor, levels: Sequence[float]) -> Tensor:
 
 
 def snap(weight: Tensor, scale: Tensor, levels: Sequence[float]) -> Tensor:
-    """Each weight's nearest ``scale * level``, in the weight's dtype. Arguments, ties and NaN as for :func:`codes`."""
-    _, book, unit, index = _place(weight, scale, levels)
-    return (unit * book.level(index)).to(weight.dtype)
+    """Each weight's nearest ``scale * level``, in the weight's dtype; NaN stays NaN. Arguments and ties as for
+    :func:`codes`.
+    """
+    w, book, unit, index = _place(weight, scale, levels)
+    return torch.where(w.isnan(), w, unit * book.level(index)).to(weight.dtype)
 
 
 def distance(weight: Tensor, scale: Tensor, levels: Sequence[float]) -> Tensor:

@@ -1,10 +1,13 @@
-"""All benchmarks, one after another, each in a process of its own.    python -m benchmarks [--full] [--save [FOLDER]]"""
+"""All benchmarks of speed, one after another.    python -m benchmarks [--full] [--save [FOLDER]]
+
+Each is a process of its own.
+"""
 
 import subprocess
 import sys
 import time
 
-SCRIPTS = ("bench_step", "bench_tensors", "bench_memory", "bench_train", "bench_scaling")
+SCRIPTS = ("step", "tensors", "memory", "train", "scaling")
 
 
 def main() -> None:
@@ -12,7 +15,7 @@ def main() -> None:
     for name in SCRIPTS:
         start = time.monotonic()
         print(f"===== {name}", flush=True)
-        if subprocess.run([sys.executable, "-m", f"benchmarks.{name}", *sys.argv[1:]]).returncode != 0:
+        if subprocess.run([sys.executable, "-m", f"benchmarks.speed.{name}", *sys.argv[1:]]).returncode != 0:
             failed.append(name)
         print(f"===== {name}: {time.monotonic() - start:.0f} s\n", flush=True)
     if failed:

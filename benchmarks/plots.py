@@ -1,7 +1,7 @@
 """Every plot of README and docs, from the committed results: path of an SVG file -> a function that draws it.
 
-The digest of the data that were drawn lies in the file, so that a test can tell whether they are the committed ones, whatever version
-of matplotlib or of a font drew them.
+The digest of the data that were drawn lies in the file, so that a test can tell whether they are the committed ones,
+whatever version of matplotlib or of a font drew them.
 """
 
 import hashlib
@@ -12,33 +12,46 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks import results
-from benchmarks.figures import plural
-from benchmarks.referee import table
+from benchmarks.accuracy.score_tables import gains
+from benchmarks.speed.timing_tables import plural
 
-Series = dict[str, dict[str, list[float]]]  # title of a panel -> name of a line -> x, y alternating; or one number; or it and its error
+Series = dict[
+    str, dict[str, list[float]]
+]  # title of a panel -> name of a line -> x, y alternating; or one number; or it and its error
 
 
-def scaling() -> Series:
-    """Nanoseconds per weight against the number of weights: a panel for each number of threads and state of the caches."""
+def scaling_lines() -> Series:
+    """Nanoseconds per weight against weights: a panel for each number of threads and state of the caches."""
     panels: Series = {}
     for section in results.load("scaling-cpu")["sections"]:
         about = section["about"]
         for caches in ("warm", "cold") if about["caches"] == "too small" else (about["caches"],):
             lines = panels.setdefault(f"{plural(about['threads'])}, caches {caches}", {})
             for timing in section["timings"]:
-                lines.setdefault(timing["name"], []).extend((about["weights"], timing["seconds"][0] * 1e9 / about["weights"]))
+                lines.setdefault(timing["name"], []).extend(
+                    (about["weights"], timing["seconds"][0] * 1e9 / about["weights"])
+                )
     return panels
 
 
-def today() -> Series:
+def optimizer_bars() -> Series:
     """Time relative to AskewSGD, per way of training: one panel, one bar each."""
     data = results.load("step-cpu")
-    section = next(s for s in data["sections"] if s["title"] == "Optimizers on one matrix" and s["about"]["threads"] == 1)
-    return {"time of a step relative to AskewSGD 4 bit": {timing["name"]: [timing["ratio"][0]] for timing in section["timings"]}}
+    section = next(
+        s for s in data["sections"] if s["title"] == "Optimizers on one matrix" and s["about"]["threads"] == 1
+    )
+    return {
+        "time of a step relative to AskewSGD 4 bit": {
+            timing["name"]: [timing["ratio"][0]] for timing in section["timings"]
+        }
+    }
 
 
-def draw(panels: Series) -> str:
-    """SVG text: lines where there are points, bars where there is one number each, points with two standard errors where there are two."""
+def svg_of(panels: Series) -> str:
+    """SVG text.
+
+    Lines where there are points, bars where there is one number each, points with errors where there are two.
+    """
     import matplotlib
 
     matplotlib.use("svg")
@@ -46,7 +59,9 @@ def draw(panels: Series) -> str:
 
     with matplotlib.rc_context({"svg.hashsalt": "askew_cuda", "svg.fonttype": "none", "font.size": 9}):
         across = min(2, len(panels))
-        figure, axes = pyplot.subplots(-(-len(panels) // across), across, figsize=(9, 3.2 * -(-len(panels) // across)), squeeze=False)
+        figure, axes = pyplot.subplots(
+            -(-len(panels) // across), across, figsize=(9, 3.2 * -(-len(panels) // across)), squeeze=False
+        )
         for axis, (title, lines) in zip(axes.flat, panels.items(), strict=False):
             axis.set_title(title)
             _fill(axis, lines)
@@ -65,7 +80,9 @@ def _fill(axis: Any, lines: dict[str, list[float]]) -> None:
         axis.set_xscale("log")
         axis.invert_yaxis()
     elif longest == 2:
-        axis.errorbar([line[0] for line in lines.values()], list(lines), xerr=[2 * line[1] for line in lines.values()], fmt="o")
+        axis.errorbar(
+            [line[0] for line in lines.values()], list(lines), xerr=[2 * line[1] for line in lines.values()], fmt="o"
+        )
         axis.axvline(0, color="grey")
         axis.invert_yaxis()
     elif longest > 2:
@@ -80,4 +97,8 @@ def digest(data: Any) -> str:
     return "data sha256 " + hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
-PLOTS: dict[str, Callable[[], Series]] = {"docs/scaling.svg": scaling, "docs/today.svg": today, "docs/accuracy.svg": table.gains}
+PLOTS: dict[str, Callable[[], Series]] = {
+    "docs/scaling.svg": scaling_lines,
+    "docs/today.svg": optimizer_bars,
+    "docs/accuracy.svg": gains,
+}

@@ -29,6 +29,7 @@ from .. import reference
 from ..checks import DTYPES
 from ..quantizer import Quantizer
 from ..quantizer import codes as nearest_codes
+from ..wrappers import unwrap
 from .bits import PACKINGS, fault, pack, packed_size, restore, unpack, width
 from .safetensors import TensorReader, TensorWriter, replacing
 
@@ -68,7 +69,7 @@ def save_packed(
 
     Args:
         model: on any devices, in any memory format.
-        optimizer: an AskewSGD or AskewAdamW with quantized weights of this model.
+        optimizer: an AskewSGD or AskewAdamW with quantized weights of this model, or a wrapper of it.
         path: of the safetensors file; its folder exists.
         ternary: codes of three levels at "1.6bit", five to a byte, or at "2bit", which is simpler to read elsewhere.
 
@@ -185,6 +186,7 @@ def quantized_weights(optimizer: torch.optim.Optimizer, caller: str) -> dict[Ten
     Raises:
         TypeError: not an optimizer of ours. ValueError: it quantizes nothing.
     """
+    optimizer = unwrap(optimizer)
     if not hasattr(optimizer, "quantized_parameters"):
         raise TypeError(
             f"{caller}: optimizer = {type(optimizer).__name__}; the AskewSGD or AskewAdamW that trained the model is "
@@ -210,7 +212,7 @@ def packed_weights(
     Raises:
         ValueError: a weight is NaN, or a scale is not of the shape, dtype and range that its quantizer sets.
     """
-    for weight, codes, _, scale in cast(Any, optimizer).quantized_parameters():
+    for weight, codes, _, scale in cast(Any, unwrap(optimizer)).quantized_parameters():
         (quantizer, channel_dim), name = by_weight[weight], names[weight]
         if weight.isnan().any():
             raise ValueError(

@@ -368,6 +368,11 @@ def refuse_rounding(remainders: Tensors = (), seed: object = None, **of_seed: ob
         )
 
 
+# The launch follows addresses, which a trace does not have.
+outside_of_graphs = torch.compiler.disable(reason="the Triton backend is launched outside of torch.compile's graphs")
+
+
+@outside_of_graphs
 @torch.no_grad()
 def sgd_(weights: Tensors, grads: Tensors, momentum_buffers: Tensors, scales: Tensors, levels: Sequence[float], codes: Tensors,
          snapped: Tensors, *, lr: Scalar, momentum: float, dampening: float, weight_decay: float, nesterov: bool, maximize: bool,
@@ -389,6 +394,7 @@ def sgd_(weights: Tensors, grads: Tensors, momentum_buffers: Tensors, scales: Te
          nesterov=nesterov and momentum != 0)  # fmt: skip
 
 
+@outside_of_graphs
 @torch.no_grad()
 def adamw_(weights: Tensors, grads: Tensors, exp_avgs: Tensors, exp_avg_sqs: Tensors, max_exp_avg_sqs: Tensors, steps: Tensors,
            scales: Tensors, levels: Sequence[float], codes: Tensors, snapped: Tensors, *,

@@ -8,10 +8,12 @@ pytest.importorskip("scipy", reason="the benchmarks' extra is not installed: pip
 pytest.importorskip("psutil", reason="the benchmarks' extra is not installed: pip install '.[bench]'")
 pytest.importorskip("sklearn", reason="the benchmarks' extra is not installed: pip install '.[bench]'")
 
-from benchmarks import report, roofline
+from benchmarks import report
+from benchmarks.speed import roofline
 
 ROOT = report.ROOT
-# What a measured number looks like: decimals, or a unit of time, rate, memory or ratio. Settings of an experiment are not among them.
+# What a measured number looks like: decimals, or a unit of time, rate, memory or ratio. Settings of an experiment are
+# not among them.
 MEASURED = re.compile(r"\d+\.\d+|\d+ ?(?:%|ms\b|us\b|µs\b|ns\b|[MGT]B/s|bytes\b|x\b)")
 SETTING = re.compile(r"\b(?:lr|momentum|epsilon) \d+(?:\.\d+)?")
 
@@ -29,7 +31,7 @@ def test_plots_show_what_the_results_give(path):
 
 def test_every_figure_stands_somewhere():
     shown = {name for page in report.PAGES for _, name, _ in report.BLOCK.findall(page.read_text())}
-    assert shown == set(report.EVERY)
+    assert shown == set(report.EVERY_FIGURE)
 
 
 def stray(text: str) -> list[str]:

@@ -33,9 +33,9 @@ OUTSIDE = {"maths/pack.h": {"immintrin.h"}, "cuda/kernel.cu": {"algorithm", "cud
 OPTIONAL = {"matplotlib", "numpy"}
 # Layers of the package, lowest first: a module may import from its own layer, in one direction, and from those below.
 LAYERS = (
-    {"reference", "rounding"},
-    {"quantizer", "scales", "layers", "keywords", "interrupts", "backends", "triton"},
-    {"hints", "anneal", "paper", "param_groups", "checkpoints"},
+    {"reference", "rounding", "interrupts", "wrappers"},
+    {"quantizer", "scales", "layers", "schedule", "keywords", "checks", "backends", "triton"},
+    {"hints", "anneal", "paper", "param_groups", "checkpoints", "plan"},
     {"optimizer", "optimizers"},
     {"monitor", "packed", "doctor"},
     {"cli", "__init__"},

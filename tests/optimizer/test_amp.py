@@ -15,6 +15,7 @@ RULES = {
     "amsgrad": (askew.AskewAdamW, {"lr": 0.02, "amsgrad": True}),
 }
 rules = pytest.mark.parametrize("rule", RULES)
+FUSED = {"fused": True}  # as of torch's optimizers, the scaler leaves the gradients to a fused step only
 SCALE = 1024.0  # a power of two: dividing it out changes no bit
 
 
@@ -37,7 +38,9 @@ def made(rule: str, model: nn.Module, backend: str = "auto", **more):
     groups = askew.param_groups(
         model, {"1.weight": "ternary/channel", "0.weight": "2bit"}, pretrained=True, outputs=["codes"], verbose=False
     )
-    return ours(groups, backend=backend, **{**keywords, **more})
+    optimizer = ours(groups, backend=backend, **{**keywords, **({} if backend == "reference" else FUSED), **more})
+    optimizer._step_supports_amp_scaling = True  # of the reference, too, which fused=True would refuse
+    return optimizer
 
 
 def fill(model: nn.Module, k: int, factor: float, bad: float | None = None) -> list[torch.Tensor]:
@@ -153,7 +156,7 @@ def test_16_bit_weights(rule, dtype):
     results = []
     for scale in (None, SCALE):
         weight = nn.Parameter(torch.linspace(-1, 1, 12).reshape(3, 4).to(dtype))
-        optimizer = ours([weight], quantizer="4bit", pretrained=True, state_dtype=torch.float32, **keywords)
+        optimizer = ours([weight], quantizer="4bit", pretrained=True, state_dtype=torch.float32, **keywords, **FUSED)
         for k in range(3):
             weight.grad = (torch.linspace(1, -1, 12).reshape(3, 4) * (scale or 1) * (k + 1)).to(dtype)
             optimizer.step() if scale is None else scaler_of(SCALE).step(optimizer)
@@ -181,6 +184,34 @@ def test_a_scaler_over_weights_without_gradients():
     before = everything(model, optimizer)
     scaler_of(SCALE).step(optimizer)
     assert everything(model, optimizer) == before
+
+
+@rules
+@pytest.mark.parametrize("fused", [None, False, True])
+def test_the_scaler_sees_what_torch_lets_it_see(rule, fused):
+    """Set with fused=True only: what clips gradients (Lightning) refuses optimizers that unscale in their step."""
+    ours, keywords = RULES[rule]
+    optimizer = ours(network().parameters(), **keywords, fused=fused)
+    theirs = torch.optim.SGD(network().parameters(), lr=0.1, fused=fused)
+    for each in (optimizer, copy.deepcopy(optimizer)):
+        assert bool(getattr(each, "_step_supports_amp_scaling", False)) is (fused is True)
+    assert bool(getattr(theirs, "_step_supports_amp_scaling", False)) is (fused is True)
+
+
+@rules
+def test_without_fused_the_scaler_unscales_and_skips(rule):
+    ours, keywords = RULES[rule]
+    plain, scaled = network(), network()
+    first, second = (ours(each.parameters(), quantizer="4bit", pretrained=True, **keywords) for each in (plain, scaled))
+    scaler = scaler_of(SCALE)
+    fill(scaled, 7, SCALE, float("inf"))
+    before = everything(scaled, second)
+    scaler.step(second)
+    assert everything(scaled, second) == before
+    scaler.update()
+    fill(plain, 0, 1.0), fill(scaled, 0, scaler.get_scale())
+    first.step(), scaler.step(second)
+    assert everything(plain, first) == everything(scaled, second)
 
 
 def test_a_disabled_scaler_changes_nothing():

@@ -66,8 +66,8 @@ def test_default_phases(levels, pretrained, phase):
 
 def test_each_group_has_its_own_default_phase():
     annealed = optimizer("ternary", "4bit")
-    anneal = askew.Anneal(annealed, total_steps=100)
-    for _ in range(65):
+    anneal = askew.Anneal(annealed, total_steps=1000)
+    for _ in range(650):
         anneal.step()
     assert annealed.param_groups[0]["epsilon"] < 1
     assert annealed.param_groups[1]["epsilon"] == 1
@@ -148,7 +148,7 @@ def test_stepping_past_the_end_warns_once():
 
 def test_an_annealing_that_is_never_stepped_warns_once():
     annealed = optimizer("binary")
-    anneal = askew.Anneal(annealed, total_steps=10)
+    anneal = askew.Anneal(annealed, total_steps=10, hold=0.5)
     for _ in range(5):
         annealed.step()
     with pytest.warns(UserWarning, match=r"6 steps and Anneal.step\(\) was never called"):
@@ -194,3 +194,166 @@ def test_paper_keywords_work_as_they_are(setting, epochs):
     assert seen[::2] == pytest.approx([paper_epsilon(epoch, hold, decay, floor) for epoch in range(epochs)], rel=1e-6)
     with pytest.raises(ValueError, match="'8bit'; 'binary' or '4bit'"):
         askew.paper("8bit")
+
+
+# On optimizers that have begun already, and on wrappers of them
+
+
+def wide(epsilon: float | torch.Tensor = 1.0, *quantizers: str) -> askew.AskewSGD:
+    """Of two groups with other phases."""
+    annealed = optimizer(*(quantizers or ("ternary", "4bit")), pretrained=False)
+    for group in annealed.param_groups:
+        group["params"][0].grad = torch.zeros_like(group["params"][0])
+        group["epsilon"] = epsilon if group["quantizer"] else 1.0
+    return annealed
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, lambda progress: min(1.0, 1.5 - progress) ** 3])
+@pytest.mark.parametrize("made", [1, 620, 800, 940])
+def test_it_goes_on_from_where_the_optimizer_is(shape, made):
+    first, second = wide(), wide()
+    anneal = askew.Anneal(first, total_steps=1000, shape=shape)
+    for _ in range(made):
+        anneal.step()
+    second.load_state_dict(first.state_dict())
+    again = askew.Anneal(second, total_steps=1000, shape=shape)
+    assert again.steps_done == (made if made > 600 else 0)  # at epsilon 1 nothing tells the step
+    for a, b in zip(first.param_groups, second.param_groups, strict=True):
+        assert a["epsilon"] == b["epsilon"]
+
+
+def test_a_half_annealed_optimizer_is_not_set_back_to_1():
+    annealed = wide(0.3, "2bit")
+    anneal = askew.Anneal(annealed, total_steps=1000)
+    z = 1 - half_width_of(0.3) ** 0.5
+    assert anneal.steps_done == math.ceil(1000 * (0.6 + 0.35 * z))
+    assert annealed.param_groups[0]["epsilon"] == pytest.approx(0.3, rel=0.02)
+
+
+def test_an_annealing_that_is_over_is_said_to_be():
+    with pytest.warns(UserWarning, match=r"epsilon is 0 already: .* set group\['epsilon'\] = 1.0"):
+        anneal = askew.Anneal(wide(0.0), total_steps=1000)
+    assert anneal.steps_done == 950
+
+
+def test_a_checkpoint_that_is_loaded_afterwards_is_followed():
+    """Unless it says nothing else than the count does: in the hold epsilon is 1 at any step."""
+    annealed = wide(1.0, "2bit")
+    anneal = askew.Anneal(annealed, total_steps=1000)
+    for _ in range(800):
+        anneal.step()
+    saved, epsilon = annealed.state_dict(), annealed.param_groups[0]["epsilon"]
+    fresh = wide(1.0, "2bit")
+    other = askew.Anneal(fresh, total_steps=1000)
+    other.step()
+    fresh.load_state_dict(saved)
+    assert (other.steps_done, fresh.param_groups[0]["epsilon"]) == (800, epsilon)
+    other.step()
+    assert fresh.param_groups[0]["epsilon"] < epsilon
+    held = wide(1.0, "2bit")
+    third = askew.Anneal(held, total_steps=1000)
+    for _ in range(300):
+        third.step()
+    held.load_state_dict(held.state_dict())
+    assert third.steps_done == 300
+
+
+def test_a_learning_rate_finder_is_not_an_annealing_that_was_forgotten():
+    annealed = wide(1.0, "binary")
+    anneal = askew.Anneal(annealed, total_steps=200, hold=0.5)
+    saved = annealed.state_dict()
+    for _ in range(100):
+        annealed.step()
+    annealed.load_state_dict(saved)
+    for _ in range(100):
+        annealed.step()
+    with pytest.warns(UserWarning, match=r"101 steps and Anneal.step\(\) was never called"):
+        annealed.step()
+    assert anneal.steps_done == 0
+
+
+def test_short_trainings_end_their_annealing_earlier():
+    annealed = wide(1.0, "binary")
+    anneal = askew.Anneal(annealed, total_steps=50)
+    for _ in range(32):
+        anneal.step()
+    assert annealed.param_groups[0]["epsilon"] == 0.0
+
+
+class Wrapper(torch.optim.Optimizer):
+    """As accelerate's: the groups are those of the optimizer inside."""
+
+    def __init__(self, inner: torch.optim.Optimizer):
+        self.optimizer = inner
+
+    @property
+    def param_groups(self):
+        return self.optimizer.param_groups
+
+
+class Sharding(torch.optim.Optimizer):
+    """As ZeRO: groups of its own, which it copies to those inside before a step and back after it."""
+
+    def __init__(self, inner: torch.optim.Optimizer):
+        super().__init__([dict(group) for group in inner.param_groups], {})
+        self.optim = inner
+
+    def step(self, closure=None):
+        for mine, theirs in zip(self.param_groups, self.optim.param_groups, strict=True):
+            theirs.update({key: value for key, value in mine.items() if key != "params"})
+        self.optim.step()
+        for mine, theirs in zip(self.param_groups, self.optim.param_groups, strict=True):
+            mine.update({key: value for key, value in theirs.items() if key != "params"})
+
+
+@pytest.mark.parametrize("wrap", [Wrapper, Sharding, lambda inner: Wrapper(Sharding(inner))])
+def test_wrappers_are_taken(wrap):
+    inner = wide(1.0, "2bit")
+    wrapped = wrap(inner)
+    anneal = askew.Anneal(wrapped, total_steps=10, hold=0.0, end=1.0)
+    for k in range(10):
+        assert inner.param_groups[0]["epsilon"] == pytest.approx(epsilon_of((1 - k / 10) ** 2))
+        unwrapped = wrapped.optimizer if isinstance(wrapped, Wrapper) else wrapped
+        unwrapped.step()
+        anneal.step()
+    assert anneal.optimizer is wrapped
+    assert inner.param_groups[0]["epsilon"] == 0.0
+
+
+def test_an_optimizer_that_anneals_itself_does_so_inside_of_a_wrapper():
+    inner = wide(1.0, "2bit")
+    for group in inner.param_groups:
+        group.update(total_steps=10, hold=0.0, end=1.0)
+    wrapped = Sharding(inner)
+    for _ in range(5):
+        wrapped.step()
+    assert [group["steps_done"] for group in (*inner.param_groups, *wrapped.param_groups)] == [5] * 4
+    assert half_width_of(wrapped.param_groups[0]["epsilon"]) == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize("wrap", [Wrapper, Sharding])
+def test_the_monitor_and_packing_take_wrappers(wrap, tmp_path):
+    model = nn.Sequential(nn.Linear(4, 4))
+    inner = askew.AskewSGD(askew.param_groups(model, {"*": "ternary"}, verbose=False), lr=0.1)
+    wrapped = wrap(inner)
+    watch = askew.monitor(wrapped, every=1)
+    model(torch.ones(1, 4)).sum().backward()
+    inner.step()
+    assert watch.steps == 1
+    askew.save_packed(model, wrapped, tmp_path / "model.safetensors")
+    packed = askew.pack_modules(model, wrapped)
+    fresh = nn.Sequential(nn.Linear(4, 4))
+    askew.load_packed(tmp_path / "model.safetensors", fresh)
+    assert torch.equal(packed[0].weight, fresh[0].weight)
+
+
+def test_paper_keywords_go_to_an_optimizer_that_anneals_itself():
+    keywords, annealing = askew.paper("binary", epochs=10, hold_epochs=4, decay=0.5)
+    weight = nn.Parameter(torch.linspace(-0.9, 0.9, 64).reshape(8, 8))
+    weight.grad = torch.full_like(weight, 0.01)
+    annealed, seen = askew.AskewSGD([weight], lr=0.1, pretrained=True, **keywords, **annealing, total_steps=20), []
+    for _ in range(20):
+        seen.append(annealed.param_groups[0]["epsilon"])
+        annealed.step()
+    assert seen[::2] == pytest.approx([paper_epsilon(epoch, 4, 0.5) for epoch in range(10)])
+    assert annealed.state_dict()["param_groups"][0]["shape"] == "callable"

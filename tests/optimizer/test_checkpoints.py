@@ -370,3 +370,27 @@ def test_state_that_belongs_to_no_weight_is_kept():
     optimizer.load_state_dict(saved)
     assert optimizer.state["note"] == {"text": "of some library"}
     assert optimizer.state_dict()["state"]["note"] == {"text": "of some library"}
+
+
+@pytest.mark.parametrize("there", ["", "module.", "_orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize("here", ["", "module.", "_orig_mod."])
+def test_prefixes_of_ddp_and_compile_do_not_count(there, here):
+    def named(prefix: str, model: nn.Module):
+        return [(prefix + name, weight) for name, weight in model.named_parameters()]
+
+    model, other = network(), network()
+    source = askew.AskewSGD(named(there, model), lr=0.1, momentum=0.9, quantizer="ternary", pretrained=True)
+    walk(model, source, range(2))
+    target = askew.AskewSGD(named(here, other)[::-1], lr=0.5, momentum=0.9, quantizer="ternary", pretrained=True)
+    target.load_state_dict(source.state_dict())
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert str(source.state[a]) == str(target.state[b])
+    assert target.param_groups[0]["param_names"][-1] == f"{here}0.weight"
+
+
+def test_prefixes_that_tell_two_weights_apart_do_count():
+    first, second = (nn.Parameter(torch.ones(2, 2)) for _ in range(2))
+    names = ("a.w", "a.module.w")
+    source, target = (askew.AskewSGD(list(zip(each, (first, second), strict=True))) for each in (names, ("b.w", "a.w")))
+    with pytest.raises(ValueError, match=r"b.w \(1 in all\) not in the checkpoint; a.module.w \(1 in all\) only there"):
+        target.load_state_dict(source.state_dict())

@@ -117,6 +117,34 @@ def test_the_public_step_can_be_compiled_too(rule):
     assert_same(trained, eager)
 
 
+@rules
+def test_a_compiled_step_anneals_itself(rule):
+    """Where epsilon is a tensor the graph counts and fills it: one graph before, one in and one after the annealing."""
+
+    def start():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+        ours, keywords = RULES[rule]
+        groups = askew.param_groups(model, {"*": "ternary/channel"}, pretrained=True, verbose=False)
+        return model, ours(groups, **tensors(), **keywords, total_steps=20, hold=0.3, end=0.8)
+
+    eager, trained = start(), start()
+    counter, new = CompileCounterWithBackend("eager"), []
+    compiled = torch.compile(own_step, backend=counter, fullgraph=True)
+    for k in range(20):
+        for model, optimizer in (eager, trained):
+            optimizer.zero_grad()
+            loss(model, torch.linspace(-1, 1, 12).reshape(3, 4) + k % 5).backward()
+        before = counter.frame_count
+        own_step(eager[1])
+        (compiled if k else own_step)(trained[1])
+        new += [k] * (counter.frame_count - before)
+        assert trained[1].param_groups[0]["epsilon"] == eager[1].param_groups[0]["epsilon"]
+    assert len(new) <= 4  # one more, before the compiler takes the count as a symbol
+    assert [group["steps_done"] for group in trained[1].param_groups] == [20, 20]
+    assert_same(trained, eager)
+
+
 @pytest.mark.parametrize("rule", ["sgd_", "adamw_"])
 @backends
 def test_the_operator_alone(rule, backend):

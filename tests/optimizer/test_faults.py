@@ -103,6 +103,8 @@ def stepped(rule, backend, done):
     return optimizer, weights
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:finalize")  # these runs are not annealed to their end
+
 LATER = stepped("dampening", "auto", 2)[0].state_dict()
 
 

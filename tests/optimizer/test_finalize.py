@@ -90,7 +90,8 @@ def test_inside_quantized_a_step_is_refused_and_a_checkpoint_is_the_same():
 def test_finalize_reports_and_snaps_for_good():
     _model, optimizer = trained()
     wanted = [(scale * levels[codes.long()]) for _, codes, levels, scale in optimizer.quantized_parameters()]
-    report = optimizer.finalize()
+    with pytest.warns(UserWarning, match="most in unused.weight"):
+        report = optimizer.finalize()
     for (weight, *_), snapped in zip(optimizer.quantized_parameters(), wanted, strict=True):
         assert torch.equal(weight, snapped)
     assert report.never_stepped == ("unused.weight",)
@@ -105,7 +106,10 @@ def test_finalize_reports_and_snaps_for_good():
 def test_finalize_by_hand():
     weight = nn.Parameter(torch.tensor([1.0, -1.0, 0.5, 3.0]))
     optimizer = askew.AskewSGD([("w", weight)], lr=0.1, quantizer=askew.Quantizer("binary", scale=1.0), epsilon=0.0)
-    report = optimizer.finalize()
+    with pytest.warns(
+        UserWarning, match=r"50.0% of the weights .* by up to 2 of half .* most in w \(50.0%, by up to 2\)"
+    ):
+        report = optimizer.finalize()
     assert torch.equal(weight, torch.tensor([1.0, -1.0, 1.0, 1.0]))
     assert (report.max_distance, report.share_on_level, report.never_stepped) == (2.0, 0.5, ("w",))
 
@@ -114,6 +118,18 @@ def test_finalize_before_the_annealing_has_ended_warns_with_the_distance():
     _, optimizer = trained(epsilon=0.5)
     with pytest.warns(UserWarning, match=r"epsilon is still 0\.5.*will move, by up to"):
         optimizer.finalize()
+
+
+def test_nan_stays_nan_where_weights_are_on_their_levels():
+    """A network that has diverged does not evaluate as a sound one."""
+    model, optimizer = trained(epsilon=1.0)
+    with torch.no_grad():
+        model["used"].weight[0, 0] = math.nan
+    with optimizer.quantized():
+        assert model["used"].weight[0, 0].isnan()
+        assert model["used"].weight.isnan().sum() == 1
+        assert model["used"](torch.ones(8))[0].isnan()
+    assert model["used"].weight[0, 0].isnan()
 
 
 def test_finalize_refuses_nan_before_it_snaps_anything():

@@ -102,17 +102,17 @@ def test_a_pre_hook_may_rename_the_weights_of_a_checkpoint():
     source, _ = made(askew.AskewSGD, momentum=0.9)
     source.step()
     target = nn.Parameter(torch.zeros(2, 2))
-    optimizer = askew.AskewSGD([("module.w", target)], lr=0.25, momentum=0.9, quantizer="2bit")
+    optimizer = askew.AskewSGD([("model.w", target)], lr=0.25, momentum=0.9, quantizer="2bit")
 
     def rename(which, given):
         renamed = [
-            {**group, "param_names": [f"module.{name}" for name in group["param_names"]]}
+            {**group, "param_names": [f"model.{name}" for name in group["param_names"]]}
             for group in given["param_groups"]
         ]
         return {**given, "param_groups": renamed}
 
     with pytest.raises(
-        ValueError, match=r"module.w \(1 in all\) not in the checkpoint; w \(1 in all\) only there; .*pre_hook"
+        ValueError, match=r"model.w \(1 in all\) not in the checkpoint; w \(1 in all\) only there; .*pre_hook"
     ):
         optimizer.load_state_dict(source.state_dict())
     optimizer.register_load_state_dict_pre_hook(rename)

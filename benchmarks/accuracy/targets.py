@@ -1,0 +1,192 @@
+"""Whether the cells have the accuracy that the project set itself as targets; a target is a list of comparisons.
+
+"Ahead" and "not behind" are about mean paired differences; where a target asks for standard errors, it says how many.
+"""
+
+import statistics
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.accuracy import cells, store
+from benchmarks.accuracy.loop import FULL
+from benchmarks.accuracy.methods.method import WIDTHS
+from benchmarks.accuracy.score_tables import (
+    CAN,
+    FLOAT,
+    NOT_RUN,
+    OURS,
+    PEERS,
+    Cells,
+    best_minus_worst,
+    best_peer,
+    compared,
+    gain,
+)
+from benchmarks.accuracy.tasks import EVERY_TASK, TASKS
+from benchmarks.markdown import markdown_table
+
+SMALL_DIGITS, LARGE_DIGITS = ("digits-16", "digits-24", "digits-32"), ("digits-64", "digits-256")
+BATCHNORM_TASKS, TEXT_TASKS = ("digits-bn", "cnn"), ("lm-gpt2", "lm-default")
+CHANCE = {
+    "%": 20.0,
+    "nats": 3.0,
+}  # ten classes by chance are 10 %; single characters without what precedes them take about 3 nats
+Rule = Callable[[float, float], bool]  # gain, standard error -> whether it holds
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison: holds, or not, or None: not run. ``text``: what was found."""
+
+    holds: bool | None
+    text: str
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is asked for, and its comparisons."""
+
+    text: str
+    checks: Callable[[Cells], Iterable[Check]]
+
+
+def against(
+    tasks: Iterable[str], start: str, widths: Iterable[str], peers: Iterable[str], rule: Rule
+) -> Callable[[Cells], Iterator[Check]]:
+    """Ours against each of the peers that can do the width; a peer named "best" is the best of those that were run."""
+
+    def checks(found: Cells) -> Iterator[Check]:
+        for task in tasks:
+            for width in widths:
+                ours = found.get((task, start, width, OURS))
+                for peer in peers:
+                    if peer in CAN and width not in CAN[peer] and peer != FLOAT:
+                        continue
+                    name = (task, start, FULL if peer == FLOAT else width, peer)
+                    theirs = best_peer(found, task, start, width) if peer == "best" else found.get(name)
+                    if ours is None or theirs is None:
+                        yield Check(None, f"{task} {width} against {peer}")
+                        continue
+                    text = f"{task} {width} against {theirs['method']} {compared(ours, theirs)}"
+                    yield Check(rule(*gain(ours, theirs)), text)
+
+    return checks
+
+
+def steady(found: Cells) -> Iterator[Check]:
+    """The worst learning rate at most 1.5 points behind the best, where scores are in points."""
+    for task, start, width in _ours():
+        if TASKS[task].unit == "%":
+            cell = found.get((task, start, width, OURS))
+            name = f"{task} {start} {width}"
+            yield (
+                Check(None, name)
+                if cell is None
+                else Check(best_minus_worst(cell) <= 1.5, f"{name} {best_minus_worst(cell):.2f}")
+            )
+
+
+def learned(found: Cells) -> Iterator[Check]:
+    """No network of ours at chance."""
+    for task, start, width in _ours():
+        cell = found.get((task, start, width, OURS))
+        name, sign, chance = f"{task} {start} {width}", TASKS[task].sign, CHANCE[TASKS[task].unit]
+        if cell is None:
+            yield Check(None, name)
+            continue
+        lost = [score for score in cell["scores"] if not sign * score > sign * chance]
+        yield Check(
+            not lost,
+            f"{name}, {len(lost)} of {len(cell['scores'])} networks, mean {statistics.fmean(cell['scores']):.2f}",
+        )
+
+
+def _ours() -> Iterator[tuple[str, str, str]]:
+    return ((task.name, start, width) for task in EVERY_TASK for start in ("scratch", "fine-tuned") for width in WIDTHS)
+
+
+def ahead(gain: float, error: float) -> bool:
+    return gain > 0
+
+
+def clearly_ahead(gain: float, error: float) -> bool:
+    return gain > 2 * error
+
+
+def not_behind(gain: float, error: float) -> bool:
+    return gain >= 0
+
+
+def hardly_behind(gain: float, error: float) -> bool:
+    return gain >= -error
+
+
+def close(gain: float, error: float) -> bool:
+    return gain >= -0.3
+
+
+FEW_LEVELS, MORE_LEVELS = ("binary", "ternary"), ("2bit", "4bit")
+ALL_TASKS = tuple(TASKS)
+TARGETS = (
+    Target(
+        "digits 16, 24, 32 from scratch, 1 bit and ternary: ahead of every peer by more than two standard errors",
+        against(SMALL_DIGITS, "scratch", FEW_LEVELS, PEERS, clearly_ahead),
+    ),
+    Target(
+        "the same, 2 and 4 bit: not behind the best peer by more than one standard error",
+        against(SMALL_DIGITS, "scratch", MORE_LEVELS, ("best",), hardly_behind),
+    ),
+    Target(
+        "digits 64, 256 from scratch: within 0.3 of full precision",
+        against(LARGE_DIGITS, "scratch", WIDTHS, (FLOAT,), close),
+    ),
+    Target(
+        "BatchNorm (MLP, CNN) from scratch: not behind the best peer",
+        against(BATCHNORM_TASKS, "scratch", WIDTHS, ("best",), not_behind),
+    ),
+    Target(
+        "transformer from scratch, 1 bit and ternary: ahead of STE and of PARQ",
+        against(TEXT_TASKS, "scratch", FEW_LEVELS, ("STE", "PARQ"), ahead),
+    ),
+    Target(
+        "fine-tuning, ternary and 2 bit: ahead of STE",
+        against(ALL_TASKS, "fine-tuned", ("ternary", "2bit"), ("STE",), ahead),
+    ),
+    Target(
+        "fine-tuning, 1 and 4 bit: not behind STE by more than one standard error",
+        against(ALL_TASKS, "fine-tuned", ("binary", "4bit"), ("STE",), hardly_behind),
+    ),
+    Target("the worst of lr x 0.3, x 1, x 3 at most 1.5 points below the best", steady),
+    Target(
+        "floor: digits 16, 24, 32 from scratch, 1 bit and ternary: ahead of every peer",
+        against(SMALL_DIGITS, "scratch", FEW_LEVELS, PEERS, ahead),
+    ),
+    Target(
+        "floor: transformer from scratch, ternary: ahead of STE",
+        against(TEXT_TASKS, "scratch", ("ternary",), ("STE",), ahead),
+    ),
+    Target("floor: no network at chance", learned),
+)
+
+
+def verdict(checks: Iterable[Check]) -> tuple[str, str]:
+    """(whether the target holds, what misses it)."""
+    checks = [*checks]
+    open_, missed = (
+        [each for each in checks if each.holds is None],
+        [each.text for each in checks if each.holds is False],
+    )
+    holds = len(checks) - len(open_) - len(missed)
+    word = "no" if missed else NOT_RUN if open_ else "yes"
+    return f"{word}: {holds} of {len(checks)}" + (
+        f", {len(open_)} {NOT_RUN}" if open_ and word != NOT_RUN else ""
+    ), "; ".join(missed)
+
+
+def targets_table(folder: Path = cells.CELLS_FOLDER) -> str:
+    """A row per target: whether it holds, and every comparison that misses it."""
+    found = store.read(folder)
+    return markdown_table(
+        ["target", "holds", "misses"], [[target.text, *verdict(target.checks(found))] for target in TARGETS]
+    )

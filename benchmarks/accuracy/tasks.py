@@ -1,0 +1,153 @@
+"""The tasks of the accuracy table, the cheap ones first: network, data, budget, and the base rules that are tried."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import nn
+
+from benchmarks.accuracy import datasets, networks
+from benchmarks.accuracy.methods.method import Base
+from examples import digits
+
+FINE_TUNING = 0.3  # share of the budget
+STARTS = ("scratch", "fine-tuned")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One network on one kind of data.
+
+    network: makes one, under the seed that was set. sample: seeds, tuning -> data.
+    length: epochs of images, steps of text. bases: what every peer tries.
+    ours: the base rule of askew_cuda, which tries nothing; fine_tuning: the same for fine-tuning, if another.
+    factors: of the learning rate of these, by start and width. binary_decay: whether their weight decay holds at 1 bit.
+    quantized: names of quantized layers begin so. granularity: of the scales.
+    tuning_seeds, reporting_seeds: how many. unit: of the scores.
+    warmup: share of the steps in which the learning rate rises.
+    """
+
+    name: str
+    title: str
+    network: Callable[[], nn.Module]
+    sample: Callable[[Sequence[int], bool], datasets.Data]
+    length: int
+    batch: int
+    bases: tuple[Base, ...]
+    ours: Base
+    quantized: str = ""
+    granularity: str = "tensor"
+    tuning_seeds: int = 4
+    reporting_seeds: int = 10
+    unit: str = "%"
+    warmup: float = 0.0
+    fine_tuning: Base | None = None
+    factors: Mapping[tuple[str, str], float] = field(default_factory=dict)
+    binary_decay: bool = True
+
+    @property
+    def sign(self) -> int:
+        """+1 where a higher score is better, -1 where a lower one is."""
+        return 1 if self.unit == "%" else -1
+
+    def plain(self, seed: int) -> nn.Module:
+        """The network that a user would get after torch.manual_seed(seed)."""
+        torch.manual_seed(seed)
+        return self.network()
+
+    def default(self, start: str, width: str) -> Base:
+        """The base rule of askew_cuda.
+
+        The more levels, the shorter the way to the next, and the smaller the learning rate. Weight decay pulls towards
+        zero, which at 1 bit is as far from the levels as a weight can be.
+        """
+        base = self.fine_tuning if start == "fine-tuned" and self.fine_tuning else self.ours
+        if width == "binary" and not self.binary_decay:
+            base = replace(base, weight_decay=0.0)
+        return replace(base, lr=base.lr * self.factors.get((start, width), 1.0))
+
+    def budget(self, start: str) -> int:
+        """``length`` for this start."""
+        return self.length if start == "scratch" else max(1, round(FINE_TUNING * self.length))
+
+
+def rates(rule: str, *lrs: float, **keywords: float) -> tuple[Base, ...]:
+    """The same rule at several learning rates."""
+    return tuple(Base(rule, lr, **keywords) for lr in lrs)
+
+
+EITHER = rates("sgd", 0.03, 0.1, 0.3) + rates("adamw", 0.003, 0.01, 0.03)
+MANY_SEEDS = {
+    "tuning_seeds": 8,
+    "reporting_seeds": 40,
+}  # where they cost a second each, and networks are so small that they differ much
+DECAYED = (
+    rates("sgd", 0.1, 0.3, 0.5, weight_decay=0.003)
+    + rates("adamw", 0.01, weight_decay=0.3)
+    + rates("adamw", 0.03, weight_decay=0.1)
+)
+UNNORMALISED = EITHER + rates("sgd", 0.5) + DECAYED
+FINE_TUNED_FACTORS = {("fine-tuned", "binary"): 2.0, ("fine-tuned", "4bit"): 0.5}
+UNNORMALISED_FACTORS = FINE_TUNED_FACTORS | {("scratch", "2bit"): 0.8, ("scratch", "4bit"): 0.8}
+TEXT_FACTORS = {("fine-tuned", "2bit"): 0.5, ("fine-tuned", "4bit"): 0.5}
+TEXT_RULE = {"weight_decay": 0.1, "betas": (0.9, 0.95)}
+SHAPE = {"symbols": datasets.SYMBOLS, "context": 32, "width": 32, "layers": 2, "heads": 2}
+
+
+def _digits(hidden: int) -> Task:
+    title = f"digits, MLP 64-{hidden}-{hidden}-10"
+    make = functools.partial(digits.mlp, hidden)
+    common = f"digits-{hidden}", title, make, datasets.handwritten, digits.EPOCHS, digits.BATCH
+    ours = {
+        "ours": Base("sgd", 0.5, 0.003),
+        "fine_tuning": Base("sgd", 0.2, 0.005),
+        "binary_decay": False,
+        "factors": UNNORMALISED_FACTORS,
+    }
+    return Task(*common, UNNORMALISED, **ours, **(MANY_SEEDS if hidden < 256 else {}))
+
+
+def _transformer(name: str, init: str, gpt2: bool) -> Task:
+    make = functools.partial(networks.Transformer, gpt2=gpt2, **SHAPE)
+    title = f"characters of Python's help, transformer of 2 layers, {init}"
+    bases, sample = rates("adamw", 0.005, 0.01, **TEXT_RULE), datasets.documentation(SHAPE["context"])
+    settings = {"quantized": "blocks.", "granularity": "channel", "tuning_seeds": 2, "unit": "nats", "warmup": 0.08}
+    return Task(
+        name, title, make, sample, 1000, 16, bases, Base("adamw", 0.01, **TEXT_RULE), factors=TEXT_FACTORS, **settings
+    )
+
+
+EVERY_TASK = (
+    *map(_digits, (16, 24, 32, 64)),
+    Task(
+        name="digits-bn",
+        title="digits, MLP 64-64-64-10 with BatchNorm",
+        network=functools.partial(networks.mlp_batchnorm, 64),
+        sample=datasets.handwritten,
+        length=digits.EPOCHS,
+        batch=digits.BATCH,
+        bases=EITHER + DECAYED,
+        ours=Base("sgd", 0.1, 0.003),
+        fine_tuning=Base("sgd", 0.1, 0.005),
+        binary_decay=False,
+        factors={("fine-tuned", "4bit"): 0.5},
+        **MANY_SEEDS,
+    ),
+    Task(
+        name="cnn",
+        title="MNIST (5,000 images), CNN with BatchNorm",
+        network=functools.partial(networks.cnn, 8),
+        sample=datasets.mnist,
+        length=8,
+        batch=64,
+        bases=EITHER[:-1],
+        ours=Base("sgd", 0.1),
+        factors=FINE_TUNED_FACTORS,
+        tuning_seeds=2,
+    ),
+    _digits(256),
+    _transformer("lm-gpt2", "GPT-2's init", True),
+    _transformer("lm-default", "torch's default Linear init", False),
+)
+TASKS = {task.name: task for task in EVERY_TASK}
