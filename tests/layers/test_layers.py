@@ -15,6 +15,7 @@ from askew_cuda.layers import is_norm, survey
 from askew_cuda.param_groups import param_groups
 from tests.compare import assert_same_bits
 
+unannealed = pytest.mark.filterwarnings("ignore:finalize. :UserWarning")  # the weights have a way to go
 pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
 
 
@@ -315,6 +316,7 @@ def test_pruned_weights_are_quantized_where_a_level_is_zero(capsys):
         optimizer.prepare()
 
 
+@unannealed
 def test_the_padding_row_of_a_quantized_embedding_stays_zero():
     model = nn.Sequential(nn.Embedding(5, 4, padding_idx=2), nn.Linear(4, 4))
     with pytest.raises(
@@ -375,6 +377,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     optimizer.step()
 
 
+@unannealed
 def test_frozen_weights_are_listed_and_keep_their_values_until_they_train(capsys, tmp_path):
     model, groups = frozen_base()
     assert "3, frozen" in table(model, "ternary", capsys)["1.weight"]
@@ -413,6 +416,7 @@ def test_a_checkpoint_may_leave_frozen_weights_out():
         optimizer.load_state_dict(theirs.state_dict())
 
 
+@unannealed
 def test_frozen_weights_are_snapped_on_request():
     model, _ = frozen_base()
     optimizer = askew.AskewSGD(param_groups(model, "ternary", quantize_frozen=True, verbose=False), epsilon=0.0)
