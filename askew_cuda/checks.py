@@ -1,7 +1,7 @@
 """A call of an operator as data, and all that can be wrong with it: found before anything is written, for every backend."""
 
 import ctypes
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ class Call(NamedTuple):
     """An operator with its arguments by name; :func:`askew_cuda.reference.sgd_` describes them."""
 
     operator: str  # "sgd_" or "adamw_"
-    lists: dict[str, Sequence[Tensor]]
+    lists: Mapping[str, Sequence[Tensor]]
     levels: tuple[float, ...]
     settings: dict[str, Any]
 
@@ -106,7 +106,8 @@ class Subject:
                         f"{self.what(name, i)} is not a dense tensor ({tensor.layout}); make it one: to_dense()"
                     )
             self.check_dtypes(name, tensors)
-        kinds = {name: tensors[0].dtype for name in STATES[self.call.operator] if (tensors := self.lists.get(name))}
+        states = {name: self.lists.get(name, ()) for name in STATES[self.call.operator]}
+        kinds = {name: tensors[0].dtype for name, tensors in states.items() if tensors}
         if len(set(kinds.values())) > 1:
             raise TypeError(f"askew_cuda: the dtypes of the states differ: {kinds}; one dtype for all")
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from . import backends, checkpoints, hints, scales, schedule
+from . import backends, checkpoints, checks, hints, scales, schedule
 from .hints import LostSteps
 from .interrupts import deferred
 from .keywords import CONSTRAINT, Group, check, resolve_rate
@@ -173,7 +173,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
             name, weight = item if isinstance(item, tuple) else (f"params[{index}]", item)
             if not isinstance(weight, Tensor):
                 continue  # torch's own error says it best
-            if weight.layout != torch.strided or weight.is_complex() or weight.dtype not in backends.DTYPES:
+            if weight.layout != torch.strided or weight.is_complex() or weight.dtype not in checks.DTYPES:
                 raise TypeError(
                     f"{name} is {weight.dtype} ({weight.layout}); dense float32, float64, bfloat16 and float16 weights "
                     "can be stepped"
@@ -363,8 +363,9 @@ class QuantizedOptimizer(torch.optim.Optimizer):
                     in_place.append(functools.partial(advance_seed, group["seed"]))
                 else:
                     entries.append((group, "seed", next_seed(group["seed"])))
-            if group["total_steps"] is not None:
-                count, epsilon = schedule.next_state(group)
+            state = schedule.next_state(group)
+            if state is not None:
+                count, epsilon = state
                 entries.append((group, "steps_done", count))
                 if isinstance(group["epsilon"], Tensor):
                     in_place.append(functools.partial(schedule.put_epsilon, group, epsilon))
@@ -389,7 +390,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         members = {weight for group in self.param_groups for weight in group["params"]}
         for table in (self._stepped, self._scaled, self.outputs, self.first_elements):
             for gone in [weight for weight in table if weight not in members]:
-                del table[gone]  # type: ignore[attr-defined]
+                del table[gone]
         for part in plan.parts:
             self._stepped.update(dict.fromkeys(part.batch.weights, True))
             if part.kept.get("scale"):

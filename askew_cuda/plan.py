@@ -77,7 +77,7 @@ class Batch(NamedTuple):
     def tensors(self, key: str, make: Callable[[Tensor], Tensor]) -> list[Tensor]:
         """A state tensor of each weight; made where it is missing."""
         pairs = zip(self.weights, self.states, strict=True)
-        return [self.additions.get(state, key, lambda weight=weight: make(weight)) for weight, state in pairs]
+        return [self.additions.get(state, key, partial(make, weight)) for weight, state in pairs]
 
 
 class Part(NamedTuple):

@@ -12,7 +12,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
@@ -27,6 +27,7 @@ Tensors = Sequence[Tensor]
 Scalar = float | Tensor | None  # one that changes from step to step
 Rule = tuple[float | Tensor, ...]  # the settings of SGD or AdamW, in the order in which the kernel unpacks them
 Made = TypeVar("Made")
+Step = TypeVar("Step", bound=Callable[..., None])
 
 BLOCK, WARPS = 512, 4  # weights and warps of a program: 4 weights per thread, 16 bytes of float32
 INTERPRETED = not isinstance(step_kernel, triton.JITFunction)
@@ -360,7 +361,7 @@ def call(lists: Lists, rule: Rule, *, lr: Scalar, epsilon: Scalar, grad_scale: S
     return True
 
 
-def refuse_rounding(remainders: Tensors = (), seed: object = None, **of_seed: object) -> None:
+def refuse_rounding(remainders: Any = (), seed: Any = None, **of_seed: Any) -> None:
     """The kernel rounds to nearest."""
     if remainders or seed is not None:
         raise ValueError(
@@ -369,7 +370,9 @@ def refuse_rounding(remainders: Tensors = (), seed: object = None, **of_seed: ob
 
 
 # The launch follows addresses, which a trace does not have.
-outside_of_graphs = torch.compiler.disable(reason="the Triton backend is launched outside of torch.compile's graphs")
+outside_of_graphs: Callable[[Step], Step] = torch.compiler.disable(
+    reason="the Triton backend is launched outside of torch.compile's graphs"
+)
 
 
 @outside_of_graphs
@@ -377,7 +380,7 @@ outside_of_graphs = torch.compiler.disable(reason="the Triton backend is launche
 def sgd_(weights: Tensors, grads: Tensors, momentum_buffers: Tensors, scales: Tensors, levels: Sequence[float], codes: Tensors,
          snapped: Tensors, *, lr: Scalar, momentum: float, dampening: float, weight_decay: float, nesterov: bool, maximize: bool,
          epsilon: Scalar, anneal: str, skew_at: str, recovery: float | None, alpha: float | None, max_step: float, clip: bool,
-         grad_scale: Scalar = None, found_inf: Scalar = None, **rounding: object) -> None:  # fmt: skip
+         grad_scale: Scalar = None, found_inf: Scalar = None, **rounding: Any) -> None:  # fmt: skip
     """:func:`askew_cuda.reference.sgd_` in one launch, for float32, bfloat16 and float16. Raises ValueError or
     TypeError, which names the argument and its value; nothing has changed then. lr, epsilon, grad_scale and found_inf
     on the weights' device are not read by the host.
@@ -400,7 +403,7 @@ def adamw_(weights: Tensors, grads: Tensors, exp_avgs: Tensors, exp_avg_sqs: Ten
            scales: Tensors, levels: Sequence[float], codes: Tensors, snapped: Tensors, *,
            lr: Scalar, beta1: float, beta2: float, eps: float, weight_decay: float, amsgrad: bool, maximize: bool,
            epsilon: Scalar, anneal: str, skew_at: str, recovery: float | None, alpha: float | None, max_step: float, clip: bool,
-           grad_scale: Scalar = None, found_inf: Scalar = None, **rounding: object) -> None:  # fmt: skip
+           grad_scale: Scalar = None, found_inf: Scalar = None, **rounding: Any) -> None:  # fmt: skip
     """:func:`askew_cuda.reference.adamw_` in one launch, as :func:`sgd_`. ``steps`` are all on the CPU, where a
     ``found_inf`` on a device is read by the host so that they can stand still, or all on the weights' device: then
     nothing is, and the bias corrections may differ from the reference's by a last bit.
