@@ -155,7 +155,9 @@ for _ in range(300):
     deep = [deep]
 
 MANIFESTS = [
-    pytest.param(lambda said: said.update(version=3), r"manifest has version 3; version 1 or 2 is needed", id="version"),
+    pytest.param(
+        lambda said: said.update(version=3), r"manifest has version 3; version 1 or 2 is needed", id="version"
+    ),
     pytest.param(lambda said: said.update(version=True), r"manifest has version True", id="version-type"),
     pytest.param(
         lambda said: said.update(more=1), r"'more'.* version, quantized, tied and sha256 are needed", id="unknown-key"
@@ -230,6 +232,17 @@ TENSORS = [
     pytest.param({"4.bias": torch.ones(8)}, r"'4.bias' has shape \(8,\); \(7,\), as in the model", id="bias-shape"),
     pytest.param({"4.bias": torch.ones(7).half()}, r"'4.bias' is torch.float16; torch.float32, as in the model", id="bias-dtype"),
 ]  # fmt: skip
+
+
+def test_a_file_of_version_1_is_read(good):
+    """It says no dimension: that was always the first."""
+
+    def older(said: dict) -> None:
+        said["version"] = 1
+        for entry in said["quantized"].values():
+            assert entry.pop("channel_dim") == 0
+
+    assert load_or_refuse(forge(good, good.parent / "version-1", manifest=older)) is None
 
 
 @pytest.mark.parametrize(("manifest", "match"), MANIFESTS)
