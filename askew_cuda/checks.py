@@ -45,6 +45,14 @@ class Call(NamedTuple):
         """All of them, by name."""
         return {**self.lists, "levels": self.levels, **self.settings}
 
+    def for_kernels(self) -> dict[str, Any]:
+        """The same as compiled kernels read them: a scale that runs along another dimension than the first is copied
+        for each weight.
+        """
+        scales = self.lists["scales"]
+        read = [_in_rows(weight, scale) for weight, scale in zip(self.lists["weights"], scales, strict=False)]
+        return {**self.arguments(), "scales": read}
+
 
 def check(call: Call, names: Names | None = None) -> None:
     """Raises ValueError or TypeError, which name the argument, its value and the remedy; the names are those of the
@@ -185,11 +193,11 @@ class Subject:
                     "the state"
                 )
             self.check_device("scales", i, scale)
-            if not (scale.numel() == 1 or weight.numel() == 0 or by_channel(weight, scale) or _by_group(weight, scale)):
+            if not reference.is_scale_shape(scale.shape, weight.shape):
                 raise ValueError(
                     f"{self.what('scales', i)} has shape {list(scale.shape)} for a weight of shape "
-                    f"{list(weight.shape)}; (), "
-                    "(channels, 1, ..) or (rows, groups) are understood"
+                    f"{list(weight.shape)}; one number, in each dimension 1, the weight's size or a divisor of it, such "
+                    "as (channels, 1, ..), or (rows, groups) are understood"
                 )
 
     def check_names(self) -> None:
@@ -288,6 +296,14 @@ def by_channel(weight: Tensor, scale: Tensor) -> bool:
 def _by_group(weight: Tensor, scale: Tensor) -> bool:
     rows = scale.numel() > 1 and weight.dim() > 1 and scale.dim() == 2 and scale.shape[0] == weight.shape[0]
     return rows and weight.numel() // scale.shape[0] % scale.shape[1] == 0
+
+
+def _in_rows(weight: Tensor, scale: Tensor) -> Tensor:
+    """A scale along the first dimension as it is; any other one of each weight, (rows, weights of a row)."""
+    if scale.numel() <= 1 or weight.numel() == 0 or by_channel(weight, scale) or _by_group(weight, scale):
+        return scale
+    each = reference.spread(scale, weight).expand(weight.shape)
+    return each.reshape(weight.shape[0], -1) if weight.dim() > 1 else each.contiguous()
 
 
 class Extent(NamedTuple):

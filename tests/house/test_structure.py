@@ -37,7 +37,7 @@ OPTIONAL = {"matplotlib", "numpy"}
 # Layers of the package, lowest first: a module may import from its own layer, in one direction, and from those below.
 LAYERS = (
     {"reference", "rounding", "interrupts", "wrappers"},
-    {"quantizer", "scales", "schedule", "keywords", "checks", "backends", "triton"},
+    {"quantizer", "scales", "layers", "schedule", "keywords", "checks", "backends", "triton"},
     {"hints", "anneal", "paper", "param_groups", "checkpoints", "plan"},
     {"optimizer", "optimizers"},
     {"monitor", "packed", "doctor"},
