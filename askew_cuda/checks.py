@@ -45,14 +45,6 @@ class Call(NamedTuple):
         """All of them, by name."""
         return {**self.lists, "levels": self.levels, **self.settings}
 
-    def for_kernels(self) -> dict[str, Any]:
-        """The same as compiled kernels read them: a scale that runs along another dimension than the first is copied
-        for each weight.
-        """
-        scales = self.lists["scales"]
-        read = [_in_rows(weight, scale) for weight, scale in zip(self.lists["weights"], scales, strict=False)]
-        return {**self.arguments(), "scales": read}
-
 
 def check(call: Call, names: Names | None = None) -> None:
     """Raises ValueError or TypeError, which name the argument, its value and the remedy; the names are those of the
@@ -285,25 +277,6 @@ class Subject:
 def _check_number(name: str, value: Any) -> None:
     if not isinstance(value, (int, float)):
         raise TypeError(f"askew_cuda: {name} = {value!r}; a number is needed")
-
-
-def by_channel(weight: Tensor, scale: Tensor) -> bool:
-    """Whether there is a scale for each index of the weight's first dimension, (channels, 1, ..)."""
-    several = scale.numel() > 1 and weight.dim() > 0 and scale.dim() == weight.dim()
-    return several and scale.numel() == weight.shape[0] == scale.shape[0]
-
-
-def _by_group(weight: Tensor, scale: Tensor) -> bool:
-    rows = scale.numel() > 1 and weight.dim() > 1 and scale.dim() == 2 and scale.shape[0] == weight.shape[0]
-    return rows and weight.numel() // scale.shape[0] % scale.shape[1] == 0
-
-
-def _in_rows(weight: Tensor, scale: Tensor) -> Tensor:
-    """A scale along the first dimension as it is; any other one of each weight, (rows, weights of a row)."""
-    if scale.numel() <= 1 or weight.numel() == 0 or by_channel(weight, scale) or _by_group(weight, scale):
-        return scale
-    each = reference.spread(scale, weight).expand(weight.shape)
-    return each.reshape(weight.shape[0], -1) if weight.dim() > 1 else each.contiguous()
 
 
 class Extent(NamedTuple):

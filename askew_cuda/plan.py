@@ -264,7 +264,7 @@ class Plan:
         if plain and backends.extension is not None:
             self.together = [part for part in self.parts if part.backend in ("cpu", "cuda")]
             self.others = [part for part in self.parts if part.backend not in ("cpu", "cuda")]
-            calls = [(part.call.operator, part.call.for_kernels()) for part in self.together]
+            calls = [(part.call.operator, part.call.arguments()) for part in self.together]
             self.compiled = backends.extension.Plan(calls)
         # A weight that has a gradient and no call waits for its first one; what is fixed holds for this step alone.
         whole = len(weights) + len(self.idle) == sum(map(len, self.members))
