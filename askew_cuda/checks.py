@@ -142,10 +142,8 @@ class Subject:
             elif dtype != wanted and not (dtype == torch.float32 and wanted.itemsize == 2):
                 raise TypeError(
                     f"{what} is {dtype} for weights of {wanted}; their dtype, or float32 for 16-bit weights, is "
-                    "needed. "
-                    "Where a model changed its dtype after it was stepped, "
-                    "optimizer.load_state_dict(optimizer.state_dict()) "
-                    "casts the state"
+                    "needed. Where a model changed its dtype after it was stepped, "
+                    "optimizer.load_state_dict(optimizer.state_dict()) casts the state"
                 )
             if dtype != tensors[0].dtype:
                 raise TypeError(f"{what} is {dtype} but {name}[0] is {tensors[0].dtype}; one dtype for all")
@@ -171,25 +169,22 @@ class Subject:
         if len(scales) != wanted:
             raise ValueError(
                 f"askew_cuda: scales has {len(scales)} tensors; {wanted} are needed for {len(self.weights)} weights "
-                "and "
-                f"{len(levels)} levels"
+                f"and {len(levels)} levels"
             )
         kind = reference.arithmetic(self.weights[0].dtype)
         for i, (weight, scale) in enumerate(zip(self.weights, scales, strict=False)):
             if scale.dtype != kind:
                 raise TypeError(
                     f"{self.what('scales', i)} has dtype {scale.dtype}; {kind} goes with weights of {weight.dtype}. "
-                    "Where a "
-                    "model changed its dtype after it was stepped, optimizer.load_state_dict(optimizer.state_dict()) "
-                    "casts "
-                    "the state"
+                    "Where a model changed its dtype after it was stepped, "
+                    "optimizer.load_state_dict(optimizer.state_dict()) casts the state"
                 )
             self.check_device("scales", i, scale)
             if not reference.is_scale_shape(scale.shape, weight.shape):
                 raise ValueError(
                     f"{self.what('scales', i)} has shape {list(scale.shape)} for a weight of shape "
-                    f"{list(weight.shape)}; one number, in each dimension 1, the weight's size or a divisor of it, such "
-                    "as (channels, 1, ..), or (rows, groups) are understood"
+                    f"{list(weight.shape)}; one number, in each dimension 1, the weight's size or a divisor of it, "
+                    "such as (channels, 1, ..), or (rows, groups) are understood"
                 )
 
     def check_names(self) -> None:
@@ -223,8 +218,7 @@ class Subject:
             if not good or step.device not in (torch.device("cpu"), there) or step.device != steps[0].device:
                 raise TypeError(
                     f"{self.what('steps', i)} is {step.dtype} of shape {list(step.shape)} on {step.device}; 0-d "
-                    "float32 or "
-                    f"float64 tensors, all on the CPU or all of one dtype on {there}, are needed"
+                    f"float32 or float64 tensors, all on the CPU or all of one dtype on {there}, are needed"
                 )
 
     def check_constraint(self) -> None:
@@ -307,8 +301,7 @@ def check_memory(extents: Iterable[Extent]) -> None:
             if (each.written or now.written) and _share(each.tensor, now.tensor):
                 raise ValueError(
                     f"{each.what} and {now.what} share memory, and one of two steps would be lost at random; tie "
-                    "weights as one "
-                    "Parameter (a.weight = b.weight), or clone() one of them"
+                    "weights as one Parameter (a.weight = b.weight), or clone() one of them"
                 )
         before.append(now)
 

@@ -261,6 +261,7 @@ class Plan:
         if plain:
             checks.check_memory(self._extents())
         self.compiled, self.together, self.others = None, [], self.parts
+        self.ready: list[Callable[[], None]] = []  # the others, as lay_out() has made them ready
         if plain and backends.extension is not None:
             self.together = [part for part in self.parts if part.backend in ("cpu", "cuda")]
             self.others = [part for part in self.parts if part.backend not in ("cpu", "cuda")]

@@ -97,19 +97,18 @@ def refuse_capture(device: torch.device) -> None:
     if capturing(device):
         raise RuntimeError(
             "askew_cuda: step() in a CUDA graph capture with tensors that no step has seen where they lie now; make "
-            "one step before it "
-            "and keep the gradients (zero_grad(set_to_none=False)), or use backend='cuda'"
+            "one step before it and keep the gradients (zero_grad(set_to_none=False)), or use backend='cuda'"
         )
 
 
 class ScaleOrder(NamedTuple):
     """Scales in the order in which a weight in memory order meets them: element i has number
-    (i // outer_run) % outer_count * count + (i // run) % count.
+    (i // outer_run) % outer_count * scales + (i // run) % scales.
     """
 
     scale: Tensor
     run: int
-    count: int
+    scales: int
     outer_run: int = 1
     outer_count: int = 1
 
@@ -253,8 +252,7 @@ def argument(name: str, value: Scalar, default: float, device: torch.device) -> 
     if value.device != device:
         raise ValueError(
             f"askew_cuda: {name} is on {value.device} and the weights on {device}; it can be a number, there, or on "
-            "the "
-            "CPU"
+            "the CPU"
         )
     return value.detach().to(torch.float32)
 

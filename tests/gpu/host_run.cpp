@@ -1,5 +1,5 @@
 // Runs every thread of every block of CUDA launches on the processor, and compares what they leave with the CPU kernel. Built by
-// tests/test_cuda_on_host.py, with address and undefined-behaviour sanitizers. host_run CASES [SEED]
+// tests/gpu/test_cuda_on_host.py, with address and undefined-behaviour sanitizers. host_run CASES [SEED]
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
