@@ -1,7 +1,7 @@
 """A call of an operator as data, and all that can be wrong with it: found before anything is written, for every backend."""
 
 import ctypes
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +13,10 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # The lists of an operator's signature between the gradients and the scales, but for AdamW's steps.
 STATES = {"sgd_": ("momentum_buffers",), "adamw_": ("exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs")}
 NUMBERS = {"sgd_": ("momentum", "dampening"), "adamw_": ("beta1", "beta2", "eps")}  # beside those of both
+
+TENSORS = ("lr", "epsilon", "grad_scale", "found_inf")  # numbers that may lie in a tensor
+OPTIONAL = ("grad_scale", "found_inf", "seed", "recovery", "alpha")
+PLAIN = (Tensor, torch.nn.Parameter)  # types without a __torch_dispatch__ or __torch_function__ of their own
 
 Names = Callable[[], Sequence[str]]  # of a call's weights, asked for when something is wrong
 
@@ -44,6 +48,7 @@ def check(call: Call, names: Names | None = None) -> None:
     if not call.lists["weights"]:
         return
     subject = Subject(call, names)
+    subject.check_tensors()
     subject.check_weights()
     subject.check_lists()
     subject.check_levels()
@@ -51,7 +56,8 @@ def check(call: Call, names: Names | None = None) -> None:
     subject.check_rule()
     subject.check_constraint()
     subject.check_rounding()
-    subject.check_numbers()
+    settings = {name: value for name, value in call.settings.items() if name in numbers_of(call.operator)}
+    check_numbers(settings, call.lists["weights"][0].device)
 
 
 class Subject:
@@ -80,6 +86,23 @@ class Subject:
             if torch._debug_has_internal_overlap(weight) == 1:
                 raise ValueError(f"{self.what('weights', i)} of strides {weight.stride()} overlaps itself; clone() it")
 
+    def check_tensors(self) -> None:
+        """What is asked of a tensor whatever it is for."""
+        for name, tensors in self.lists.items():
+            for i, tensor in enumerate(tensors):
+                if not isinstance(tensor, Tensor):
+                    raise TypeError(f"{self.what(name, i)} is {tensor!r}; a tensor is needed")
+                if tensor.layout != torch.strided:
+                    raise ValueError(
+                        f"{self.what(name, i)} is not a dense tensor ({tensor.layout}); make it one: to_dense()"
+                    )
+                if lacks_memory(tensor):
+                    raise ValueError(f"{self.what(name, i)} has no memory: {_FREED}")
+                if name not in ("grads", "scales") and tensor.is_inference() and not torch.is_inference_mode_enabled():
+                    raise RuntimeError(
+                        f"{self.what(name, i)} was made in inference mode, and may not be written to outside of it; clone() it"
+                    )
+
     def check_lists(self) -> None:
         """Lists that have a tensor for each weight, of its shape."""
         for name in ("grads", *STATES[self.call.operator], "codes", "snapped", "remainders"):
@@ -93,10 +116,6 @@ class Subject:
                         f"{self.what(name, i)} has shape {list(tensor.shape)} but weights[{i}] has {list(weight.shape)}"
                     )
                 self.check_device(name, i, tensor)
-                if tensor.layout != torch.strided:
-                    raise ValueError(
-                        f"{self.what(name, i)} is not a dense tensor ({tensor.layout}); make it one: to_dense()"
-                    )
             self.check_dtypes(name, tensors)
         kinds = {name: tensors[0].dtype for name in STATES[self.call.operator] if (tensors := self.lists.get(name))}
         if len(set(kinds.values())) > 1:
@@ -224,29 +243,43 @@ class Subject:
             if entries and len(entries) != len(self.weights):
                 raise ValueError(f"askew_cuda: {name} has {len(entries)} entries for {len(self.weights)} weights")
 
-    def check_numbers(self) -> None:
-        there = self.weights[0].device
-        for name in ("lr", "epsilon", "grad_scale", "found_inf"):
-            value = self.settings.get(name)
-            if isinstance(value, Tensor):
-                if value.numel() != 1:
-                    raise ValueError(f"askew_cuda: {name} has shape {list(value.shape)}; one number is needed")
-                if value.device.type != "cpu" and value.device != there:
-                    raise ValueError(
-                        f"askew_cuda: {name} is on {value.device} but weights[0] is on {there}; put it there, or on the CPU"
-                    )
-            elif value is not None or name in ("lr", "epsilon"):
-                _check_number(name, value)
-        for name in ("weight_decay", "max_step", *NUMBERS[self.call.operator]):
-            _check_number(name, self.settings[name])
-        for name in ("recovery", "alpha"):
-            if self.settings[name] is not None:
-                _check_number(name, self.settings[name])
+
+def numbers_of(operator: str) -> tuple[str, ...]:
+    """The settings of an operator that are numbers."""
+    return (*TENSORS, "seed", "weight_decay", "max_step", "recovery", "alpha", *NUMBERS[operator])
 
 
-def _check_number(name: str, value: Any) -> None:
-    if not isinstance(value, (int, float)):
-        raise TypeError(f"askew_cuda: {name} = {value!r}; a number is needed")
+def check_numbers(settings: Mapping[str, Any], there: torch.device) -> None:
+    """Settings of weights that are there, all of them numbers. None is good where it means that there is none."""
+    for name, value in settings.items():
+        if isinstance(value, Tensor) and name in (*TENSORS, "seed"):
+            if value.numel() != 1 or value.layout != torch.strided:
+                raise ValueError(f"askew_cuda: {name} has shape {list(value.shape)}; one number is needed")
+            if value.device.type != "cpu" and value.device != there:
+                raise ValueError(
+                    f"askew_cuda: {name} is on {value.device} but weights[0] is on {there}; put it there, or on the CPU"
+                )
+        elif not (isinstance(value, (int, float)) or (value is None and name in OPTIONAL)):
+            raise TypeError(f"askew_cuda: {name} = {value!r}; a number is needed")
+
+
+_FREED = "its storage was freed, or is smaller than the tensor; step where it is whole"
+
+
+def lacks_memory(tensor: Tensor) -> bool:
+    """Whether a tensor's storage ends before the tensor does, as where FSDP has freed it: to touch it would end the process."""
+    if type(tensor) not in PLAIN or tensor.layout != torch.strided or tensor.numel() == 0:
+        return False
+    last = tensor.storage_offset() + sum(
+        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
+    return tensor.untyped_storage().nbytes() < (last + 1) * tensor.itemsize
+
+
+def check_memory_of(weight: Tensor, name: str) -> None:
+    """Raises ValueError where a weight, by its name, can't even be read."""
+    if lacks_memory(weight):
+        raise ValueError(f"{name} has no memory: {_FREED}")
 
 
 def by_channel(weight: Tensor, scale: Tensor) -> bool:

@@ -1,7 +1,7 @@
 """The keywords of a param group beyond torch.optim's: defaults, ranges, and which of two rates holds."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +24,14 @@ class Keyword(NamedTuple):
 
 def _among(*values: Any) -> Callable[[Any], bool]:
     return lambda value: value in values
+
+
+def is_flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_outputs(outputs: Any) -> bool:
+    return isinstance(outputs, (list, tuple, set, frozenset)) and set(outputs) <= {"codes", "snapped"}
 
 
 def _is_seed(seed: Any) -> bool:
@@ -61,10 +69,8 @@ _OURS = {
     "max_step": Keyword(
         0.5, lambda x: x > 0, "above 0, in units of half the distance between levels; inf for no cap", "number"
     ),
-    "clip": Keyword(True, lambda x: isinstance(x, bool), "True or False"),
-    "outputs": Keyword(
-        (), lambda x: not isinstance(x, str) and set(x) <= {"codes", "snapped"}, "a list of 'codes' and 'snapped'"
-    ),
+    "clip": Keyword(True, is_flag, "True or False"),
+    "outputs": Keyword((), _is_outputs, "a list of 'codes' and 'snapped'"),
     "state_dtype": Keyword(None, _among(None, torch.float32, "float32"), "None (the weight's dtype) or torch.float32"),
     "low_precision": Keyword(
         "nearest", _among("nearest", "remainder", "stochastic"), "'nearest', 'remainder' or 'stochastic'"
@@ -76,7 +82,7 @@ _OURS = {
 _TORCHS = {
     "lr": Keyword(..., lambda x: x >= 0, "a learning rate is at least 0", "number"),
     "weight_decay": Keyword(..., lambda x: x >= 0, "weight decay is at least 0", "number"),
-    "maximize": Keyword(..., lambda x: isinstance(x, bool), "True or False"),
+    "maximize": Keyword(..., is_flag, "True or False"),
     "differentiable": Keyword(..., lambda x: not x, "the step is not differentiable; leave it False"),
 }
 KEYWORDS = {**_TORCHS, **_OURS}
@@ -133,12 +139,17 @@ def check(group: dict[str, Any], names: Iterable[str] | None = None) -> None:
         not read, which would wait for its device.
     """
     wanted = set(KEYWORDS) | {"foreach", "fused"} if names is None else set(names)
-    for name, keyword in KEYWORDS.items():
-        if name in wanted and not (keyword.optional and group[name] is None):
-            _check_one(name, group[name], keyword)
+    check_each(group, {name: keyword for name, keyword in KEYWORDS.items() if name in wanted})
     for pair, good, remedy in _PAIRS:
         if not wanted.isdisjoint(pair) and not good(*(group[name] for name in pair)):
             raise ValueError(f"{pair[0]} = {group[pair[0]]!r}; {remedy}")
+
+
+def check_each(group: dict[str, Any], keywords: Mapping[str, Keyword]) -> None:
+    """Whether each of these keywords of a group is good by itself."""
+    for name, keyword in keywords.items():
+        if not (keyword.optional and group[name] is None):
+            _check_one(name, group[name], keyword)
 
 
 def _check_one(name: str, value: Any, keyword: Keyword) -> None:

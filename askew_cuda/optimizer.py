@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from . import backends, checkpoints, hints, scales, schedule
+from . import backends, checkpoints, checks, hints, scales, schedule
 from .hints import LostSteps
 from .interrupts import deferred
 from .keywords import CONSTRAINT, Group, check, resolve_rate
 from .plan import Additions, Batch, Plan, parts
 from .quantizer import Quantizer, codes, distance, snap
+
+_CPU = torch.device("cpu")
 
 
 def next_seed(seed: int) -> int:
@@ -233,6 +235,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
 
     def _new_scale(self, group: Group, quantizer: Quantizer, name: str, weight: Tensor) -> Tensor:
         """A weight's scale, to be set for ever; warns when the first clip would tear a trained network apart."""
+        checks.check_memory_of(weight, name)
         scale = self._estimate(group, quantizer, name, weight)
         if group["clip"] and not (group["pretrained"] or scales.is_torch_default(weight) or self._has_fresh_norms()):
             outside = scales.share_outside(weight.detach(), scale, quantizer.codebook.levels)
@@ -339,6 +342,8 @@ class QuantizedOptimizer(torch.optim.Optimizer):
                 else:
                     entries.append((group, "seed", next_seed(group["seed"])))
             if group["total_steps"] is not None:
+                if not (type(group["steps_done"]) is int and group["steps_done"] >= 0):
+                    check(group, ("steps_done",))
                 count, epsilon = schedule.next_state(group)
                 entries.append((group, "steps_done", count))
                 if isinstance(group["epsilon"], Tensor):
@@ -421,8 +426,11 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         know: False.
         """
         found: Tensor | float | None = getattr(self, "found_inf", None)
-        known = wait or not isinstance(found, Tensor) or found.device.type == "cpu"
-        return known and found is not None and bool(found != 0)
+        if found is None:
+            return False
+        checks.check_numbers({"found_inf": found}, getattr(found, "device", _CPU))
+        known = not isinstance(found, Tensor) or found.device.type == "cpu" or (wait and not found.is_meta)
+        return known and bool(found != 0)
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's, of plain values and tensors; of a callable ``shape`` it says "callable" only."""
@@ -468,6 +476,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
             quantizer = self._quantizer(group)
             if quantizer is not None:
                 for name, weight in self._named(group):
+                    checks.check_memory_of(weight, name)
                     scale = self._scale(weight)
                     scale = self._lent.get(weight) if scale is None else scale
                     scale = self._estimate(group, quantizer, name, weight) if scale is None else scale

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends, checks, keywords
+from . import backends, checks, keywords, schedule
 from .checks import Call
 from .keywords import Group, counter_dtype
 
@@ -22,8 +22,11 @@ if TYPE_CHECKING:
 
 # Keywords of a group that decide what its calls are. The others are numbers and flags that a call takes.
 STRUCTURE = ("quantizer", "outputs", "state_dtype", "low_precision", "backend")
+# Others that a step goes by, or that must be good: with another value of one of them everything is checked again.
+WATCHED = ("pretrained", "normalized", "total_steps", "hold", "end", "shape", "differentiable", "foreach", "fused")
 SHARED = ("lr", "weight_decay", "maximize", "epsilon", "anneal", "skew_at", "recovery", "alpha", "max_step", "clip")
-PLAIN = (Tensor, torch.nn.Parameter)  # types without a __torch_dispatch__ or __torch_function__ of their own
+
+AMP = ("grad_scale", "found_inf")  # set by torch.amp.GradScaler, on its own device
 
 
 class Additions:
@@ -200,9 +203,9 @@ def settings_of(optimizer: "QuantizedOptimizer", group: Group, batch: Batch) -> 
     settings = {key: group[key] for key in SHARED}
     settings |= optimizer._rule(group)
     device = batch.weights[0].device
-    for key in ("grad_scale", "found_inf"):  # set by torch.amp.GradScaler, on its own device
+    for key in AMP:
         value = getattr(optimizer, key, None)
-        settings[key] = value.to(device) if isinstance(value, Tensor) else value
+        settings[key] = value.to(device) if isinstance(value, Tensor) and not value.is_meta else value
     if group["low_precision"] == "stochastic" and batch.weights[0].dtype.itemsize == 2:
         number = {
             weight: i for i, weight in enumerate(weight for each in optimizer.param_groups for weight in each["params"])
@@ -213,6 +216,10 @@ def settings_of(optimizer: "QuantizedOptimizer", group: Group, batch: Batch) -> 
     return settings
 
 
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float, Tensor)) and not isinstance(value, bool)
+
+
 def changed_settings(now: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
     """Those that are others than before. Another tensor is another setting, whatever it holds."""
     if all(map(is_, now.values(), before.values())):
@@ -221,7 +228,7 @@ def changed_settings(now: dict[str, Any], before: dict[str, Any]) -> dict[str, A
     return {
         key: value
         for key, value, old in pairs
-        if value is not old and (isinstance(value, Tensor) or isinstance(old, Tensor) or value != old)
+        if value is not old and (isinstance(value, Tensor) or type(value) is not type(old) or value != old)
     }
 
 
@@ -241,6 +248,8 @@ class Plan:
         for group in optimizer.param_groups:
             keywords.check(group)
             optimizer._check_rule(group)
+            if group["total_steps"] is not None and group["quantizer"] is not None:
+                schedule.phase(group)
         self.additions = Additions()
         self.parts = list(parts(optimizer, self.additions))
         for part in self.parts:
@@ -251,7 +260,7 @@ class Plan:
         self.idle = [weight for weights in self.members for weight in weights if weight.grad is None]
         weights = [weight for part in self.parts for weight in part.batch.weights]
         # Where something listens to torch's operations, it hears the calls; else they go straight to the kernels.
-        plain = all([type(weight) in PLAIN for weight in weights]) and torch._C._len_torch_dispatch_stack() == 0
+        plain = all([type(weight) in checks.PLAIN for weight in weights]) and torch._C._len_torch_dispatch_stack() == 0
         if plain:
             checks.check_memory(self._extents())
         self.compiled, self.together, self.others = None, [], self.parts
@@ -275,7 +284,7 @@ class Plan:
     @staticmethod
     def _structure(optimizer: "QuantizedOptimizer", group: Group) -> tuple[Any, ...]:
         """What decides which calls a group needs."""
-        return itemgetter(*STRUCTURE)(group), optimizer._moments(group), optimizer._counted_there(group)
+        return itemgetter(*STRUCTURE, *WATCHED)(group), optimizer._moments(group), optimizer._counted_there(group)
 
     def holds(self, optimizer: "QuantizedOptimizer") -> bool:
         """Whether the next step is still this plan's; it then has the gradients and the numbers of that step."""
@@ -312,8 +321,13 @@ class Plan:
             now = settings_of(optimizer, part.group, part.batch)
             changed = changed_settings(now, before)
             if changed:
+                if not all(
+                    key in AMP or (is_number(value) and is_number(before[key])) for key, value in changed.items()
+                ):
+                    return False  # a flag, or a word: all is checked together
                 keywords.check(part.group, changed)
                 optimizer._check_rule(part.group)
+                checks.check_numbers(changed, part.batch.weights[0].device)
                 self.compiled.set(i, changed)
                 before.update(changed)
         return self.compiled.take_gradients()

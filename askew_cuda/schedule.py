@@ -113,10 +113,14 @@ def half_width(group: dict[str, Any], progress: float) -> float:
     """
     shape = group["shape"]
     if callable(shape):
-        r = float(shape(progress))
-        if not 0 <= r <= 1:
-            raise ValueError(f"shape({progress}) = {r}; a half-width in [0, 1] is needed")
-        return r
+        r = shape(progress)
+        try:
+            good = 0 <= float(r) <= 1
+        except (TypeError, ValueError):
+            good = False
+        if not good:
+            raise ValueError(f"shape({progress}) = {r!r}; a half-width in [0, 1] is needed")
+        return float(r)
     hold, end = group["hold"], group["end"]
     if hold is None or end is None:
         hold, end = phase(group)
