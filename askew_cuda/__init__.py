@@ -8,6 +8,7 @@ report = optimizer.finalize()
 
 from .anneal import Anneal
 from .backends import build_info
+from .layers import register_layer
 from .monitor import Monitor, Sample, monitor
 from .optimizer import FinalizeReport, TensorReport
 from .optimizers import AskewAdamW, AskewSGD
@@ -36,6 +37,7 @@ __all__ = [
     "pack_modules",
     "paper",
     "param_groups",
+    "register_layer",
     "save_packed",
 ]
 __version__ = "0.1.0"

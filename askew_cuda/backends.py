@@ -28,7 +28,8 @@ def _load() -> tuple[Any, str]:
     except ModuleNotFoundError:
         return (
             None,
-            f"the package was installed without its compiled extension; with a C++20 compiler and torch in place, {_REINSTALL}",
+            "the package was installed without its compiled extension; with a C++20 compiler and torch in place, "
+            f"{_REINSTALL}",
         )
     except ImportError as error:  # built for another torch, most of the time
         return None, f"the compiled extension does not load under torch {torch.__version__} ({error}); {_REINSTALL}"
@@ -58,7 +59,10 @@ def build_info() -> dict[str, object] | None:
 def _cuda_absent(device: torch.device) -> str:
     """Why the extension can't step weights on this device by CUDA kernels; "" where it can."""
     if extension.build_info()["cuda"] is None:
-        return f"the extension was built without CUDA kernels; with the CUDA toolkit in place (nvcc; CUDA_HOME says where), {_REINSTALL}"
+        return (
+            "the extension was built without CUDA kernels; with the CUDA toolkit in place (nvcc; CUDA_HOME says "
+            f"where), {_REINSTALL}"
+        )
     if device.type != "cuda":
         return f"it steps CUDA tensors, and the weights are on {device}"
     if torch.version.hip is not None:
@@ -153,7 +157,8 @@ _warned: set[str] = set()
 
 
 def choose(backend: str, device: torch.device, dtype: torch.dtype, rounds: bool = False) -> str:
-    """The backend that steps weights of this dtype on this device: the one asked for, or the first present one for "auto".
+    """The backend that steps weights of this dtype on this device: the one asked for, or the first present one for
+    "auto".
 
     Raises:
         ValueError: ``backend`` is not a backend's name. TypeError: no backend has this dtype.
@@ -187,9 +192,9 @@ def ready(backend: str, call: Call) -> Callable[[], None]:
     if backend == "triton":
         from .triton import launch  # not before: it takes Triton
 
-        return functools.partial(getattr(launch, call.operator), **call.arguments())
+        return functools.partial(getattr(launch, call.operator), **call.for_kernels())
     # through the dispatcher, where torch.compile, fake tensors and tracing listen; it takes scalars as tensors
-    arguments = call.arguments()
+    arguments = call.for_kernels()
     for name in ("lr", "epsilon", "grad_scale", "found_inf", "seed"):
         value = arguments.get(name)
         if value is not None and not isinstance(value, torch.Tensor):

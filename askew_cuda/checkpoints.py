@@ -9,15 +9,17 @@ import torch
 from torch import Tensor
 
 from . import hints, reference
-from .keywords import CONSTRAINT, EXECUTION, SCHEDULE, Group, check, counter_dtype
+from .keywords import CONSTRAINT, EXECUTION, LAYERS, SCHEDULE, Group, check, counter_dtype
 from .quantizer import Quantizer
 from .schedule import count_at, epsilon_at
 
 
 def adopt(saved: dict[str, Any], groups: list[Group]) -> tuple[defaultdict[Tensor, Any], list[Group]]:
     """State and param groups that an optimizer with these groups takes over from a state_dict of ours or of torch's.
-    Weights are matched by name where both sides have names, else by position. Nothing is mutated, and nothing is
-    shared: all tensors are copies, on the devices of the weights and in their memory order.
+
+    Weights are matched by name where both sides have names, else by position; by name, frozen weights may be missing
+    there, as other optimizers leave them out. Nothing is mutated, and nothing is shared: all tensors are copies, on the
+    devices of the weights and in their memory order.
 
     Raises: ValueError, TypeError: the weights don't match, a state has another shape than its weight, the state_dict is
         of another rule, or its count of steps is none.
@@ -41,7 +43,9 @@ def adopt(saved: dict[str, Any], groups: list[Group]) -> tuple[defaultdict[Tenso
     return state, adopted
 
 
-Source = list[tuple[int, Any]]  # for each weight of a group: which saved group it is in, and its id there
+# For each weight of a group: which saved group it is in, and its id there; none for frozen ones that were not saved.
+Source = list[tuple[int, Any]]
+_NOWHERE = (-1, None)
 
 
 def _by_name(theirs: list[Group], groups: list[Group]) -> list[Source]:
@@ -50,7 +54,10 @@ def _by_name(theirs: list[Group], groups: list[Group]) -> list[Source]:
         for i, group in enumerate(theirs)
         for name, index in zip(group["param_names"], group["params"], strict=True)
     }
-    names = {name for group in groups for name in group["param_names"]}
+    weights = {
+        name: weight for group in groups for name, weight in zip(group["param_names"], group["params"], strict=True)
+    }
+    names = {name for name, weight in weights.items() if weight.requires_grad or name in where}
     if names != set(where):
         bare, wanted = {_bare(name): found for name, found in where.items()}, {_bare(name) for name in names}
         if len(bare) == len(where) and len(wanted) == len(names) and wanted == set(bare):
@@ -60,7 +67,7 @@ def _by_name(theirs: list[Group], groups: list[Group]) -> list[Source]:
             f"{_listed(set(where) - names, 'only there')}both must have the same weights; a hook of "
             "register_load_state_dict_pre_hook can rename them"
         )
-    return [[where[name] for name in group["param_names"]] for group in groups]
+    return [[where.get(name, _NOWHERE) for name in group["param_names"]] for group in groups]
 
 
 def _bare(name: str) -> str:
@@ -85,15 +92,15 @@ def _by_position(theirs: list[Group], groups: list[Group]) -> list[Source]:
 
 
 def _group(theirs: list[Group], source: Source, mine: Group) -> Group:
-    """A group of ours with the keywords of the saved one, except those that say how this machine computes, or how this
-    training is annealed.
+    """A group of ours with the keywords of the saved one, except those that say how this machine computes, how this
+    training is annealed, or what the layers of this model are.
     """
-    origins = dict.fromkeys(i for i, _ in source)
+    origins = dict.fromkeys(i for i, index in source if (i, index) != _NOWHERE)
     if len(origins) > 1:
         raise ValueError(
             f"load_state_dict: the weights of one param group ({_listed(mine['param_names'], 'here')[:-2]}) lie in "
-            "several "
-            f"groups of the checkpoint ({', '.join(map(str, origins))}); which keywords are theirs? Split the group"
+            f"several groups of the checkpoint ({', '.join(map(str, origins))}); which keywords are theirs? Split the "
+            "group"
         )
     saved = theirs[next(iter(origins))] if origins else mine
     if ("betas" in saved) != ("betas" in mine):
@@ -101,7 +108,8 @@ def _group(theirs: list[Group], source: Source, mine: Group) -> Group:
         raise ValueError(
             f"load_state_dict: the checkpoint is one of {rules[0]}; this optimizer goes by the rule of {rules[1]}"
         )
-    taken = {key: copy.deepcopy(value) for key, value in saved.items() if key not in ("params", *EXECUTION, *SCHEDULE)}
+    own = ("params", *EXECUTION, *LAYERS, *SCHEDULE)
+    taken = {key: copy.deepcopy(value) for key, value in saved.items() if key not in own}
     kept = {key: mine[key] for key in (*CONSTRAINT, *EXECUTION) if key in mine and key not in taken}
     names = {"param_names": mine["param_names"]} if "param_names" in mine else {}
     return {**taken, **kept, **names, "params": mine["params"]}
@@ -168,8 +176,7 @@ def _state(kept: dict[str, Any], weight: Tensor, group: Group, name: str) -> dic
         elif not isinstance(value, Tensor):
             state[key] = copy.deepcopy(value)
         elif key == "scale":
-            wanted = () if group["quantizer"] is None else Quantizer.parse(group["quantizer"]).scale_shape(weight)
-            _check_shape(value, wanted, key, name)
+            _check_shape(value, _scale_shape(weight, group), key, name)
             state[key] = value.detach().to(weight.device, reference.arithmetic(weight.dtype), copy=True)
         else:
             _check_shape(value, weight.shape, key, name)
@@ -179,9 +186,16 @@ def _state(kept: dict[str, Any], weight: Tensor, group: Group, name: str) -> dic
     return state
 
 
+def _scale_shape(weight: Tensor, group: Group) -> tuple[int, ...]:
+    if group["quantizer"] is None:
+        return ()
+    return Quantizer.parse(group["quantizer"]).scale_shape(weight, group["channel_dim"])
+
+
 def _check_shape(value: Tensor, wanted: tuple[int, ...], key: str, name: str) -> None:
     if tuple(value.shape) != tuple(wanted):
         raise ValueError(
             f"load_state_dict: {key} of {name} has shape {tuple(value.shape)} in the checkpoint; {tuple(wanted)} is "
-            "needed here. Weights are matched by name where both optimizers have names, else by their position"
+            "needed here. Weights are matched by name where both optimizers have names, else by their position; scales "
+            "also go by the groups' channel_dim, which askew_cuda.param_groups sets"
         )

@@ -1,6 +1,9 @@
-"""A call of an operator as data, and all that can be wrong with it: found before anything is written, for every backend."""
+"""A call of an operator as data, and all that can be wrong with it: found before anything is written, for every
+backend.
+"""
 
 import ctypes
+import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,10 +15,17 @@ from . import reference
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # The lists of an operator's signature between the gradients and the scales, but for AdamW's steps.
 STATES = {"sgd_": ("momentum_buffers",), "adamw_": ("exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs")}
-NUMBERS = {"sgd_": ("momentum", "dampening"), "adamw_": ("beta1", "beta2", "eps")}  # beside those of both
+# The settings of one rule alone; all other fields of reference.Settings go with both.
+OF_RULE = {"sgd_": ("momentum", "dampening", "nesterov"), "adamw_": ("beta1", "beta2", "eps", "amsgrad")}
+OF_BOTH = tuple(name for name in reference.Settings._fields if not any(name in names for names in OF_RULE.values()))
+ROUNDING = ("seed", "streams", "first_elements")
+_KINDS = {name: typing.get_args(kind) or (kind,) for name, kind in typing.get_type_hints(reference.Settings).items()}
+_NUMBERS: dict[str, tuple[Any, ...]] = {
+    **{name: kinds for name, kinds in _KINDS.items() if float in kinds},
+    "found_inf": (float, Tensor, type(None)),
+    "seed": (int, Tensor, type(None)),
+}
 
-TENSORS = ("lr", "epsilon", "grad_scale", "found_inf")  # numbers that may lie in a tensor
-OPTIONAL = ("grad_scale", "found_inf", "seed", "recovery", "alpha")
 PLAIN = (Tensor, torch.nn.Parameter)  # types without a __torch_dispatch__ or __torch_function__ of their own
 
 Names = Callable[[], Sequence[str]]  # of a call's weights, asked for when something is wrong
@@ -25,7 +35,7 @@ class Call(NamedTuple):
     """An operator with its arguments by name; :func:`askew_cuda.reference.sgd_` describes them."""
 
     operator: str  # "sgd_" or "adamw_"
-    lists: dict[str, Sequence[Tensor]]
+    lists: Mapping[str, Sequence[Tensor]]
     levels: tuple[float, ...]
     settings: dict[str, Any]
 
@@ -42,9 +52,19 @@ class Call(NamedTuple):
         """All of them, by name."""
         return {**self.lists, "levels": self.levels, **self.settings}
 
+    def for_kernels(self) -> dict[str, Any]:
+        """The same as compiled kernels read them: a scale that runs along another dimension than the first is copied
+        for each weight.
+        """
+        scales = self.lists["scales"]
+        read = [_in_rows(weight, scale) for weight, scale in zip(self.lists["weights"], scales, strict=False)]
+        return {**self.arguments(), "scales": read}
+
 
 def check(call: Call, names: Names | None = None) -> None:
-    """Raises ValueError or TypeError, which name the argument, its value and the remedy; the names are those of the weights."""
+    """Raises ValueError or TypeError, which name the argument, its value and the remedy; the names are those of the
+    weights.
+    """
     if not call.lists["weights"]:
         return
     subject = Subject(call, names)
@@ -53,11 +73,11 @@ def check(call: Call, names: Names | None = None) -> None:
     subject.check_lists()
     subject.check_levels()
     subject.check_scales()
+    subject.check_names()
     subject.check_rule()
     subject.check_constraint()
     subject.check_rounding()
-    settings = {name: value for name, value in call.settings.items() if name in numbers_of(call.operator)}
-    check_numbers(settings, call.lists["weights"][0].device)
+    check_numbers(call.settings, call.lists["weights"][0].device)
 
 
 class Subject:
@@ -79,7 +99,8 @@ class Subject:
                 raise TypeError(f"{self.what('weights', i)}: a weight has dtype {weight.dtype}; {supported}")
             if weight.dtype != first.dtype:
                 raise TypeError(
-                    f"{self.what('weights', i)} is {weight.dtype} but weights[0] is {first.dtype}; one call takes one dtype"
+                    f"{self.what('weights', i)} is {weight.dtype} but weights[0] is {first.dtype}; one call takes "
+                    "one dtype"
                 )
             if weight.device != first.device:
                 raise ValueError(f"{self.what('weights', i)} is on {weight.device} but weights[0] is on {first.device}")
@@ -117,7 +138,8 @@ class Subject:
                     )
                 self.check_device(name, i, tensor)
             self.check_dtypes(name, tensors)
-        kinds = {name: tensors[0].dtype for name in STATES[self.call.operator] if (tensors := self.lists.get(name))}
+        states = {name: self.lists.get(name, ()) for name in STATES[self.call.operator]}
+        kinds = {name: tensors[0].dtype for name, tensors in states.items() if tensors}
         if len(set(kinds.values())) > 1:
             raise TypeError(f"askew_cuda: the dtypes of the states differ: {kinds}; one dtype for all")
 
@@ -148,8 +170,10 @@ class Subject:
                     raise TypeError(f"{what} is {dtype}; float32, float64, bfloat16 and float16 are supported")
             elif dtype != wanted and not (dtype == torch.float32 and wanted.itemsize == 2):
                 raise TypeError(
-                    f"{what} is {dtype} for weights of {wanted}; their dtype, or float32 for 16-bit weights, is needed. "
-                    "Where a model changed its dtype after it was stepped, optimizer.load_state_dict(optimizer.state_dict()) "
+                    f"{what} is {dtype} for weights of {wanted}; their dtype, or float32 for 16-bit weights, is "
+                    "needed. "
+                    "Where a model changed its dtype after it was stepped, "
+                    "optimizer.load_state_dict(optimizer.state_dict()) "
                     "casts the state"
                 )
             if dtype != tensors[0].dtype:
@@ -175,23 +199,38 @@ class Subject:
         wanted = len(self.weights) if levels else 0
         if len(scales) != wanted:
             raise ValueError(
-                f"askew_cuda: scales has {len(scales)} tensors; {wanted} are needed for {len(self.weights)} weights and "
+                f"askew_cuda: scales has {len(scales)} tensors; {wanted} are needed for {len(self.weights)} weights "
+                "and "
                 f"{len(levels)} levels"
             )
         kind = reference.arithmetic(self.weights[0].dtype)
         for i, (weight, scale) in enumerate(zip(self.weights, scales, strict=False)):
             if scale.dtype != kind:
                 raise TypeError(
-                    f"{self.what('scales', i)} has dtype {scale.dtype}; {kind} goes with weights of {weight.dtype}. Where a "
-                    "model changed its dtype after it was stepped, optimizer.load_state_dict(optimizer.state_dict()) casts "
+                    f"{self.what('scales', i)} has dtype {scale.dtype}; {kind} goes with weights of {weight.dtype}. "
+                    "Where a "
+                    "model changed its dtype after it was stepped, optimizer.load_state_dict(optimizer.state_dict()) "
+                    "casts "
                     "the state"
                 )
             self.check_device("scales", i, scale)
-            if not (scale.numel() == 1 or weight.numel() == 0 or by_channel(weight, scale) or _by_group(weight, scale)):
+            if not reference.is_scale_shape(scale.shape, weight.shape):
                 raise ValueError(
-                    f"{self.what('scales', i)} has shape {list(scale.shape)} for a weight of shape {list(weight.shape)}; (), "
-                    "(channels, 1, ..) or (rows, groups) are understood"
+                    f"{self.what('scales', i)} has shape {list(scale.shape)} for a weight of shape "
+                    f"{list(weight.shape)}; one number, in each dimension 1, the weight's size or a divisor of it, such "
+                    "as (channels, 1, ..), or (rows, groups) are understood"
                 )
+
+    def check_names(self) -> None:
+        """Whether the settings are those of the operator, and complete."""
+        known = {*OF_BOTH, *OF_RULE[self.call.operator]}
+        optional = {"grad_scale", "found_inf", *ROUNDING}
+        missing, unknown = known - optional - set(self.settings), set(self.settings) - known - optional
+        if missing or unknown:
+            raise TypeError(
+                f"askew_cuda: {self.call.operator} takes {', '.join(sorted(known))}; missing: "
+                f"{', '.join(sorted(missing)) or 'none'}, unknown: {', '.join(sorted(unknown)) or 'none'}"
+            )
 
     def check_rule(self) -> None:
         """What SGD and AdamW need by themselves."""
@@ -212,7 +251,8 @@ class Subject:
             good = good and (step.is_cpu or step.dtype == steps[0].dtype)
             if not good or step.device not in (torch.device("cpu"), there) or step.device != steps[0].device:
                 raise TypeError(
-                    f"{self.what('steps', i)} is {step.dtype} of shape {list(step.shape)} on {step.device}; 0-d float32 or "
+                    f"{self.what('steps', i)} is {step.dtype} of shape {list(step.shape)} on {step.device}; 0-d "
+                    "float32 or "
                     f"float64 tensors, all on the CPU or all of one dtype on {there}, are needed"
                 )
 
@@ -244,22 +284,20 @@ class Subject:
                 raise ValueError(f"askew_cuda: {name} has {len(entries)} entries for {len(self.weights)} weights")
 
 
-def numbers_of(operator: str) -> tuple[str, ...]:
-    """The settings of an operator that are numbers."""
-    return (*TENSORS, "seed", "weight_decay", "max_step", "recovery", "alpha", *NUMBERS[operator])
-
-
 def check_numbers(settings: Mapping[str, Any], there: torch.device) -> None:
-    """Settings of weights that are there, all of them numbers. None is good where it means that there is none."""
+    """Whether those of the settings that are numbers can go with weights that are there."""
     for name, value in settings.items():
-        if isinstance(value, Tensor) and name in (*TENSORS, "seed"):
+        kinds = _NUMBERS.get(name)
+        if kinds is None or (value is None and type(None) in kinds):
+            continue
+        if isinstance(value, Tensor) and Tensor in kinds:
             if value.numel() != 1 or value.layout != torch.strided:
                 raise ValueError(f"askew_cuda: {name} has shape {list(value.shape)}; one number is needed")
             if value.device.type != "cpu" and value.device != there:
                 raise ValueError(
                     f"askew_cuda: {name} is on {value.device} but weights[0] is on {there}; put it there, or on the CPU"
                 )
-        elif not (isinstance(value, (int, float)) or (value is None and name in OPTIONAL)):
+        elif not isinstance(value, (int, float)):
             raise TypeError(f"askew_cuda: {name} = {value!r}; a number is needed")
 
 
@@ -267,7 +305,9 @@ _FREED = "its storage was freed, or is smaller than the tensor; step where it is
 
 
 def lacks_memory(tensor: Tensor) -> bool:
-    """Whether a tensor's storage ends before the tensor does, as where FSDP has freed it: to touch it would end the process."""
+    """Whether a tensor's storage ends before the tensor does, as where FSDP has freed it: to touch it
+    would end the process.
+    """
     if type(tensor) not in PLAIN or tensor.layout != torch.strided or tensor.numel() == 0:
         return False
     last = tensor.storage_offset() + sum(
@@ -293,6 +333,14 @@ def _by_group(weight: Tensor, scale: Tensor) -> bool:
     return rows and weight.numel() // scale.shape[0] % scale.shape[1] == 0
 
 
+def _in_rows(weight: Tensor, scale: Tensor) -> Tensor:
+    """A scale along the first dimension as it is; any other one of each weight, (rows, weights of a row)."""
+    if scale.numel() <= 1 or weight.numel() == 0 or by_channel(weight, scale) or _by_group(weight, scale):
+        return scale
+    each = reference.spread(scale, weight).expand(weight.shape)
+    return each.reshape(weight.shape[0], -1) if weight.dim() > 1 else each.contiguous()
+
+
 class Extent(NamedTuple):
     """Where a tensor lies: bytes [begin, end) of a device."""
 
@@ -311,8 +359,8 @@ def extent(what: str, tensor: Tensor, written: bool) -> Extent:
 
 
 def check_memory(extents: Iterable[Extent]) -> None:
-    """Raises ValueError where something that a step writes lies in the memory of another of its tensors: kernels step all at once, and
-    one of two updates would be lost, now and then.
+    """Raises ValueError where something that a step writes lies in the memory of another of its tensors: kernels step
+    all at once, and one of two updates would be lost, now and then.
     """
     before: list[Extent] = []
     for now in sorted((each for each in extents if each.tensor.numel()), key=lambda each: each[:3]):
@@ -320,14 +368,17 @@ def check_memory(extents: Iterable[Extent]) -> None:
         for each in before:
             if (each.written or now.written) and _share(each.tensor, now.tensor):
                 raise ValueError(
-                    f"{each.what} and {now.what} share memory, and one of two steps would be lost at random; tie weights as one "
+                    f"{each.what} and {now.what} share memory, and one of two steps would be lost at random; tie "
+                    "weights as one "
                     "Parameter (a.weight = b.weight), or clone() one of them"
                 )
         before.append(now)
 
 
 def _share(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors whose extents overlap have an element in common: those between the elements of a slice don't count."""
+    """Whether two tensors whose extents overlap have an element in common: those between the elements of a slice don't
+    count.
+    """
     apart = b.data_ptr() - a.data_ptr()
     if all(map(torch.ops.aten.is_non_overlapping_and_dense, (a, b))) or a.itemsize != b.itemsize or apart % a.itemsize:
         return True

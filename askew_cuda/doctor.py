@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from . import backends
+from . import backends, checks
 from .quantizer import Codebook
 
 
@@ -89,7 +89,7 @@ def self_test(backend: str, device: torch.device) -> Iterator[tuple[str, bool]]:
     annealing.
     """
     books = {name: Codebook.named(name).levels for name in ("binary", "ternary", "4bit", "nf4")}
-    dtypes = [dtype for dtype in backends.DTYPES if not backends.absent(backend, device, dtype)]
+    dtypes = [dtype for dtype in checks.DTYPES if not backends.absent(backend, device, dtype)]
     for dtype, rule, name, anneal in itertools.product(dtypes, ("sgd", "adamw"), books, ("capture", "interval")):
         mine, wanted = (_step(each, device, dtype, rule, books[name], anneal) for each in (backend, "reference"))
         yield f"{dtype} {rule} {name} {anneal}", all(torch.equal(a, b) for a, b in zip(mine, wanted, strict=True))
@@ -117,7 +117,8 @@ def doctor() -> int:
         wrong += len(failed)
         where = " (interpreted on the CPU)" if interpreted else ""
         print(
-            f"{backend:14}present{where}; self-test: {len(results) - len(failed)} of {len(results)} cases equal the reference bit for bit"
+            f"{backend:14}present{where}; self-test: {len(results) - len(failed)} of {len(results)} cases equal the "
+            "reference bit for bit"
         )
         for case in failed:
             print(f"{'':14}DIFFERS: {case}; please report it with the lines above")

@@ -7,8 +7,9 @@ from types import FrameType
 from typing import Any
 
 
-class deferred:  # noqa: N801  reads as a word: with deferred():
-    """Holds Ctrl-C (SIGINT) back while the block runs; its handler is called right after. Other exceptions pass as ever.
+class deferred:  # a word in lower case, as in: with deferred()
+    """Holds Ctrl-C (SIGINT) back while the block runs; its handler is called right after. Other exceptions pass as
+    ever.
 
     Python runs signal handlers in the main thread alone: in another one there is nothing to hold back.
     """

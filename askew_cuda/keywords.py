@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .checks import OF_BOTH
+from .reference import Settings
 from .schedule import SHAPES
 
 Group = dict[str, Any]
@@ -40,6 +42,25 @@ def _is_seed(seed: Any) -> bool:
     return type(seed) is int and 0 <= seed < 2**63
 
 
+def _is_channel_dim(dim: Any) -> bool:
+    """Whether it has the form of one; the weights' shapes are not looked at."""
+    dims = dim if isinstance(dim, (tuple, list)) and dim else [dim]
+    return all(type(each) is int for each in dims)
+
+
+def _is_fan_in(fan_in: Any) -> bool:
+    fans = fan_in if isinstance(fan_in, (tuple, list)) else [fan_in]
+    return all(each is None or (type(each) is int and each >= 1) for each in fans)
+
+
+_CHANNEL_DIM = (
+    "the weights' output dimension is needed, such as 0, or, for stacked experts, those of expert and output, such as "
+    "(0, 2)"
+)
+_FAN_IN = (
+    "how many weights are summed up into one output, or a list with one such number for each weight of the group; None "
+    "where it is not known"
+)
 _SHARE = "a share of total_steps lies in [0, 1]"
 _SHAPES = f"{', '.join(map(repr, SHAPES))} or a callable progress -> r"
 _ANNEALED = "the annealed number lies in [0, 1]: 1 is unconstrained, 0 leaves the levels (it is not Adam's eps)"
@@ -49,7 +70,11 @@ _ANNEALED = "the annealed number lies in [0, 1]: 1 is unconstrained, 0 leaves th
 _OURS = {
     "quantizer": Keyword(None, lambda _: True, ""),
     "pretrained": Keyword(False, _among(False, True, "packed"), "False, True or 'packed'"),
-    "normalized": Keyword(None, _among(None, False, True), "None, False or True"),
+    "normalized": Keyword(False, _among(None, False, True), "True, or False, which None also means"),
+    "trained_norms": Keyword(False, _among(False, True), "True or False"),
+    "channel_dim": Keyword(0, _is_channel_dim, _CHANNEL_DIM),
+    "fan_in": Keyword(None, _is_fan_in, _FAN_IN),
+    "quantize_frozen": Keyword(False, _among(False, True), "True or False"),
     "epsilon": Keyword(1.0, lambda x: 0 <= x <= 1, _ANNEALED, "number"),
     "total_steps": Keyword(None, lambda x: x >= 1, "at least 1 is needed", "whole", optional=True),
     "hold": Keyword(None, lambda x: 0 <= x <= 1, _SHARE, "number", optional=True),
@@ -85,6 +110,12 @@ _TORCHS = {
     "maximize": Keyword(..., is_flag, "True or False"),
     "differentiable": Keyword(..., lambda x: not x, "the step is not differentiable; leave it False"),
 }
+# A scalar of the method without a range of its own: any number, with the default that the reference gives it.
+_OURS |= {
+    name: Keyword(default, lambda x: isinstance(x, (bool, int, float)), "a number is needed")
+    for name, default in Settings._field_defaults.items()
+    if name in OF_BOTH and name not in {*_TORCHS, *_OURS, "grad_scale"}
+}
 KEYWORDS = {**_TORCHS, **_OURS}
 CONSTRAINT = {name: keyword.default for name, keyword in _OURS.items()}
 
@@ -110,6 +141,8 @@ _PAIRS: tuple[tuple[tuple[str, str], Callable[[Any, Any], bool], str], ...] = (
 
 # These say how a machine computes, not what: a checkpoint does not bring them along.
 EXECUTION = ("backend", "outputs", "foreach", "fused", "capturable", "differentiable")
+# These say what the layers of this model are, and belong to its weights as their names do.
+LAYERS = ("channel_dim", "fan_in")
 # These say how this training is to be annealed: a checkpoint does not bring them along, but for how far it has come.
 SCHEDULE = ("total_steps", "hold", "end", "shape")
 

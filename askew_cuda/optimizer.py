@@ -47,13 +47,14 @@ class TensorReport:
 @dataclass(frozen=True)
 class FinalizeReport:
     """What finalize() did: in all, and per tensor. ``never_stepped`` names quantized weights that never received a
-    gradient.
+    gradient; ``left_alone`` those of quantized groups that were not snapped, because they are frozen besides.
     """
 
     max_distance: float
     share_on_level: float
     never_stepped: tuple[str, ...]
     tensors: tuple[TensorReport, ...]
+    left_alone: tuple[str, ...] = ()
 
 
 class QuantizedOptimizer(torch.optim.Optimizer):
@@ -77,7 +78,6 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         self.first_elements: dict[Tensor, int] = {}  # of weights that are parts of larger ones, for stochastic rounding
         self._stepped: dict[Tensor, bool] = {}  # weights that received a gradient
         self._parsed: list[tuple[object, Quantizer]] = []
-        self._fresh_norms: bool | None = None
         self._quantized_depth = 0
         self._lent: dict[Tensor, Tensor] = {}  # scales that are not set yet, while quantized() holds them
         self._plan: Plan | None = None
@@ -125,10 +125,10 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         if "epsilon" in annealed:
             schedule.put_epsilon(group, annealed.pop("epsilon"))
         group.update(annealed)
-        self._fresh_norms = None
         unique = {weight: i for i, weight in reversed(list(enumerate(group["params"])))}  # torch has warned of others
-        for key in {"params", "param_names"} & set(group):
-            group[key] = [group[key][i] for i in reversed(unique.values())]
+        for key in ("params", "param_names", "fan_in"):
+            if isinstance(group.get(key), (list, tuple)):
+                group[key] = [group[key][i] for i in reversed(unique.values())]
         self._quantizer(group)
 
     def _check(self, group: Group) -> Quantizer | None:
@@ -164,11 +164,18 @@ class QuantizedOptimizer(torch.optim.Optimizer):
 
     def _check_weights(self, params: Any, settings: Group, quantizer: Quantizer | None) -> None:
         """Whether the weights of a group can be stepped as the group says."""
-        for index, item in enumerate([params] if isinstance(params, Tensor) else params):
+        params = [params] if isinstance(params, Tensor) else params
+        fan_in = settings["fan_in"]
+        if isinstance(fan_in, (list, tuple)) and len(fan_in) != len(params):
+            raise ValueError(
+                f"fan_in has {len(fan_in)} numbers for a group of {len(params)} weights; one for each is needed, or one "
+                "for all of them"
+            )
+        for index, item in enumerate(params):
             name, weight = item if isinstance(item, tuple) else (f"params[{index}]", item)
             if not isinstance(weight, Tensor):
                 continue  # torch's own error says it best
-            if weight.layout != torch.strided or weight.is_complex() or weight.dtype not in backends.DTYPES:
+            if weight.layout != torch.strided or weight.is_complex() or weight.dtype not in checks.DTYPES:
                 raise TypeError(
                     f"{name} is {weight.dtype} ({weight.layout}); dense float32, float64, bfloat16 and float16 weights "
                     "can be stepped"
@@ -181,7 +188,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
                     "it False"
                 )
             if quantizer is not None:
-                quantizer.check(weight, name)
+                quantizer.check(weight, name, settings["channel_dim"])
             chosen = self._choose(settings, weight.device, weight.dtype)
             if settings["fused"] and chosen == "reference":
                 raise RuntimeError(
@@ -189,7 +196,9 @@ class QuantizedOptimizer(torch.optim.Optimizer):
                 )
 
     def _choose(self, group: Group, device: torch.device, dtype: torch.dtype) -> str:
-        """The backend of weights of a group. Asked for once: torch.compile watches the answers, which are this optimizer's own."""
+        """The backend of weights of a group. Asked for once: torch.compile watches the answers, which are this
+        optimizer's own.
+        """
         key = (group["backend"], device, dtype, dtype.itemsize == 2 and group["low_precision"] != "nearest")
         if key not in self._chosen:
             self._chosen[key] = backends.choose(*key)
@@ -215,30 +224,47 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         """The weight's scale, if it is set."""
         return self.state[weight].get("scale") if weight in self.state else None
 
-    def _has_fresh_norms(self) -> bool:
-        """Whether the optimizer has weights of normalisation layers, as they are before a training; looked at once, not
-        for each weight.
-        """
-        if self._fresh_norms is None:
-            self._fresh_norms = any(
-                scales.is_fresh_gain(weight.detach()) for group in self.param_groups for weight in group["params"]
-            )
-        return self._fresh_norms
+    def _left_alone(self, group: Group, weight: Tensor) -> bool:
+        """Whether a weight of a quantized group keeps its values, because it is frozen and has never been stepped."""
+        return not (weight.requires_grad or group["quantize_frozen"] or weight in self._stepped)
+
+    @staticmethod
+    def _fan_in(group: Group, weight: Tensor) -> int | None:
+        """The fan-in of the weight's layer, where the group says it."""
+        fan_in = group["fan_in"]
+        if isinstance(fan_in, (list, tuple)):
+            return next(each for each, other in zip(fan_in, group["params"], strict=True) if other is weight)
+        return fan_in
 
     def _estimate(self, group: Group, quantizer: Quantizer, name: str, weight: Tensor) -> Tensor:
-        normalized = group["normalized"]
-        if normalized is None and not group["pretrained"]:
-            normalized = self._has_fresh_norms()
         return scales.estimate(
-            weight.detach(), quantizer, pretrained=group["pretrained"], normalized=bool(normalized), name=name
+            weight.detach(),
+            quantizer,
+            pretrained=group["pretrained"],
+            normalized=bool(group["normalized"]),
+            name=name,
+            channel_dim=group["channel_dim"],
+            fan_in=self._fan_in(group, weight),
         )
 
     def _new_scale(self, group: Group, quantizer: Quantizer, name: str, weight: Tensor) -> Tensor:
-        """A weight's scale, to be set for ever; warns when the first clip would tear a trained network apart."""
+        """A weight's scale, to be set for ever; warns when snapping or the first clip would tear a trained network
+        apart.
+        """
         checks.check_memory_of(weight, name)
         scale = self._estimate(group, quantizer, name, weight)
-        if group["clip"] and not (group["pretrained"] or scales.is_torch_default(weight) or self._has_fresh_norms()):
-            outside = scales.share_outside(weight.detach(), scale, quantizer.codebook.levels)
+        levels = quantizer.codebook.levels
+        zeros = 0.0 if 0 in levels else scales.share_of_zeros(weight)
+        if 0.05 < zeros < 1:
+            hints.warn(
+                f"{name}: {zeros:.0%} of its weights are exactly 0, and no level of its codebook is: if they were "
+                "pruned, they come back to life; take levels with a 0 among them, such as 'ternary'"
+            )
+        fresh = group["normalized"] and not group["trained_norms"]
+        if group["clip"] and not (
+            group["pretrained"] or fresh or scales.is_torch_default(weight, self._fan_in(group, weight))
+        ):
+            outside = scales.share_outside(weight.detach(), scale, levels)
             if outside > 0.25:
                 hints.warn(
                     f"{name}: clipping to the outermost levels will move {outside:.0%} of its weights in the first "
@@ -250,7 +276,8 @@ class QuantizedOptimizer(torch.optim.Optimizer):
     def prepare(self) -> None:
         """Sets every quantized weight's scale now, from the weights as they are, instead of at its first step.
 
-        It is the one moment that may synchronise with a device: call it before capturing a graph or compiling.
+        It is the one moment that may synchronise with a device: call it before capturing a graph or compiling. Weights
+        that are frozen get theirs when they are stepped, unless their group says quantize_frozen.
 
         Raises: ValueError: a weight holds NaN, infinity or nothing but zeros; the message names it. No scale has been
             set then.
@@ -260,7 +287,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
             quantizer = self._quantizer(group)
             if quantizer is not None:
                 for name, weight in self._named(group):
-                    if self._scale(weight) is None:
+                    if self._scale(weight) is None and not self._left_alone(group, weight):
                         found[weight] = self._new_scale(group, quantizer, name, weight)
         with deferred():
             for weight, scale in found.items():
@@ -275,15 +302,16 @@ class QuantizedOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One step: base rule, constraint, clip and outputs in one pass over each tensor. ``p.grad`` is never written.
-        The step is made as a whole or not at all: state is allocated and arguments are checked before the first weight moves,
+        The step is made as a whole or not at all: state is allocated and arguments are checked before the first weight
+            moves,
                and Ctrl-C waits for the last one. What is left: a call that has to copy on its way - the reference, and
                gradients in another memory order than their weights - stops where there is no memory for it.
 
                Args:
                    closure: reevaluates the model and returns the loss; it sees the trained weights.
 
-               Raises: RuntimeError: called inside :meth:`quantized`. ValueError: a gradient is sparse, or a scale can't be
-                   set. Nothing has
+               Raises: RuntimeError: called inside :meth:`quantized`. ValueError: a gradient is sparse, or a scale can't
+                   be set. Nothing has
                        moved then.
         """
         try:
@@ -341,10 +369,12 @@ class QuantizedOptimizer(torch.optim.Optimizer):
                     in_place.append(functools.partial(advance_seed, group["seed"]))
                 else:
                     entries.append((group, "seed", next_seed(group["seed"])))
-            if group["total_steps"] is not None:
-                if not (type(group["steps_done"]) is int and group["steps_done"] >= 0):
-                    check(group, ("steps_done",))
-                count, epsilon = schedule.next_state(group)
+            done = group["steps_done"]
+            if group["total_steps"] is not None and not (type(done) is int and done >= 0):
+                check(group, ("steps_done",))
+            state = schedule.next_state(group)
+            if state is not None:
+                count, epsilon = state
                 entries.append((group, "steps_done", count))
                 if isinstance(group["epsilon"], Tensor):
                     in_place.append(functools.partial(schedule.put_epsilon, group, epsilon))
@@ -369,13 +399,14 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         members = {weight for group in self.param_groups for weight in group["params"]}
         for table in (self._stepped, self._scaled, self.outputs, self.first_elements):
             for gone in [weight for weight in table if weight not in members]:
-                del table[gone]  # type: ignore[attr-defined]
+                del table[gone]
         for part in plan.parts:
             self._stepped.update(dict.fromkeys(part.batch.weights, True))
             if part.kept.get("scale"):
                 self._scaled.update(dict.fromkeys(part.batch.weights, part.group["quantizer"]))
 
-    # What a rule brings: the name of its operator; which lists of the operator's signature are which keys of the state; its settings.
+    # What a rule brings: the name of its operator; which lists of the operator's signature are which keys of the state;
+    # its settings.
     _operator: str
 
     def _moments(self, group: Group) -> dict[str, str]:
@@ -412,13 +443,15 @@ class QuantizedOptimizer(torch.optim.Optimizer):
             return
         if has_scale and before != group["quantizer"]:
             raise ValueError(
-                f"quantizer = {group['quantizer']!r}, but the scale of {name_of(weight)} was set for {before!r}; for a new one, "
+                f"quantizer = {group['quantizer']!r}, but the scale of {name_of(weight)} was set for {before!r}; for "
+                "a new one, "
                 "remove the old: del optimizer.state[weight]['scale']"
             )
         if not has_scale and before == group["quantizer"] and float(group["epsilon"]) < 1:
             raise ValueError(
                 f"the scale of {name_of(weight)} is gone from optimizer.state in mid-annealing (epsilon = "
-                f"{float(group['epsilon']):.3g}): a new one would move every level. Put the state back, or load a checkpoint"
+                f"{float(group['epsilon']):.3g}): a new one would move every level. Put the state back, or load a "
+                "checkpoint"
             )
 
     def _overflowed(self, wait: bool = False) -> bool:
@@ -468,25 +501,30 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
-    def _quantized_weights(self) -> Iterator[tuple[str, Tensor, Tensor, tuple[float, ...], Group]]:
+    def _quantized_weights(self, scales: bool = True) -> Iterator[tuple[str, Tensor, Any, tuple[float, ...], Group]]:
         """name, weight, scale, levels and group of each quantized weight; a scale that is not set yet is computed, not
-        stored.
+        stored (None without ``scales``). Without those that are left alone, frozen and never stepped.
         """
         for group in self.param_groups:
             quantizer = self._quantizer(group)
             if quantizer is not None:
                 for name, weight in self._named(group):
+                    if self._left_alone(group, weight):
+                        continue
                     checks.check_memory_of(weight, name)
                     scale = self._scale(weight)
                     scale = self._lent.get(weight) if scale is None else scale
-                    scale = self._estimate(group, quantizer, name, weight) if scale is None else scale
+                    if scale is None and scales:
+                        scale = self._estimate(group, quantizer, name, weight)
                     yield name, weight, scale, quantizer.codebook.levels, group
 
     def quantized_parameters(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """(weight, codes, levels, scale) of every quantized weight: the snapped weight is ``scale * levels[codes]``.
 
-        codes: uint8, as the weight. levels: (K,), the scale's dtype. scale: () | (channels, 1, ..) | (rows, groups),
-        the last for ``weight.reshape(rows, groups, -1)``. Nothing is mutated.
+        codes: uint8, as the weight. levels: (K,), the scale's dtype. scale: (), or the weight's shape with 1 or a
+        divisor in the dimensions that it covers, or (rows, groups) for ``weight.reshape(rows, groups, -1)``. Nothing is
+        mutated. Weights that are frozen and were never stepped are not among them, unless their group says
+        quantize_frozen.
         """
         for _, weight, scale, levels, _ in self._quantized_weights():
             yield weight, codes(weight.detach(), scale, levels), scale.new_tensor(levels), scale
@@ -535,8 +573,10 @@ class QuantizedOptimizer(torch.optim.Optimizer):
     def finalize(self) -> FinalizeReport:
         """Snaps every quantized weight onto its level, for good, and says how far they were.
 
-        Holds a copy of the quantized weights meanwhile: all of them are snapped, or none. Warns where weights have a
-        way to go, more than 1/64 of half the distance between levels: which share, how far, in which tensors.
+        Holds a copy of the quantized weights meanwhile: all of them are snapped, or none. Weights that are frozen and
+        were never stepped, such as the base of LoRA, keep their values, unless their group says quantize_frozen. Warns
+        where weights have a way to go, more than 1/64 of half the distance between levels: which share, how far, in
+        which tensors.
 
         Returns: The largest distance, in units of half the distance between levels, the share of weights that were on a
             level, and the names of quantized weights that never received a gradient; per tensor and in all.
@@ -567,7 +607,14 @@ class QuantizedOptimizer(torch.optim.Optimizer):
                 if "remainder" in self.state[weight]:
                     self.state[weight]["remainder"].zero_()
         never = tuple(name for name, weight, *_ in found if weight not in self._stepped)
-        return FinalizeReport(largest, share, never, tuple(tensors))
+        left = tuple(
+            name
+            for group in self.param_groups
+            if group["quantizer"] is not None
+            for name, weight in self._named(group)
+            if self._left_alone(group, weight)
+        )
+        return FinalizeReport(largest, share, never, tuple(tensors), left)
 
     def __repr__(self) -> str:
         lines = [f"{type(self).__name__} ("]

@@ -18,9 +18,17 @@ _KEYWORDS = """
         :class:`~askew_cuda.Quantizer`, or None: not quantized, then the group does what torch's optimizer does.
     pretrained: True for weights that are trained already, "packed" for weights from a packed file. Chooses scale and
         annealing.
-    normalized: whether the network has normalisation layers, which leave the scale to us. None: whether the optimizer
-        has a gain of such a layer, a vector of ones, when the scales of untrained weights are set; for trained ones,
-        False.
+    normalized: whether the network has normalisation layers, which leave the scale to us. trained_norms: whether their
+        gains are trained already; only a warning depends on it.
+    channel_dim: the output dimension of the weights, 0 for (out, in, ..), 1 for (in, out), or those of expert and
+        output. What has scales of its own, with a quantizer per channel or per group.
+    fan_in: how many weights are summed up into one output; one number, or one for each weight.
+        :func:`~askew_cuda.param_groups` writes these four, from what it knows of the layers. Bare parameters get the
+        defaults, whatever stands beside them: not normalised; the output first, all other dimensions inputs. And a
+        quantizer takes EVERY parameter of its group, biases and gains of norms included, which networks are better off
+        without: give those a group with quantizer None, or use param_groups, which does.
+    quantize_frozen: whether weights that are frozen and were never stepped are snapped and coded, too. Else they keep
+        their values, and are saved as they are; once they train, they are quantized like all others.
     total_steps: optimizer steps of the whole training, a whole number: then the optimizer anneals itself. None: epsilon
         is set from outside, by :class:`~askew_cuda.Anneal` or by hand. It is counted what is stepped; a step that the
         host sees skipped (found_inf on the CPU, a GradScaler that does not call step) is not, one that only a device
@@ -122,11 +130,13 @@ class AskewSGD(QuantizedOptimizer):
         if group["momentum"] == 0 or group["dampening"] == 0:
             yield batch, {}
             return
-        # The first gradient that is applied fills the buffer undamped: with the buffer at zero, that is a step without dampening.
+        # The first gradient that is applied fills the buffer undamped: with the buffer at zero, that is a step without
+        # dampening.
         fresh = ["momentum_buffer" not in state for state in batch.states]
         yield batch.pick([not each for each in fresh]), {}
-        # With a step that AMP skips on a device a buffer would come to be, and the next step would be damped. So found_inf is read
-        # here, which waits for the device; not in a captured graph, where a flag beside the buffer has to answer.
+        # With a step that AMP skips on a device a buffer would come to be, and the next step would be damped. So
+        # found_inf is read here, which waits for the device; not in a captured graph, where a flag beside the buffer
+        # has to answer.
         if any(fresh) and not self._overflowed(wait=True):
             yield batch.pick(fresh), {"dampening": 0.0}
 

@@ -1,109 +1,213 @@
-"""Which weights are quantized, and how: rules to param groups, and the table that says so."""
+"""Which weights are quantized, and how: rules to param groups, and the table that says so, and why."""
 
+import os
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
 
+from .checks import DTYPES
+from .keywords import LAYERS
+from .layers import Layout, Place, Survey, is_norm, survey
 from .quantizer import Quantizer
 
 Levels = str | Quantizer | Mapping[str, Any]
 Spec = Levels | None
-Choice = tuple[dict[str, Levels], dict[str, str]]  # each name's specification; why a weight has none
+
+
+class Choice(NamedTuple):
+    """Each quantized weight's quantizer, and why each other one is left alone; by name."""
+
+    chosen: dict[str, Quantizer]
+    why: dict[str, str]
+
+
+def _is_pattern(rule: str) -> bool:
+    return rule == "*" or rule.startswith("re:")
 
 
 def _matches(rule: str, name: str) -> bool:
-    """ "re:..." is a full match, "*" is everything, anything else is exact."""
-    return bool(re.fullmatch(rule[3:], name)) if rule.startswith("re:") else rule in ("*", name)
+    """ "re:..." is a full match, "*" is everything, anything else is exact.
+
+    Raises: ValueError: the regular expression is none.
+    """
+    if not rule.startswith("re:"):
+        return rule in ("*", name)
+    try:
+        return bool(re.fullmatch(rule[3:], name))
+    except re.error as error:
+        raise ValueError(
+            f"param_groups: the rule {rule!r} is not a regular expression ({error}); after 're:' Python's re.fullmatch "
+            "takes it: '.*' for anything, '\\.' for a dot"
+        ) from error
 
 
-def _is_norm(module: nn.Module) -> bool:
-    return (
-        isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase))
-        or "norm" in type(module).__name__.lower()
-    )
+def _obstacle(weight: Tensor, places: list[Place]) -> str | None:
+    """Why a parameter is not the weight of a layer; None where it is, or an embedding's."""
+    if weight.dtype not in DTYPES:
+        return str(weight.dtype).removeprefix("torch.")
+    for place in places:
+        if place.role == "unknown":
+            return f"{weight.dim()}-d" if weight.dim() < 2 else f"{place.layer} is not known"
+        if place.role == "other":
+            return f"{weight.dim()}-d" if weight.dim() < 2 else f"not a weight of {place.layer}"
+        if place.role not in ("weight", "embedding"):
+            return place.role
+    return None
+
+
+def _reason(weight: Tensor, places: list[Place], layers: int, quantizer: Quantizer) -> str | None:
+    """Why one specification leaves a weight as it is; None where it does not."""
+    obstacle = _obstacle(weight, places)
+    if obstacle is not None:
+        return obstacle
+    if any(place.role == "embedding" for place in places):
+        return "embedding"
+    if any(place.order == 0 for place in places):
+        return "first layer"
+    if any(place.order == layers - 1 for place in places):
+        return "last layer"
+    if any(place.masked for place in places) and 0 not in quantizer.codebook.levels:
+        return "pruned, and no level is 0"
+    return None
 
 
 def _select(
-    model: nn.Module, weights: dict[str, Tensor], spec: Levels, include: Iterable[str], exclude: Iterable[str]
+    weights: dict[str, Tensor], found: Survey, spec: Levels, include: Iterable[str], exclude: Iterable[str]
 ) -> Choice:
-    """One specification for a whole network: each name's specification, and why a weight has none."""
-    owners: dict[Tensor, list[nn.Module]] = {}
-    layers: list[Tensor] = []  # in the order of registration, a tied one in each of its places
-    for module in model.modules():
-        for tensor in module.parameters(recurse=False):
-            owners.setdefault(tensor, []).append(module)
-            if tensor.dim() >= 2 and not _is_norm(module):
-                layers.append(tensor)
-    chosen: dict[str, Levels] = {}
-    why: dict[str, str] = {}
+    """One specification for a whole network."""
+    quantizer, chosen, why = Quantizer.parse(spec), dict[str, Quantizer](), dict[str, str]()
+    unmet = {*include, *exclude}
     for name, weight in weights.items():
-        if any(_matches(rule, name) for rule in exclude):
+        places = found.places[weight]
+        named = [rule for rule in include if _matches(rule, name)]
+        taken = [rule for rule in named if not _is_pattern(rule) or _obstacle(weight, places) is None]
+        out = [rule for rule in exclude if _matches(rule, name)]
+        unmet -= {*taken, *out}
+        reason = _reason(weight, places, found.layers, quantizer)
+        if out:
             why[name] = "excluded"
-        elif any(_matches(rule, name) for rule in include):
-            chosen[name] = spec
-        elif weight.dim() < 2:
-            why[name] = f"{weight.dim()}-d"
-        elif any(_is_norm(module) for module in owners[weight]):
-            why[name] = "norm"
-        elif any(isinstance(module, (nn.Embedding, nn.EmbeddingBag)) for module in owners[weight]):
-            why[name] = "embedding"
-        elif weight is layers[0] or weight is layers[-1]:
-            why[name] = "first layer" if weight is layers[0] else "last layer"
+        elif taken or reason is None:
+            chosen[name] = quantizer
         else:
-            chosen[name] = spec
-    return chosen, why
+            why[name] = reason + " (name it to quantize it)" * bool(named)
+    for rule in unmet:
+        raise _unmatched(rule, "parameter", weights)
+    return Choice(chosen, why)
 
 
-def _by_rules(weights: dict[str, Tensor], rules: Mapping[str, Spec]) -> Choice:
+def _by_rules(weights: dict[str, Tensor], found: Survey, rules: Mapping[str, Spec]) -> Choice:
     """A dictionary quantizes exactly what its rules say; the first rule that matches wins."""
-    chosen: dict[str, Levels] = {}
+    chosen: dict[str, Quantizer] = {}
     why: dict[str, str] = {}
     used: set[str] = set()
+    parsed = {rule: None if spec is None else Quantizer.parse(spec) for rule, spec in rules.items()}
     for name, weight in weights.items():
-        for rule, spec in rules.items():
+        obstacle = _obstacle(weight, found.places[weight])
+        for rule, quantizer in parsed.items():
             if not _matches(rule, name):
                 continue
-            if weight.dim() < 2 and rule != name and spec is not None:
-                why[name] = (
-                    # a pattern for a block means its matrices, not its biases
-                    f"{weight.dim()}-d (name it to quantize it)"
-                )
+            if obstacle is not None and _is_pattern(rule) and quantizer is not None:
+                why[name] = f"{obstacle} (name it to quantize it)"  # a pattern for a block means its weights
                 continue
             used.add(rule)
             why.pop(name, None)
-            if spec is None:
+            if quantizer is None:
                 why[name] = "by rule"
             else:
-                chosen[name] = spec
+                chosen[name] = quantizer
             break
         else:
             why.setdefault(name, "no rule")
     for rule in rules:
         if rule not in used and rule != "*":
+            raise _unmatched(rule, "weight that an earlier rule left", weights)
+    return Choice(chosen, why)
+
+
+def _unmatched(rule: str, what: str, weights: dict[str, Tensor]) -> ValueError:
+    return ValueError(
+        f"param_groups: the rule {rule!r} matches no {what}; patterns are full matches and mean weights of two or more "
+        f"dimensions that belong to a layer that is known, a plain name is exact. Names: {', '.join(weights)}"
+    )
+
+
+def _check(name: str, weight: Tensor, quantizer: Quantizer, found: Survey, pretrained: bool | str) -> Layout | None:
+    """The layout of a weight that is to be quantized.
+
+    Raises: ValueError: it can't be done, or what is known does not suffice; the message says what to state.
+    """
+    places, layout = found.places[weight], found.layout(weight)
+    zero = 0 in quantizer.codebook.levels
+    for wrong, what in (
+        (any(place.padding for place in places), "has a padding_idx, whose row has to stay zero"),
+        (any(place.masked for place in places), "is pruned"),
+    ):
+        if wrong and not zero:
             raise ValueError(
-                f"param_groups: the rule {rule!r} matches no weight that an earlier rule left; patterns are full matches and mean weights "
-                f"of two or more dimensions, a plain name is exact. Names: {', '.join(weights)}"
+                f"param_groups: {name} {what}, and no level of {quantizer.summary()!r} is 0; take levels with a 0 "
+                f"among them, such as 'ternary', or leave it as it is: {{{name!r}: None}} before the other rules, or "
+                "exclude="
             )
-    return chosen, why
+    by_shape = quantizer.granularity != "tensor" or (quantizer.scale == "auto" and not pretrained)
+    if layout is None and weight.dim() >= 2 and by_shape:
+        obstacle, layer = _obstacle(weight, places), places[0].layer
+        raise ValueError(
+            f"param_groups: {name} (shape {tuple(weight.shape)}) can't have {quantizer.summary()!r}, which goes by "
+            f"output dimension and fan-in: {obstacle}. Where it is a weight, state them: askew_cuda.register_layer("
+            f"{layer}, {name.rpartition('.')[2]!r}, channel_dim=..); or take a scale per tensor that does without, "
+            "such as Quantizer(.., scale='mse')"
+        )
+    quantizer.check(weight, name, 0 if layout is None else layout.channel_dim)
+    return layout
 
 
-def _table(named: dict[str, Tensor], chosen: dict[str, Levels], why: dict[str, str]) -> str:
-    """A line per parameter: name, shape, quantizer, number of levels or why there are none."""
-    rows = [("weight", "shape", "quantizer", "levels")]
+def _undecayed(model: nn.Module, named: dict[str, Tensor], found: Survey) -> set[str]:
+    """Names of the parameters that trainers don't decay: of less than two dimensions, of norms, and those that the
+    model, or a part of it, lists in no_weight_decay(), as timm's do.
+    """
+    listed: set[str] = set()
+    for path, module in model.named_modules():
+        lists = getattr(module, "no_weight_decay", None)
+        if callable(lists):
+            listed |= {f"{path}.{name}".removeprefix(".") for name in lists()}
+    norms = {name for name, weight in named.items() if any(place.role == "norm" for place in found.places[weight])}
+    return norms | (listed & set(named)) | {name for name, weight in named.items() if weight.dim() < 2}
+
+
+def _has_trained_norms(model: nn.Module) -> bool:
+    """Whether the gain of a normalisation layer varies from channel to channel, which no init makes it do."""
+    gains = [module._parameters.get("weight") for module in model.modules() if is_norm(module)]
+    known = [gain.detach().flatten() for gain in gains if gain is not None and gain.numel() and not gain.is_meta]
+    return any(bool((gain != gain[0]).any()) for gain in known)
+
+
+def _table(named: dict[str, Tensor], found: Survey, choice: Choice) -> str:
+    """A line per parameter: name, shape, layer, quantizer, fan-in, number of levels or why there are none."""
+    rows = [("weight", "shape", "layer", "quantizer", "fan-in", "levels")]
     for name, weight in named.items():
-        summary, last = "-", why.get(name, "")
-        if name in chosen:
-            quantizer = Quantizer.parse(chosen[name])
-            summary, last = quantizer.summary(), str(len(quantizer.codebook))
-        rows.append((name, "x".join(map(str, weight.shape)), summary, last))
+        quantizer, layout, frozen = choice.chosen.get(name), found.layout(weight), not weight.requires_grad
+        last = choice.why.get(name, "") if quantizer is None else str(len(quantizer.codebook))
+        last += ", frozen" * frozen
+        fan = "" if quantizer is None or layout is None else str(layout.fan_in)
+        shape, kind = "x".join(map(str, weight.shape)), found.places[weight][0].layer
+        rows.append((name, shape, kind, "-" if quantizer is None else quantizer.summary(), fan, last))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    quantized, total = sum(named[name].numel() for name in chosen), sum(weight.numel() for weight in named.values())
-    return "\n".join(
-        [*lines, f"{len(chosen)} of {len(named)} parameters quantized: {quantized:,} of {total:,} weights"]
-    )
+    quantized, total = (sum(named[name].numel() for name in names) for names in (choice.chosen, named))
+    lines.append(f"{len(choice.chosen)} of {len(named)} parameters quantized: {quantized:,} of {total:,} weights")
+    if any(not named[name].requires_grad for name in choice.chosen):
+        lines.append("frozen weights keep their values until they are stepped; quantize_frozen=True says otherwise")
+    return "\n".join(lines)
+
+
+def _prints() -> bool:
+    """Whether this process speaks for all of a distributed run."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank() == 0
+    return os.environ.get("RANK", "0") == "0"
 
 
 def param_groups(
@@ -113,64 +217,115 @@ def param_groups(
     pretrained: bool | str = False,
     include: Iterable[str] = (),
     exclude: Iterable[str] = (),
+    no_decay: bool = False,
     verbose: bool = True,
     **keywords: Any,
 ) -> list[dict[str, Any]]:
     """Param groups for AskewSGD or AskewAdamW: one for each way of quantizing, and one for the rest. Prints what it
-    decided.
+    decided, on rank 0. Which layers are known: docs/layers.md, and :func:`~askew_cuda.register_layer`.
 
     Args:
-        model: the network. Tied weights appear once; parameters that don't require a gradient are left out.
-        weights: one specification ("binary", "ternary/channel", "2bit/group128", a Quantizer) for every weight of two
-            or more dimensions except embeddings, norms, and the first and the last layer (in the order of
-            registration). Or a dictionary
-            from rules to specifications, tried in order: "re:..." matches the whole name, a plain name is exact, "*" is
-            the rest; it quantizes exactly what it says, first and last layer included. Patterns mean weights of two or
-            more dimensions: a bias must be named. None as a specification leaves weights as they are.
+        model: the network. Tied weights appear once. Frozen ones are in the groups, too, so that they train when they
+            are unfrozen; those of them that are to be quantized keep their values until they are stepped
+            (``quantize_frozen=True``: they don't).
+        weights: one specification ("binary", "ternary/channel", "2bit/group128", a Quantizer) for the weights of all
+            layers that are known except embeddings, routers, and the first and the last layer (in the order of
+            registration, embeddings counted, a tied weight in each of its places). Or a dictionary from rules to
+            specifications, tried in order: "re:..." matches the whole name, a plain name is exact, "*" is the rest; it
+            quantizes exactly what it says, embeddings, first and last layer included. Patterns mean weights of layers
+            that are known: anything else, such as a bias, must be named. None as a specification leaves weights as they
+            are.
         pretrained: True where the network is trained already, "packed" where it was read from a packed file.
         include, exclude: with one specification: names or "re:..." patterns that are added to it, or taken out.
+        no_decay: True splits off what trainers don't decay into groups with weight_decay 0: parameters of less than two
+            dimensions, those of norms, and those that the model lists in no_weight_decay().
         verbose: print the table.
-        keywords: go into every quantized group, such as anneal="interval". ``normalized`` says what is seen in the
-            model, else.
+        keywords: go into every quantized group, such as anneal="interval". ``normalized`` overrides whether the network
+            has normalisation layers.
 
     Returns:
-        Groups with named parameters, quantized ones first.
+        Groups with named parameters, quantized ones first. Beside the quantizer they say what is known of their layers:
+        ``channel_dim``, ``fan_in`` (one number per weight), ``normalized`` and ``trained_norms``.
 
-    Raises: ValueError: nothing is left to quantize, a rule matches nothing, or a specification is wrong. TypeError:
-        ``weights`` is neither.
+    Raises: ValueError: nothing is left to quantize, a rule matches nothing or is no regular expression, a specification
+        is wrong, or a weight does not suit it; the message says what to do. TypeError: ``weights`` is neither.
     """
-    named: dict[str, Tensor] = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    by_rules = isinstance(weights, Mapping) and "levels" not in weights
-    if by_rules:
+    named: dict[str, Tensor] = {name: weight for name, weight in model.named_parameters()}
+    found = survey(model)
+    if given := set(LAYERS) & set(keywords):
+        raise ValueError(f"param_groups: {', '.join(given)} is decided layer by layer; use askew_cuda.register_layer")
+    choice = _choose(named, found, weights, include, exclude)
+    kept = _undecayed(model, named, found) if no_decay else set[str]()
+    groups = _quantized_groups(model, named, found, choice, kept, {"pretrained": pretrained, **keywords})
+    rest: dict[bool, list[tuple[str, Tensor]]] = {}
+    for name, weight in named.items():
+        if name not in choice.chosen and (weight.requires_grad or weight.dtype in DTYPES):
+            rest.setdefault(name in kept, []).append((name, weight))
+    if verbose and _prints():
+        print(_table(named, found, choice))
+    for free, params in sorted(rest.items()):
+        groups.append({"params": params, "quantizer": None, **({"weight_decay": 0.0} if free else {})})
+    return groups
+
+
+def _choose(
+    named: dict[str, Tensor],
+    found: Survey,
+    weights: Spec | Mapping[str, Spec],
+    include: Iterable[str],
+    exclude: Iterable[str],
+) -> Choice:
+    """What is quantized by one specification, or by rules. Raises as :func:`param_groups`."""
+    if isinstance(weights, Mapping) and "levels" not in weights:
         if include or exclude:
             raise ValueError(
-                "param_groups: include= and exclude= go with one specification; a dictionary of rules says it all itself"
+                "param_groups: include= and exclude= go with one specification; a dictionary of rules says it all "
+                "itself"
             )
-        chosen, why = _by_rules(named, cast(Mapping[str, Spec], weights))
+        choice = _by_rules(named, found, cast(Mapping[str, Spec], weights))
     elif isinstance(weights, (str, Quantizer, Mapping)):
         include, exclude = ([rules] if isinstance(rules, str) else list(rules) for rules in (include, exclude))
-        for rule in (*include, *exclude):
-            if not any(_matches(rule, name) for name in named):
-                raise ValueError(f"param_groups: the rule {rule!r} matches no parameter. Names: {', '.join(named)}")
-        chosen, why = _select(model, named, weights, include, exclude)
+        choice = _select(named, found, weights, include, exclude)
     else:
         raise TypeError(
-            f"param_groups: weights = {weights!r}; a specification such as 'ternary', a Quantizer, or a dictionary of rules"
+            f"param_groups: weights = {weights!r}; a specification such as 'ternary', a Quantizer, or a dictionary of "
+            "rules"
         )
-    if not chosen:
+    if not choice.chosen:
         raise ValueError(
-            "param_groups: no weight is left to quantize; one specification leaves out embeddings, norms, the first and the last layer. "
-            f"Give a dictionary, such as {{'*': 'ternary'}}, or include=. Names: {', '.join(named)}"
+            "param_groups: no weight is left to quantize; one specification leaves out embeddings, routers, the first "
+            "and the last layer, and what belongs to no layer that is known. Give a dictionary, such as "
+            "{'*': 'ternary'}, or include=. Left alone: "
+            + ", ".join(f"{name} ({reason})" for name, reason in choice.why.items())
         )
-    normalized = any(map(_is_norm, model.modules()))
-    groups: dict[Quantizer, dict[str, Any]] = {}
-    for name, spec in chosen.items():
-        quantizer = Quantizer.parse(spec)
-        quantizer.check(named[name], name)
-        settings = {"quantizer": quantizer.plain(), "pretrained": pretrained, "normalized": normalized, **keywords}
-        group = groups.setdefault(quantizer, {"params": [], **settings})
-        group["params"].append((name, named[name]))
-    rest = [(name, weight) for name, weight in named.items() if name not in chosen]
-    if verbose:
-        print(_table(named, chosen, why))
-    return [*groups.values(), *([{"params": rest, "quantizer": None}] if rest else [])]
+    return choice
+
+
+def _quantized_groups(
+    model: nn.Module,
+    named: dict[str, Tensor],
+    found: Survey,
+    choice: Choice,
+    undecayed: set[str],
+    keywords: dict[str, Any],
+) -> list[dict[str, Any]]:
+    """A group for each quantizer and output dimension, and for what is not decayed."""
+    settings = {
+        "normalized": any(map(is_norm, model.modules())),
+        "trained_norms": not keywords["pretrained"] and _has_trained_norms(model),
+        **keywords,
+    }
+    groups: dict[object, dict[str, Any]] = {}
+    for name, quantizer in choice.chosen.items():
+        weight, free = named[name], name in undecayed
+        layout = _check(name, weight, quantizer, found, keywords["pretrained"])
+        channel_dim = 0 if layout is None else layout.channel_dim
+        group = groups.setdefault(
+            (quantizer, channel_dim, free),
+            {"params": [], "quantizer": quantizer.plain(), "channel_dim": channel_dim, "fan_in": [], **settings},
+        )
+        if free:
+            group["weight_decay"] = 0.0
+        group["params"].append((name, weight))
+        group["fan_in"].append(None if layout is None or weight.dim() < 2 else layout.fan_in)
+    return list(groups.values())

@@ -1,7 +1,8 @@
 """What a step does, worked out and checked once, and done again and again while nothing that it depends on changes.
 
-A plan holds the tensors themselves. :meth:`Plan.holds` compares them, the settings and the gradients with what the plan was made for,
-hands changed numbers over, and says when it has to be made anew. Kernels of the extension are called once for all groups together.
+A plan holds the tensors themselves. :meth:`Plan.holds` compares them, the settings and the gradients with what the plan
+was made for, hands changed numbers over, and says when it has to be made anew. Kernels of the extension are called once
+for all groups together.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,17 +21,19 @@ from .keywords import Group, counter_dtype
 if TYPE_CHECKING:
     from .optimizer import QuantizedOptimizer
 
-# Keywords of a group that decide what its calls are. The others are numbers and flags that a call takes.
-STRUCTURE = ("quantizer", "outputs", "state_dtype", "low_precision", "backend")
-# Others that a step goes by, or that must be good: with another value of one of them everything is checked again.
-WATCHED = ("pretrained", "normalized", "total_steps", "hold", "end", "shape", "differentiable", "foreach", "fused")
-SHARED = ("lr", "weight_decay", "maximize", "epsilon", "anneal", "skew_at", "recovery", "alpha", "max_step", "clip")
-
 AMP = ("grad_scale", "found_inf")  # set by torch.amp.GradScaler, on its own device
+SHARED = tuple(name for name in checks.OF_BOTH if name not in AMP)
+# Keywords of a group that decide what its calls are, or with which all is checked again: those that a call does not
+# take as a number or a flag, and that no step changes.
+STRUCTURE = tuple(
+    name for name in (*keywords.KEYWORDS, "foreach", "fused") if name not in (*SHARED, "seed", "steps_done")
+)
 
 
 class Additions:
-    """What a step adds to the optimizer - scales, zeroed moments, buffers for outputs - held back until nothing can fail any more."""
+    """What a step adds to the optimizer - scales, zeroed moments, buffers for outputs - held back until nothing can
+    fail any more.
+    """
 
     def __init__(self) -> None:
         self._added: dict[tuple[int, Any], tuple[dict[Any, Any], Any]] = {}
@@ -80,7 +83,7 @@ class Batch(NamedTuple):
     def tensors(self, key: str, make: Callable[[Tensor], Tensor]) -> list[Tensor]:
         """A state tensor of each weight; made where it is missing."""
         pairs = zip(self.weights, self.states, strict=True)
-        return [self.additions.get(state, key, lambda weight=weight: make(weight)) for weight, state in pairs]
+        return [self.additions.get(state, key, partial(make, weight)) for weight, state in pairs]
 
 
 class Part(NamedTuple):
@@ -155,7 +158,9 @@ def part_of(optimizer: "QuantizedOptimizer", group: Group, batch: Batch, fixed: 
 
 
 def counters(batch: Batch, there: bool) -> list[Tensor]:
-    """How many steps each weight has made, counted on the CPU or there; once a GPU counts those of a call, it goes on doing so."""
+    """How many steps each weight has made, counted on the CPU or there; once a GPU counts those of a call, it goes on
+    doing so.
+    """
     device = batch.weights[0].device
     where = device if there else torch.device("cpu")
     steps = batch.tensors("step", lambda weight: torch.zeros((), dtype=counter_dtype(), device=where))
@@ -241,7 +246,8 @@ class Plan:
     """The calls of a step, checked and ready. Making it changes nothing; :meth:`run` does, all of it or nothing.
 
     Raises:
-        ValueError, TypeError, RuntimeError: an argument of a call is wrong; the message names it, its value and the remedy.
+        ValueError, TypeError, RuntimeError: an argument of a call is wrong; the message names it, its value and the
+            remedy.
     """
 
     def __init__(self, optimizer: "QuantizedOptimizer"):
@@ -267,7 +273,7 @@ class Plan:
         if plain and backends.extension is not None:
             self.together = [part for part in self.parts if part.backend in ("cpu", "cuda")]
             self.others = [part for part in self.parts if part.backend not in ("cpu", "cuda")]
-            calls = [(part.call.operator, part.call.arguments()) for part in self.together]
+            calls = [(part.call.operator, part.call.for_kernels()) for part in self.together]
             self.compiled = backends.extension.Plan(calls)
         # A weight that has a gradient and no call waits for its first one; what is fixed holds for this step alone.
         whole = len(weights) + len(self.idle) == sum(map(len, self.members))
@@ -284,7 +290,7 @@ class Plan:
     @staticmethod
     def _structure(optimizer: "QuantizedOptimizer", group: Group) -> tuple[Any, ...]:
         """What decides which calls a group needs."""
-        return itemgetter(*STRUCTURE, *WATCHED)(group), optimizer._moments(group), optimizer._counted_there(group)
+        return itemgetter(*STRUCTURE)(group), optimizer._moments(group), optimizer._counted_there(group)
 
     def holds(self, optimizer: "QuantizedOptimizer") -> bool:
         """Whether the next step is still this plan's; it then has the gradients and the numbers of that step."""
@@ -333,13 +339,16 @@ class Plan:
         return self.compiled.take_gradients()
 
     def lay_out(self) -> None:
-        """What is left that can fail: numbers that lie in tensors, copies of tensors that lie in another order than their weights."""
+        """What is left that can fail: numbers that lie in tensors, copies of tensors that lie in another order than
+        their weights.
+        """
         if self.compiled is not None:
             self.compiled.lay_out()
         self.ready = [backends.ready(part.backend, part.call) for part in self.others]
 
     def run(self, entries: list[tuple[dict[str, Any], str, Any]]) -> None:
-        """The step. What it adds to the optimizer comes to be with it, and so do entries of param groups: (group, key, value).
+        """The step. What it adds to the optimizer comes to be with it, and so do entries of param groups: (group, key,
+        value).
 
         Where the plan is one that was kept, this is one call of the extension, which nothing interrupts.
         """

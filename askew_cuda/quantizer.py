@@ -33,6 +33,7 @@ _ALIASES = {"1bit": "binary"}
 _LARGEST_LEVEL = torch.finfo(torch.float32).max / 2  # so that sums and differences of two levels fit, too
 SCALE_RULES = ("auto", "absmean", "absmax", "sawb", "mse")
 GRANULARITIES = ("tensor", "channel", "group")
+ChannelDim = int | Sequence[int]  # the dimension of a weight that its outputs are counted in, or several
 
 
 @dataclass(frozen=True)
@@ -135,11 +136,13 @@ class Quantizer:
     Args:
         codebook: a Codebook, a name, or a list of levels.
         scale: "auto", "absmean", "absmax", "sawb", "mse", a positive number, or a tensor of the shape that the
-            granularity asks for; weight units per level unit. A tensor is kept as nested tuples, so that quantizers can
-            be compared.
-        granularity: one scale per "tensor", "channel" (first dimension) or "group". Below two dimensions always per
+            granularity asks for, dimensions of size 1 left out or not; weight units per level unit. A tensor is kept as
+            nested tuples, so that quantizers can be compared.
+        granularity: one scale per "tensor", "channel" (output of the layer) or "group". Below two dimensions always per
             tensor.
-        group_size: consecutive weights of a row that share a scale, with "group" only; it must divide the row.
+        group_size: consecutive weights along the input dimension that share a scale, with "group" only; it must divide
+            that dimension. Weights whose first dimension is the output have rows: all of their other dimensions,
+            flattened.
 
     Raises:
         ValueError, TypeError: an argument is not one of these.
@@ -233,31 +236,76 @@ class Quantizer:
         per = f"group of {self.group_size}" if self.granularity == "group" else self.granularity
         return f"{self.codebook.name or f'{len(self.codebook)} levels'}, scale per {per}: {scale}"
 
-    def check(self, weight: Tensor, name: str) -> None:
-        """Raises ValueError where the group size does not divide a row of the weight, or a given scale has another
-        shape.
+    def check(self, weight: Tensor, name: str, channel_dim: ChannelDim = 0) -> None:
+        """Raises ValueError where the channel dimension is none of the weight's, the group size does not divide its
+        input dimension, or a given scale has another shape.
         """
-        if self.group_size is not None and weight.dim() >= 2 and weight.numel():
-            row = weight[0].numel()
-            if row % self.group_size:
-                raise ValueError(
-                    f"group_size = {self.group_size} does not divide a row of {name}, which has {row} weights (shape "
-                    f"{tuple(weight.shape)}); take a divisor of {row}, or granularity 'channel'"
-                )
+        if self.granularity != "tensor" and weight.dim() >= 2:
+            kept = output_dims(channel_dim, weight.dim(), name)
+            if self.group_size is not None and weight.numel():
+                length, what = _input_length(weight, kept)
+                if length % self.group_size:
+                    raise ValueError(
+                        f"group_size = {self.group_size} does not divide {what} of {name}, which has {length} weights "
+                        f"(shape {tuple(weight.shape)}); take a divisor of {length}, or granularity 'channel'"
+                    )
         if isinstance(self.scale, tuple):
-            given, wanted = tuple(torch.tensor(self.scale).shape), self.scale_shape(weight)
-            if given != wanted:
+            given, wanted = tuple(torch.tensor(self.scale).shape), self.scale_shape(weight, channel_dim)
+            if given not in (wanted, tuple(size for size in wanted if size != 1)):
                 raise ValueError(
                     f"scale has shape {given}, but {name} of shape {tuple(weight.shape)} needs {wanted}, or one number"
                 )
 
-    def scale_shape(self, weight: Tensor) -> tuple[int, ...]:
-        """() per tensor, (channels, 1, ..) per channel, (rows, groups) per group; below two dimensions always ()."""
+    def scale_shape(self, weight: Tensor, channel_dim: ChannelDim = 0) -> tuple[int, ...]:
+        """The shape of the weight's scale: the weight's, with 1 in the dimensions that a scale covers.
+
+        () per tensor, and below two dimensions always. Per channel the size of the output dimension and 1 elsewhere:
+        (out, 1, ..), or (1, out) for weights of shape (in, out). Per group the input dimension is divided by the group
+        size: (in / size, out); where the output comes first, the row of all other dimensions: (out, row / size).
+
+        Args:
+            weight: (...).
+            channel_dim: the output dimension; for stacked experts those of expert and output, such as (0, 2).
+        """
         if self.granularity == "tensor" or weight.dim() < 2:
             return ()
+        kept = output_dims(channel_dim, weight.dim(), "the weight")
         if self.granularity == "channel":
-            return (weight.shape[0], *(1,) * (weight.dim() - 1))
-        return (weight.shape[0], math.prod(weight.shape[1:]) // (self.group_size or 1))
+            return tuple(size if dim in kept else 1 for dim, size in enumerate(weight.shape))
+        length, _ = _input_length(weight, kept)
+        groups = length // (self.group_size or 1)
+        if kept == (0,):
+            return (weight.shape[0], groups)
+        along = _input_dim(kept, weight.dim())
+        return tuple(groups if dim == along else size for dim, size in enumerate(weight.shape))
+
+
+def output_dims(channel_dim: ChannelDim, dims: int, name: str) -> tuple[int, ...]:
+    """The dimensions of which each index has scales of its own, ascending; negative ones count from the last.
+
+    Raises: ValueError: one is not among the weight's dimensions, is given twice, or none is left to share a scale.
+    """
+    given = (channel_dim,) if isinstance(channel_dim, int) else tuple(channel_dim)
+    kept = tuple(sorted({dim % dims for dim in given if -dims <= dim < dims}))
+    if len(kept) != len(given) or not 0 < len(kept) < dims:
+        raise ValueError(
+            f"channel_dim = {channel_dim!r} of {name}, which has {dims} dimensions; the output dimension is needed, "
+            "or, for stacked experts, those of expert and output: fewer than the weight has"
+        )
+    return kept
+
+
+def _input_dim(kept: tuple[int, ...], dims: int) -> int:
+    """The dimension that groups run along: the first that is not an output's."""
+    return next(dim for dim in range(dims) if dim not in kept)
+
+
+def _input_length(weight: Tensor, kept: tuple[int, ...]) -> tuple[int, str]:
+    """How many weights there are along the input dimension, and what it is called in messages."""
+    if kept == (0,):
+        return math.prod(weight.shape[1:]), "a row"
+    along = _input_dim(kept, weight.dim())
+    return weight.shape[along], f"dimension {along}"
 
 
 def _checked_scale(scale: Any) -> str | float | tuple[Any, ...]:
@@ -317,7 +365,8 @@ def codes(weight: Tensor, scale: Tensor, levels: Sequence[float]) -> Tensor:
 
     Args:
         weight: (...), float32, float64, bfloat16 or float16.
-        scale: () | (channels, 1, ..) | (rows, groups), of the arithmetic type, > 0; weight units per level unit.
+        scale: of a shape that :func:`askew_cuda.reference.spread` takes, of the arithmetic type, > 0; weight units per
+            level unit.
         levels: K strictly increasing float32 numbers, 2 <= K <= 256; level units.
     """
     return _place(weight, scale, levels)[3].to(torch.uint8)
@@ -333,9 +382,10 @@ def snap(weight: Tensor, scale: Tensor, levels: Sequence[float]) -> Tensor:
 
 def distance(weight: Tensor, scale: Tensor, levels: Sequence[float]) -> Tensor:
     """Each weight's distance from its level, in units of half the distance between the levels around it: 0 on a level,
-       1 half-way.
+    1 half-way.
+
     The level as the weight's dtype stores it: a snapped weight is on its level in 16 bits, too. Of the arithmetic type;
-       NaN for NaN. Arguments as for :func:`codes`.
+    NaN for NaN. Arguments as for :func:`codes`.
     """
     w, book, unit, index = _place(weight, scale, levels)
     e = (unit * book.level(index)).to(weight.dtype).to(w.dtype) - w

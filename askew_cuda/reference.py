@@ -132,15 +132,63 @@ def half_widths(epsilon: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return root / (1 + sqrt(1 - root)), root / (1 + sqrt(1 + root)), root
 
 
+def is_scale_shape(scale: Sequence[int], weight: Sequence[int]) -> bool:
+    """Whether a scale of this shape belongs to weights of that shape: see :func:`spread`."""
+    if math.prod(scale) == 1 or math.prod(weight) == 0:
+        return True
+    if len(scale) == len(weight):
+        return all(count > 0 and size % count == 0 for count, size in zip(scale, weight, strict=True))
+    rows = len(scale) == 2 < len(weight) and scale[0] == weight[0] and scale[1] > 0
+    return rows and math.prod(weight[1:]) % scale[1] == 0
+
+
 def spread(scale: Tensor, weight: Tensor) -> Tensor:
-    """A scale of shape (), (channels, 1, ..) or (rows, groups), broadcastable to the weight; groups in logical
-    order.
+    """A scale, broadcastable to the weight, in logical order.
+
+    Args:
+        scale: of one element; or with as many dimensions as the weight, each of which is 1, the weight's, or a divisor
+            of it, which many consecutive indices then share; or (rows, groups) for a weight (rows, ..) of three or more
+            dimensions, whose rows are flattened.
+        weight: (...).
+
+    Raises: ValueError: the scale has another shape.
+
+    >>> spread(torch.tensor([[1.0], [2.0]]), torch.empty(4, 1)).flatten().tolist()
+    [1.0, 1.0, 2.0, 2.0]
     """
     if weight.numel() == 0:
         return scale.new_ones(())  # scales of nothing may not broadcast
-    if scale.numel() <= 1 or (scale.dim() == weight.dim() and scale.numel() == weight.shape[0] == scale.shape[0]):
+    if scale.numel() == 1:
+        return scale.reshape(())
+    if not is_scale_shape(scale.shape, weight.shape):
+        raise ValueError(
+            f"a scale of shape {tuple(scale.shape)} does not belong to a weight of shape {tuple(weight.shape)}; in "
+            "each dimension 1, the weight's size or a divisor of it is needed, or (rows, groups)"
+        )
+    if scale.dim() != weight.dim():
+        return scale.reshape(-1, 1).expand(-1, weight.numel() // scale.numel()).reshape(weight.shape)
+    if all(count in (1, size) for count, size in zip(scale.shape, weight.shape, strict=True)):
         return scale
-    return scale.reshape(-1, 1).expand(-1, weight.numel() // scale.numel()).reshape(weight.shape)
+    each = [length for count in scale.shape for length in (count, 1)]
+    runs = [length for count, size in zip(scale.shape, weight.shape, strict=True) for length in (count, size // count)]
+    return scale.reshape(each).expand(runs).reshape(weight.shape)
+
+
+def blocks(weight: Tensor, shape: Sequence[int]) -> Tensor:
+    """The weights of each scale, (scales, weights), in logical order; the inverse of :func:`spread`.
+
+    Args:
+        weight: (...), not empty.
+        shape: of its scale.
+
+    >>> blocks(torch.arange(6).reshape(2, 3), (1, 3)).tolist()
+    [[0, 3], [1, 4], [2, 5]]
+    """
+    if len(shape) != weight.dim():
+        return weight.reshape(math.prod(shape), -1)
+    runs = [length for count, size in zip(shape, weight.shape, strict=True) for length in (count, size // count)]
+    order = [*range(0, len(runs), 2), *range(1, len(runs), 2)]
+    return weight.reshape(runs).permute(order).reshape(math.prod(shape), -1)
 
 
 class UniformCodebook:
@@ -414,7 +462,7 @@ def sgd_(
         weights: N x (...), float32, float64, bfloat16 or float16, on one device and of one dtype. Mutated.
         grads: N x (...), as the weights. Never written.
         momentum_buffers: N x (...), the weights' dtype or float32; or empty, when momentum is 0. Mutated.
-        scales: N x () | (channels, 1, ..) | (rows, groups), of the arithmetic type, >= 0, weight units per level unit;
+        scales: N x a shape that :func:`spread` takes, of the arithmetic type, >= 0, weight units per level unit;
             0 leaves the weight unclipped. Empty without levels.
         levels: K strictly increasing float32 numbers, 2 <= K <= 256, level units; or empty: the base rule alone.
         codes: N x (...), uint8, receives the index of each weight's level; or empty.

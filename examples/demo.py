@@ -65,7 +65,8 @@ def train_all(hidden: int, seeds: int) -> tuple[dict[str, dict[str, list[float]]
 def table(found: dict[str, dict[str, list[float]]], hidden: int, seeds: int) -> str:
     """Mean test accuracies."""
     lines = [
-        f"Test accuracy in %, digits, MLP 64-{hidden}-{hidden}-10, all weight matrices quantized, mean of {seeds} seeds; "
+        f"Test accuracy in %, digits, MLP 64-{hidden}-{hidden}-10, all weight matrices quantized, mean of {seeds} "
+        "seeds; "
         f"full precision {statistics.mean(found['full precision']['']):.2f}",
         f"{'':10}{'straight-through':>18}{'askew_cuda':>14}",
     ]

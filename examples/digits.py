@@ -46,8 +46,9 @@ def mlp(hidden: int) -> nn.Sequential:
 
 class StraightThrough(nn.Module):
     """The rival: the forward pass sees the rounded weight, the gradient goes to the latent one as if it had not been
-       rounded.
-    The scale is estimated anew in every forward pass of the training: mean|w| for 1 bit and ternary; for more levels one
+    rounded.
+    The scale is estimated anew in every forward pass of the training: mean|w| for 1 bit and ternary; for more levels
+        one
        least-squares refit of the min-MSE scale to the current rounding.
     """
 

@@ -52,8 +52,8 @@ class Statistics:
 
 
 def logits(weights: list[Tensor], x: Tensor, statistics: Statistics | None = None, training: bool = False) -> Tensor:
-    """(S, n) of S networks with weights S x (out, in), for inputs (n, 2) or (S, n, 2).
-    Normalised by the batch's own statistics; with ``statistics`` given, they are updated in training, and used otherwise.
+    """(S, n) of S networks with weights S x (out, in), for inputs (n, 2) or (S, n, 2). Normalised by the batch's own
+    statistics; with ``statistics`` given, they are updated in training, and used otherwise.
     """
     x = x.expand(len(weights[0]), -1, -1)
     for layer, weight in enumerate(weights):

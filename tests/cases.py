@@ -250,8 +250,10 @@ def case_id(case: Case) -> str:
 COVERING = covering()
 # A small case without surprises.
 PLAIN = Case(
-    dtype=torch.float32, layout="contiguous", size=33, rule="momentum", codebook="ternary", granularity="channel", annealing="capture",
-    epsilon=0.3, outputs=("codes", torch.float32), clip=True, wide_state=False, grad_scale=None, values="finite", lr=0.25,
+    dtype=torch.float32, layout="contiguous", size=33, rule="momentum", codebook="ternary", granularity="channel",
+    annealing="capture",
+    epsilon=0.3, outputs=("codes", torch.float32), clip=True, wide_state=False, grad_scale=None, values="finite",
+    lr=0.25,
 )  # fmt: skip
 # lr = 0 moves nothing, the box included, but state and outputs are brought up to date.
 STANDING = [

@@ -121,7 +121,8 @@ def restore(codes: Tensor, scale: Tensor, levels: Sequence[float], dtype: torch.
 
     Args:
         codes: (...), uint8, each below K. Not mutated.
-        scale: () | (channels, 1, ..) | (rows, groups), of the arithmetic type; weight units per level unit.
+        scale: of a shape that :func:`askew_cuda.reference.spread` takes, of the arithmetic type; weight units per level
+            unit.
         levels: K strictly increasing float32 numbers; level units.
         dtype: of the weights.
 

@@ -3,13 +3,14 @@ can go on from.
  A quantized weight ``name`` is stored as ``name.codes`` (bytes, see :mod:`askew_cuda.packed.bits`) and ``name.scale``;
 everything else in the model's state_dict as it is. The manifest, JSON in the header's metadata, says how to read it::
 
-    {"version": 1,
+    {"version": 2,
      "quantized": {name: {"shape": [..], "dtype": "float32", "layout": "row-major", "quantizer": "ternary/channel",
-                          "levels": [-1, 0, 1], "bits": 1.6}},
+                          "channel_dim": 0, "levels": [-1, 0, 1], "bits": 1.6}},
      "tied": {another name of a tensor: the name that it is stored under},
      "sha256": {stored tensor: of its bytes}}
 
-and has a checksum of its own, so that a flipped bit is found wherever it is.
+and has a checksum of its own, so that a flipped bit is found wherever it is. ``channel_dim`` is the output dimension
+that scales per channel and per group belong to, or a list of them; version 1, which is read, too, has none: it is 0.
 """
 
 import hashlib
@@ -25,13 +26,15 @@ import torch
 from torch import Tensor, nn
 
 from .. import reference
+from ..checks import DTYPES
 from ..quantizer import Quantizer
 from ..quantizer import codes as nearest_codes
 from ..wrappers import unwrap
 from .bits import PACKINGS, fault, pack, packed_size, restore, unpack, width
 from .safetensors import TensorReader, TensorWriter, replacing
 
-VERSION = 1
+VERSION = 2
+_VERSIONS = (1, 2)  # that are read
 LAYOUT = "row-major"  # logical order of the dimensions, whatever the memory format
 _MANIFEST, _CHECKSUM = "askew_cuda", "askew_cuda.sha256"  # keys of the metadata
 _DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -43,25 +46,35 @@ class Packed(NamedTuple):
     shape: tuple[int, ...]
     dtype: torch.dtype
     quantizer: Quantizer
+    channel_dim: int | tuple[int, ...]
     bits: float
+
+
+class Quantized(NamedTuple):
+    """How a weight is quantized, and the dimension that its scales belong to."""
+
+    quantizer: Quantizer
+    channel_dim: int | tuple[int, ...]
 
 
 def save_packed(
     model: nn.Module, optimizer: torch.optim.Optimizer, path: str | os.PathLike[str], *, ternary: str = "1.6bit"
 ) -> None:
     """Writes the model as it is after ``optimizer.finalize()``: packed codes and scales, and everything else of its
-       state_dict.
-    Weights that are off their levels are saved snapped. Nothing is mutated. The file appears at once and whole, or not
-       at all: an old one stays until then, whatever happens. Written tensor by tensor; tied tensors once.
+    state_dict.
 
-       Args:
-           model: on any devices, in any memory format.
-           optimizer: an AskewSGD or AskewAdamW with quantized weights of this model, or a wrapper of it.
-           path: of the safetensors file; its folder exists.
-           ternary: codes of three levels at "1.6bit", five to a byte, or at "2bit", which is simpler to read elsewhere.
+    Weights that are off their levels are saved snapped; those that are frozen and were never stepped as they are,
+    unless their group says quantize_frozen. Nothing is mutated. The file appears at once and whole, or not at all: an
+    old one stays until then, whatever happens. Written tensor by tensor; tied tensors once.
 
-       Raises: ValueError: a quantized weight is NaN or not in the model, a scale is unfit, or the state_dict holds what
-           a file can't. TypeError: the optimizer is not one of ours. OSError: the file can't be written.
+    Args:
+        model: on any devices, in any memory format.
+        optimizer: an AskewSGD or AskewAdamW with quantized weights of this model, or a wrapper of it.
+        path: of the safetensors file; its folder exists.
+        ternary: codes of three levels at "1.6bit", five to a byte, or at "2bit", which is simpler to read elsewhere.
+
+    Raises: ValueError: a quantized weight is NaN or not in the model, a scale is unfit, or the state_dict holds what a
+        file can't. TypeError: the optimizer is not one of ours. OSError: the file can't be written.
     """
     state, tied = model_state(model, "save_packed")
     known = {weight: name for name, weight in state.items()}
@@ -77,11 +90,11 @@ def save_packed(
         if weight not in by_weight:
             tensors[name] = weight.dtype, tuple(weight.shape)
             continue
-        quantizer = by_weight[weight]
+        quantizer, channel_dim = by_weight[weight]
         bits = width(len(quantizer.codebook), ternary)
-        described[name] = _describe(Packed(tuple(weight.shape), weight.dtype, quantizer, bits))
+        described[name] = _describe(Packed(tuple(weight.shape), weight.dtype, quantizer, channel_dim, bits))
         tensors[f"{name}.codes"] = torch.uint8, (packed_size(weight.numel(), bits),)
-        tensors[f"{name}.scale"] = reference.arithmetic(weight.dtype), quantizer.scale_shape(weight)
+        tensors[f"{name}.scale"] = reference.arithmetic(weight.dtype), quantizer.scale_shape(weight, channel_dim)
     if len(tensors) != len(state) + len(by_weight):
         raise ValueError(
             "save_packed: the model has a tensor NAME.codes or NAME.scale beside a quantized weight NAME; rename it"
@@ -106,22 +119,22 @@ def save_packed(
 
 def load_packed(path: str | os.PathLike[str], model: nn.Module) -> list[dict[str, Any]]:
     """Reads a packed file into a model, every quantized weight bitwise ``scale * level``, and returns what goes on
-       training it.
+    training it.
+
     The file is checked as a whole - header, manifest, checksums, codes, scales, names, shapes and dtypes against the
-       model - before anything in the model changes. Then its parameters and buffers are overwritten in place, one by
-       one. Nothing is unpickled.
+    model - before anything in the model changes. Then its parameters and buffers are overwritten in place, one by one.
+    Nothing is unpickled.
 
-       Args:
-           path: of a file that :func:`save_packed` wrote.
-           model: of the architecture and dtypes that were saved, on any devices, in any memory format. Mutated.
+    Args:
+        path: of a file that :func:`save_packed` wrote.
+        model: of the architecture and dtypes that were saved, on any devices, in any memory format. Mutated.
 
-       Returns: Param groups for a fresh AskewSGD or AskewAdamW, with named parameters: the quantized weights, one group
-           per quantizer and scale, ``pretrained="packed"``, quantizers with the very scales of the file; then all
-           others that require a gradient.
+    Returns: Param groups for a fresh AskewSGD or AskewAdamW, with named parameters: the quantized weights, one group
+        per quantizer and scale, ``pretrained="packed"``, quantizers with the very scales of the file, and
+        ``quantize_frozen``, since they are on their levels, frozen or not; then all others.
 
-       Raises: ValueError: the file is truncated, damaged, foreign, of another version, or does not fit the model; the
-           message names file,
-               tensor and what was expected, and the model is unchanged. OSError: it can't be read.
+    Raises: ValueError: the file is truncated, damaged, foreign, of another version, or does not fit the model; the
+        message names file, tensor and what was expected, and the model is unchanged. OSError: it can't be read.
     """
     with open(path, "rb") as file:
         reader = TensorReader(file, path)
@@ -160,16 +173,15 @@ def model_state(model: nn.Module, caller: str) -> tuple[dict[str, Tensor], dict[
         if not isinstance(value, Tensor) or value not in own or value.layout != torch.strided or value.is_meta:
             raise ValueError(
                 f"{caller}: {name} of the model's state_dict is {type(value).__name__}; packed files hold dense "
-                "parameters and buffers "
-                "of the model that have memory (not meta), and no extra state"
+                "parameters and buffers of the model that have memory (not meta), and no extra state"
             )
         if first.setdefault(value, name) != name:
             tied[name] = first[value]
     return {name: value for value, name in first.items()}, tied
 
 
-def quantized_weights(optimizer: torch.optim.Optimizer, caller: str) -> dict[Tensor, Quantizer]:
-    """Every quantized weight and its quantizer.
+def quantized_weights(optimizer: torch.optim.Optimizer, caller: str) -> dict[Tensor, Quantized]:
+    """Every quantized weight and how; without those that are frozen and were never stepped, which keep their values.
 
     Raises:
         TypeError: not an optimizer of ours. ValueError: it quantizes nothing.
@@ -180,12 +192,10 @@ def quantized_weights(optimizer: torch.optim.Optimizer, caller: str) -> dict[Ten
             f"{caller}: optimizer = {type(optimizer).__name__}; the AskewSGD or AskewAdamW that trained the model is "
             "needed"
         )
-    found = {
-        weight: Quantizer.parse(group["quantizer"])
-        for group in optimizer.param_groups
-        if group["quantizer"] is not None
-        for weight in group["params"]
-    }
+    found = {}
+    for _, weight, _, _, group in cast(Any, optimizer)._quantized_weights(scales=False):
+        dims = group["channel_dim"]
+        found[weight] = Quantized(Quantizer.parse(group["quantizer"]), dims if isinstance(dims, int) else tuple(dims))
     if not found:
         raise ValueError(
             f"{caller}: the optimizer quantizes no weight; give groups from askew_cuda.param_groups, or quantizer="
@@ -194,7 +204,7 @@ def quantized_weights(optimizer: torch.optim.Optimizer, caller: str) -> dict[Ten
 
 
 def packed_weights(
-    optimizer: torch.optim.Optimizer, by_weight: dict[Tensor, Quantizer], names: dict[Tensor, str], ternary: str
+    optimizer: torch.optim.Optimizer, by_weight: dict[Tensor, Quantized], names: dict[Tensor, str], ternary: str
 ) -> Iterator[tuple[Tensor, float, Tensor, Tensor]]:
     """(weight, bits, codes, scale) of every quantized weight, one at a time; codes (...) uint8, as the weight. Nothing
     is mutated.
@@ -203,17 +213,17 @@ def packed_weights(
         ValueError: a weight is NaN, or a scale is not of the shape, dtype and range that its quantizer sets.
     """
     for weight, codes, _, scale in cast(Any, unwrap(optimizer)).quantized_parameters():
-        quantizer, name = by_weight[weight], names[weight]
+        (quantizer, channel_dim), name = by_weight[weight], names[weight]
         if weight.isnan().any():
             raise ValueError(
                 f"{name} holds {int(weight.isnan().sum())} NaN weights; they have no level: repair them before packing"
             )
-        wanted = reference.arithmetic(weight.dtype), quantizer.scale_shape(weight)
+        wanted = reference.arithmetic(weight.dtype), quantizer.scale_shape(weight, channel_dim)
         if (scale.dtype, tuple(scale.shape)) != wanted or not _in_range(scale):
             raise ValueError(
                 f"the scale of {name} is {scale.dtype} of shape {tuple(scale.shape)}, the least {_least(scale)}; "
-                f"{wanted[0]} of shape "
-                f"{wanted[1]}, positive and finite, is needed: it is set at the first step, leave it alone"
+                f"{wanted[0]} of shape {wanted[1]}, positive and finite, is needed: it is set at the first step, leave "
+                "it alone"
             )
         yield weight, width(len(quantizer.codebook), ternary), _settled(codes, scale, quantizer, weight.dtype), scale
 
@@ -252,6 +262,7 @@ def _describe(packed: Packed) -> dict[str, object]:
         "dtype": str(packed.dtype).removeprefix("torch."),
         "layout": LAYOUT,
         "quantizer": quantizer.plain(),
+        "channel_dim": packed.channel_dim if isinstance(packed.channel_dim, int) else list(packed.channel_dim),
         "levels": list(quantizer.codebook.levels),
         "bits": packed.bits,
     }
@@ -269,10 +280,10 @@ def read_manifest(reader: TensorReader) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise reader.error(f"its manifest is not JSON ({error}); the file is damaged") from error
     version = manifest.get("version") if isinstance(manifest, dict) else None
-    if type(version) is not int or version != VERSION:
+    if type(version) is not int or version not in _VERSIONS:
         raise reader.error(
-            f"its manifest has version {reprlib.repr(version)}; version {VERSION} is needed: take the askew_cuda that "
-            "wrote it"
+            f"its manifest has version {reprlib.repr(version)}; version {' or '.join(map(str, _VERSIONS))} is needed: "
+            "take the askew_cuda that wrote it"
         )
     if reader.metadata.get(_CHECKSUM) != hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest():
         raise reader.error("its manifest does not have the checksum that the header says; the file is damaged")
@@ -280,19 +291,23 @@ def read_manifest(reader: TensorReader) -> dict[str, Any]:
         isinstance(manifest[key], dict) for key in ("quantized", "tied", "sha256")
     ):
         raise reader.error(f"its manifest has {sorted(manifest)}; version, quantized, tied and sha256 are needed")
+    if version == 1:
+        for raw in manifest["quantized"].values():
+            if isinstance(raw, dict):
+                raw.setdefault("channel_dim", 0)
     return manifest
 
 
 def read_packed(reader: TensorReader, name: str, raw: object) -> Packed:
     """An entry of the manifest that says nothing impossible; whether it fits file and model is still to be seen."""
-    keys = {"shape", "dtype", "layout", "quantizer", "levels", "bits"}
+    keys = {"shape", "dtype", "layout", "quantizer", "channel_dim", "levels", "bits"}
     if not isinstance(raw, dict) or set(raw) != keys:
         raise reader.error(f"{name!r} is described by {reprlib.repr(raw)}; {', '.join(sorted(keys))} are needed")
     try:
         quantizer = Quantizer.parse(raw["quantizer"])
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise reader.error(f"{name!r} has quantizer {reprlib.repr(raw['quantizer'])}: {error}") from error
-    bits, shape = raw["bits"], raw["shape"]
+    bits, shape, dims = raw["bits"], raw["shape"], raw["channel_dim"]
     for wrong, key, wanted in (
         (quantizer.scale != "auto", "quantizer", "one without a scale, which is stored beside the codes,"),
         (
@@ -312,10 +327,15 @@ def read_packed(reader: TensorReader, name: str, raw: object) -> Packed:
             "shape",
             "a list of sizes",
         ),
+        (
+            type(dims) is not int and not (isinstance(dims, list) and all(type(each) is int for each in dims)),
+            "channel_dim",
+            "a dimension, or a list of them,",
+        ),
     ):
         if wrong:
             raise reader.error(f"{name!r} has {key} = {reprlib.repr(raw[key])}; {wanted} is needed")
-    return Packed(tuple(shape), _DTYPES[raw["dtype"]], quantizer, bits)
+    return Packed(tuple(shape), _DTYPES[raw["dtype"]], quantizer, dims if isinstance(dims, int) else tuple(dims), bits)
 
 
 # File against model
@@ -371,12 +391,12 @@ def _fits(reader: TensorReader, name: str, tensor: Tensor, source: str, quantize
     if packed is None:
         return
     try:
-        packed.quantizer.check(tensor, name)
+        packed.quantizer.check(tensor, name, packed.channel_dim)
     except ValueError as error:
         raise reader.error(str(error)) from error
     wanted = {
         f"{source}.codes": (torch.uint8, (packed_size(tensor.numel(), packed.bits),)),
-        f"{source}.scale": (reference.arithmetic(dtype), packed.quantizer.scale_shape(tensor)),
+        f"{source}.scale": (reference.arithmetic(dtype), packed.quantizer.scale_shape(tensor, packed.channel_dim)),
     }
     for part, (dtype, shape) in wanted.items():
         entry = reader.entries[part]
@@ -421,17 +441,23 @@ def _groups(
     reader: TensorReader, model: nn.Module, sources: dict[str, str], quantized: dict[str, Packed]
 ) -> list[dict[str, Any]]:
     """Quantized weights by quantizer and scale, then the rest."""
-    groups: dict[Quantizer, dict[str, Any]] = {}
+    groups: dict[object, dict[str, Any]] = {}
     rest: list[tuple[str, Tensor]] = []
     for name, weight in model.named_parameters():  # tied ones once
         source = sources.get(name)
         if source in quantized:  # frozen ones, too: they have to be known when the model is packed again
             scale = reader.read(f"{source}.scale")[0]
-            given = scale.tolist() if scale.shape[:1] != (0,) else 1.0  # a list of no rows would not tell the shape
-            book = quantized[source].quantizer
+            given = scale.tolist() if scale.numel() else 1.0  # lists of nothing would not tell the shape
+            book, dims = quantized[source].quantizer, quantized[source].channel_dim
             quantizer = Quantizer(book.codebook, given, book.granularity, book.group_size)
-            group = groups.setdefault(quantizer, {"params": [], "quantizer": quantizer.plain(), "pretrained": "packed"})
+            settings = {
+                "quantizer": quantizer.plain(),
+                "channel_dim": dims,
+                "pretrained": "packed",
+                "quantize_frozen": True,
+            }
+            group = groups.setdefault((quantizer, dims), {"params": [], **settings})
             group["params"].append((name, weight))
-        elif weight.requires_grad:
+        elif weight.requires_grad or weight.dtype in DTYPES:
             rest.append((name, weight))
     return [*groups.values(), *([{"params": rest, "quantizer": None}] if rest else [])]

@@ -39,7 +39,8 @@ def inspect(path: str | os.PathLike[str]) -> str:
     return "\n".join(
         [
             *table,
-            f"{len(quantized)} quantized tensors, {weights:,} weights, {per_weight}; {os.path.getsize(path):,} bytes in all",
+            f"{len(quantized)} quantized tensors, {weights:,} weights, {per_weight}; "
+            f"{os.path.getsize(path):,} bytes in all",
         ]
     )
 

@@ -20,11 +20,12 @@ from .file import packed_weights, quantized_weights
 
 class PackedLayer(nn.Module):
     """What packed layers share: the buffers ``codes`` (bytes,) uint8 and ``scale``, and the weight that is made of
-       them.
+    them.
+
     A layer is taken over as it is, hooks and bias included, but for its weight. ``weight`` is a fresh tensor each time,
-       bitwise the snapped weight, in its memory format; writing to it changes nothing. Casting the layer (``half()``)
-       casts that tensor; codes and scale keep their dtypes. The state_dict holds codes, scale and, as ``_extra_state``,
-       a uint8 tensor that says how they are packed, so that codes of another codebook are refused.
+    bitwise the snapped weight, in its memory format; writing to it changes nothing. Casting the layer (``half()``)
+    casts that tensor; codes and scale keep their dtypes. The state_dict holds codes, scale and, as ``_extra_state``, a
+    uint8 tensor that says how they are packed, so that codes of another codebook are refused.
     """
 
     codes: Tensor
@@ -137,7 +138,9 @@ class PackedEmbedding(PackedLayer, nn.Embedding):  # type: ignore[override] # we
                 f"PackedEmbedding: an index is outside of [0, {rows}): {int(index.min())} .. {int(index.max())}"
             )
         positions = index.unsqueeze(1) * dim + torch.arange(dim, device=index.device)
-        scale = self.scale if self.scale.numel() <= 1 else self.scale[index]
+        scale = self.scale
+        if scale.numel() > 1 and scale.shape[0] > 1:  # else all rows share it
+            scale = scale[index // (rows // scale.shape[0])]
         return self._restore(unpack_at(self.codes, self.bits, positions), scale).reshape(*input.shape, dim)
 
 
@@ -177,7 +180,7 @@ def pack_modules(model: nn.Module, optimizer: torch.optim.Optimizer, *, ternary:
         for weight, bits, codes, scale in packed_weights(optimizer, by_weight, names, ternary):
             packed = pack(codes, bits)
             for layer in layers[weight]:
-                new[layer] = PACKED[type(layer)](layer, packed, scale, by_weight[weight], bits)
+                new[layer] = PACKED[type(layer)](layer, packed, scale, by_weight[weight].quantizer, bits)
     for module in list(model.modules()):
         for name, child in module._modules.items():
             if child in new:

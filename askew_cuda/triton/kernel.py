@@ -27,7 +27,7 @@ LEVELS, MIDPOINTS, BELOW, ABOVE, INVERSE_BELOW, INVERSE_ABOVE = (tl.constexpr(k)
 
 
 @triton.jit
-def number(x, index):
+def loaded(x, index):
     """A kernel argument: a number, or a pointer to float32 numbers, of which one is taken."""
     argument = x
     if argument.dtype.is_ptr():
@@ -140,7 +140,7 @@ def skew_interval(d, w, grid, book, h, CAPACITY: tl.constexpr):
 @triton.jit
 def hyper(lr, epsilon, pull, CAPTURE: tl.constexpr, SKEW_GRADIENT: tl.constexpr, RATE_IS_ALPHA: tl.constexpr):
     """h, from the arguments. (E1) is in it: r, r_out and sqrt(epsilon)."""
-    rate, max_step, snap = number(pull[0], 0), number(pull[1], 0), number(pull[2], 0)
+    rate, max_step, snap = loaded(pull[0], 0), loaded(pull[1], 0), loaded(pull[2], 0)
     root = tl.sqrt_rn(epsilon)
     half_width = tl.div_rn(root, 1 + tl.sqrt_rn(1 - root))
     half_width_outside = tl.div_rn(root, 1 + tl.sqrt_rn(1 + root))
@@ -157,7 +157,7 @@ def hyper(lr, epsilon, pull, CAPTURE: tl.constexpr, SKEW_GRADIENT: tl.constexpr,
 @triton.jit
 def sgd_displacement(g, w, buffer, lr, rule, DECAYS: tl.constexpr, STATES: tl.constexpr, NESTEROV: tl.constexpr):
     """(E4), SGD: the displacement and the new momentum buffer."""
-    momentum, one_minus_dampening, weight_decay = number(rule[0], 0), number(rule[1], 0), number(rule[2], 0)
+    momentum, one_minus_dampening, weight_decay = loaded(rule[0], 0), loaded(rule[1], 0), loaded(rule[2], 0)
     if DECAYS:
         g = g + weight_decay * w
     if STATES:
@@ -170,16 +170,16 @@ def sgd_displacement(g, w, buffer, lr, rule, DECAYS: tl.constexpr, STATES: tl.co
 def adamw_displacement(g, w, mean, square, largest, lr, rule, tensor, AMSGRAD: tl.constexpr):
     """(E4), AdamW: the displacement and the new moments. The bias corrections are those of the tensor's step count."""
     beta1, one_minus_beta1, beta2, one_minus_beta2 = (
-        number(rule[0], 0),
-        number(rule[1], 0),
-        number(rule[2], 0),
-        number(rule[3], 0),
+        loaded(rule[0], 0),
+        loaded(rule[1], 0),
+        loaded(rule[2], 0),
+        loaded(rule[3], 0),
     )
     eps, weight_decay, first, second = (
-        number(rule[4], 0),
-        number(rule[5], 0),
-        number(rule[6], tensor),
-        number(rule[7], tensor),
+        loaded(rule[4], 0),
+        loaded(rule[5], 0),
+        loaded(rule[6], tensor),
+        loaded(rule[7], tensor),
     )
     mean = beta1 * mean + one_minus_beta1 * g
     square = beta2 * square + one_minus_beta2 * (g * g)
@@ -271,7 +271,8 @@ def write(pointers, x, mask, WHOLE: tl.constexpr):
 @triton.jit
 def base_rule(
     g, w, row, tensor, start, lane, mask, lr, rule,
-    WHOLE: tl.constexpr, STATE_TYPE: tl.constexpr, ADAMW: tl.constexpr, STATES: tl.constexpr, DECAYS: tl.constexpr, NESTEROV: tl.constexpr,
+    WHOLE: tl.constexpr, STATE_TYPE: tl.constexpr, ADAMW: tl.constexpr, STATES: tl.constexpr, DECAYS: tl.constexpr,
+    NESTEROV: tl.constexpr,
 ):  # fmt: skip
     """(E4): the displacement; the state is read, moved and written."""
     if ADAMW:
@@ -301,9 +302,11 @@ def base_rule(
 @triton.jit
 def step_block(
     row, tensor, start, lr, grad_factor, h, book, rule,
-    BLOCK: tl.constexpr, WHOLE: tl.constexpr, WEIGHT_TYPE: tl.constexpr, STATE_TYPE: tl.constexpr, SNAPPED_TYPE: tl.constexpr,
+    BLOCK: tl.constexpr, WHOLE: tl.constexpr, WEIGHT_TYPE: tl.constexpr, STATE_TYPE: tl.constexpr,
+    SNAPPED_TYPE: tl.constexpr,
     CODED: tl.constexpr, ADAMW: tl.constexpr, STATES: tl.constexpr, DECAYS: tl.constexpr, NESTEROV: tl.constexpr,
-    QUANTIZED: tl.constexpr, CAPACITY: tl.constexpr, PER_TENSOR: tl.constexpr, CAPTURE: tl.constexpr, SKEW_GRADIENT: tl.constexpr,
+    QUANTIZED: tl.constexpr, CAPACITY: tl.constexpr, PER_TENSOR: tl.constexpr, CAPTURE: tl.constexpr,
+    SKEW_GRADIENT: tl.constexpr,
     CLIP: tl.constexpr,
 ):  # fmt: skip
     """One step of a block of one tensor: loads, (E1)-(E6), stores."""
@@ -340,9 +343,11 @@ def step_block(
 @triton.jit(do_not_specialize=["table", "owner", "lr", "epsilon", "grad_scale", "found_inf", "pull", "book", "rule"])
 def step_kernel(
     table, owner, lr, epsilon, grad_scale, found_inf, pull, book, rule,
-    BLOCK: tl.constexpr, MAXIMIZE: tl.constexpr, RATE_IS_ALPHA: tl.constexpr, WEIGHT_TYPE: tl.constexpr, STATE_TYPE: tl.constexpr,
+    BLOCK: tl.constexpr, MAXIMIZE: tl.constexpr, RATE_IS_ALPHA: tl.constexpr, WEIGHT_TYPE: tl.constexpr,
+    STATE_TYPE: tl.constexpr,
     SNAPPED_TYPE: tl.constexpr, CODED: tl.constexpr, ADAMW: tl.constexpr, STATES: tl.constexpr, DECAYS: tl.constexpr,
-    NESTEROV: tl.constexpr, QUANTIZED: tl.constexpr, CAPACITY: tl.constexpr, PER_TENSOR: tl.constexpr, CAPTURE: tl.constexpr,
+    NESTEROV: tl.constexpr, QUANTIZED: tl.constexpr, CAPACITY: tl.constexpr, PER_TENSOR: tl.constexpr,
+    CAPTURE: tl.constexpr,
     SKEW_GRADIENT: tl.constexpr, CLIP: tl.constexpr,
 ):  # fmt: skip
     """One step of all tensors of a list, a block of BLOCK weights in each program; found_inf != 0 leaves everything as
@@ -355,22 +360,24 @@ def step_kernel(
         pull: (rate, max_step, snap). book: see above. rule: the settings of SGD or AdamW, in the order that they are
             unpacked.
     """
-    if number(found_inf, 0) == 0:
+    if loaded(found_inf, 0) == 0:
         program = tl.program_id(0)
         tensor = tl.load(owner + program)
         row = table + tensor * COLUMNS
         start = (program - tl.load(row + FIRST_BLOCK)) * BLOCK
         whole = (tl.load(row + ALIGNED) != 0) & (start + BLOCK <= tl.load(row + SIZE))
-        lr_value = number(lr, 0)
-        grad_factor = tl.div_rn(-1.0 if MAXIMIZE else 1.0, number(grad_scale, 0))
-        h = hyper(lr_value, number(epsilon, 0), pull, CAPTURE, SKEW_GRADIENT, RATE_IS_ALPHA)
+        lr_value = loaded(lr, 0)
+        grad_factor = tl.div_rn(-1.0 if MAXIMIZE else 1.0, loaded(grad_scale, 0))
+        h = hyper(lr_value, loaded(epsilon, 0), pull, CAPTURE, SKEW_GRADIENT, RATE_IS_ALPHA)
         if whole:
             step_block(
-                row, tensor, start, lr_value, grad_factor, h, book, rule, BLOCK, True, WEIGHT_TYPE, STATE_TYPE, SNAPPED_TYPE,
+                row, tensor, start, lr_value, grad_factor, h, book, rule, BLOCK, True, WEIGHT_TYPE, STATE_TYPE,
+                SNAPPED_TYPE,
                 CODED, ADAMW, STATES, DECAYS, NESTEROV, QUANTIZED, CAPACITY, PER_TENSOR, CAPTURE, SKEW_GRADIENT, CLIP,
             )  # fmt: skip
         else:
             step_block(
-                row, tensor, start, lr_value, grad_factor, h, book, rule, BLOCK, False, WEIGHT_TYPE, STATE_TYPE, SNAPPED_TYPE,
+                row, tensor, start, lr_value, grad_factor, h, book, rule, BLOCK, False, WEIGHT_TYPE, STATE_TYPE,
+                SNAPPED_TYPE,
                 CODED, ADAMW, STATES, DECAYS, NESTEROV, QUANTIZED, CAPACITY, PER_TENSOR, CAPTURE, SKEW_GRADIENT, CLIP,
             )  # fmt: skip

@@ -12,7 +12,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
@@ -21,12 +21,14 @@ from torch import Tensor
 
 from .. import reference
 from ..checks import by_channel
+from ..reference import Settings
 from .kernel import step_kernel
 
 Tensors = Sequence[Tensor]
 Scalar = float | Tensor | None  # one that changes from step to step
 Rule = tuple[float | Tensor, ...]  # the settings of SGD or AdamW, in the order in which the kernel unpacks them
 Made = TypeVar("Made")
+Step = TypeVar("Step", bound=Callable[..., None])
 
 BLOCK, WARPS = 512, 4  # weights and warps of a program: 4 weights per thread, 16 bytes of float32
 INTERPRETED = not isinstance(step_kernel, triton.JITFunction)
@@ -73,7 +75,7 @@ class Latest(dict[Hashable, Made]):
         return self[key]
 
 
-class Layout(NamedTuple):
+class BlockMap(NamedTuple):
     """What a launch needs to know of its tensors, but where they lie; and the last tables that said that, too."""
 
     owner: Tensor  # (programs,) int32, on the device: the tensor that a program's block is in
@@ -82,7 +84,7 @@ class Layout(NamedTuple):
     tables: Latest[Tensor]
 
 
-layouts: Latest[Layout | None] = Latest(64)
+layouts: Latest[BlockMap | None] = Latest(64)
 captured: list[tuple[object, ...]] = []  # what CUDA graphs go on reading, as long as the process lives
 
 
@@ -95,7 +97,8 @@ def refuse_capture(device: torch.device) -> None:
     """Copies to the device can't be captured."""
     if capturing(device):
         raise RuntimeError(
-            "askew_cuda: step() in a CUDA graph capture with tensors that no step has seen where they lie now; make one step before it "
+            "askew_cuda: step() in a CUDA graph capture with tensors that no step has seen where they lie now; make "
+            "one step before it "
             "and keep the gradients (zero_grad(set_to_none=False)), or use backend='cuda'"
         )
 
@@ -123,7 +126,7 @@ def scale_layout(weight: Tensor, scale: Tensor) -> tuple[int, int]:
     return (size // count if weight.is_contiguous() or count == size else weight.stride(0)), count
 
 
-def make_layout(lists: Lists) -> Layout:
+def make_layout(lists: Lists) -> BlockMap:
     """For tensors in memory order. A block never crosses a tensor; an empty one has none."""
     refuse_capture(lists.weights[0].device)
     scales = zip(lists.weights, lists.scales, strict=True) if lists.scales else ()
@@ -132,7 +135,7 @@ def make_layout(lists: Lists) -> Layout:
     blocks = (sizes + (BLOCK - 1)) // BLOCK
     owner = torch.repeat_interleave(torch.arange(len(sizes), dtype=torch.int32), blocks)
     columns = torch.cat([sizes[:, None], torch.tensor(runs), (blocks.cumsum(0) - blocks)[:, None]], 1)
-    return Layout(owner.to(lists.weights[0].device), columns, all(count == 1 for _, count in runs), Latest(8))
+    return BlockMap(owner.to(lists.weights[0].device), columns, all(count == 1 for _, count in runs), Latest(8))
 
 
 def addresses_of(lists: Lists) -> tuple[tuple[int, ...], ...]:
@@ -143,7 +146,7 @@ def addresses_of(lists: Lists) -> tuple[tuple[int, ...], ...]:
     return tuple([tuple([t.data_ptr() for t in tensors]) or (0,) * len(lists.weights) for tensors in every])
 
 
-def make_table(addresses: tuple[tuple[int, ...], ...], layout: Layout) -> Tensor:
+def make_table(addresses: tuple[tuple[int, ...], ...], layout: BlockMap) -> Tensor:
     """(tensors, COLUMNS) int64, on the device. The host waits for the copy, this once, so that any stream may use
     it.
     """
@@ -185,7 +188,7 @@ def in_memory_order(lists: Lists) -> tuple[Lists, list[tuple[Tensor, Tensor]]]:
     return Lists(weights, beside["grads"], state, scales, lists.levels, beside["codes"], beside["snapped"]), written
 
 
-def layout_of(lists: Lists) -> Layout | None:
+def layout_of(lists: Lists) -> BlockMap | None:
     """The layout of these tensors, checked and made when it is seen first; None where they have to be brought into
     order.
     """
@@ -193,10 +196,11 @@ def layout_of(lists: Lists) -> Layout | None:
     tensors = [*lists.weights, *itertools.chain.from_iterable(beside.values()), *lists.scales]
     lengths = (*((name, len(each)) for name, each in beside.items()), len(lists.scales))
 
-    def make() -> Layout | None:
+    def make() -> BlockMap | None:
         if lists.weights[0].device.type not in DEVICES:
             raise ValueError(
-                f"askew_cuda: weights[0] is on {lists.weights[0].device}; this Triton steps {' and '.join(DEVICES)} tensors"
+                f"askew_cuda: weights[0] is on {lists.weights[0].device}; this Triton steps {' and '.join(DEVICES)} "
+                "tensors"
             )
         ordered = in_memory_order(lists)[0]
         same = [*ordered.weights, *itertools.chain.from_iterable(ordered.beside_weights().values()), *ordered.scales]
@@ -225,7 +229,7 @@ def codebook(levels: tuple[float, ...], device: torch.device) -> tuple[tuple[flo
     return (*ends, table.to(device)), capacity
 
 
-def number(name: str, value: Scalar, default: float, device: torch.device) -> float | Tensor:
+def argument(name: str, value: Scalar, default: float, device: torch.device) -> float | Tensor:
     """A scalar as the kernel takes it: a number where the host has it, else where it lies, in float32."""
     if value is None:
         return default
@@ -233,22 +237,25 @@ def number(name: str, value: Scalar, default: float, device: torch.device) -> fl
         return float(value)
     if value.device != device:
         raise ValueError(
-            f"askew_cuda: {name} is on {value.device} and the weights on {device}; it can be a number, there, or on the CPU"
+            f"askew_cuda: {name} is on {value.device} and the weights on {device}; it can be a number, there, or on "
+            "the "
+            "CPU"
         )
     return value.detach().to(torch.float32)
 
 
-def snap_radius(dtype: torch.dtype, levels: tuple[float, ...], lr: Scalar, recovery: float | None, alpha: float | None,
-                device: torch.device) -> float | Tensor:  # fmt: skip
+def snap_radius(
+    dtype: torch.dtype, levels: tuple[float, ...], settings: Settings, device: torch.device
+) -> float | Tensor:
     """The reference's, computed in double; where it depends on an lr that lies on the device, there."""
-    if alpha is not None and isinstance(lr, Tensor) and lr.device == device:
-        unbounded = (
-            reference.snap_radius(dtype, levels, 2.0**-30) * 2.0**-30
-        )  # at a rate of 1, without the lower bound: exactly
-        rate = lr.detach().double() * alpha
-        return torch.where(rate > 0, (unbounded / rate.clamp(max=1)).clamp(min=2.0**-16), 2.0**-16).float()
-    share = recovery if alpha is None else float(lr or 0.0) * alpha
-    return reference.snap_radius(dtype, levels, share) if share else 2.0**-16
+    if settings.alpha is None:
+        share: float | Tensor = settings.recovery or 0.0
+    elif isinstance(settings.lr, Tensor) and settings.lr.device == device:
+        share = settings.lr.detach().double() * settings.alpha
+    else:
+        share = float(settings.lr) * settings.alpha
+    radius = reference.snap_radius(dtype, levels, share)
+    return radius.float() if isinstance(radius, Tensor) else radius
 
 
 def bias_corrections(
@@ -298,35 +305,43 @@ def ready(device: torch.device) -> Iterator[None]:
             yield
 
 
-def launch(lists: Lists, layout: Layout | None, rule: Rule, lr: float | Tensor, epsilon: float | Tensor, grad_scale: float | Tensor,
-           found_inf: float | Tensor, pull: tuple[float, float, float | Tensor], **flags: bool) -> None:  # fmt: skip
-    """One launch for all tensors, whose versions it increments. flags: the kernel's constants that the lists don't
-    say.
-    """
-    device = lists.weights[0].device
+def launch(
+    lists: Lists, settings: Settings, rule: Rule, found_inf: float | Tensor, adamw: bool, decays: bool, nesterov: bool
+) -> None:
+    """One launch for all tensors, whose versions it increments. ``rule``: the rule's numbers, in the kernel's order."""
+    layout = layout_of(lists)
     written: list[tuple[Tensor, Tensor]] = []
     if layout is None:
         lists, written = in_memory_order(lists)
         layout = make_layout(lists)
+    device, dtype, quantized = lists.weights[0].device, lists.weights[0].dtype, bool(lists.levels)
     addresses = addresses_of(lists)
     table = layout.tables.make(addresses, functools.partial(make_table, addresses, layout))
     book, capacity = codebook(lists.levels, device)
     if capturing(device):
         captured.append((table, layout.owner, book))
+    capture, rate = settings.anneal == "capture", settings.alpha if settings.recovery is None else settings.recovery
+    assert rate is not None  # checked before
+    snap = snap_radius(dtype, lists.levels, settings, device) if capture and quantized else 0.0
+    numbers = [
+        argument(name, getattr(settings, name), default, device)
+        for name, default in (("lr", 0.0), ("epsilon", 0.0), ("grad_scale", 1.0))
+    ]
+    pull = (float(rate), float(settings.max_step), snap)
     states = [tensors for tensors in lists.state.values() if tensors]
-    kinds = (
-        lists.weights[0].dtype,
-        states[0][0].dtype if states else torch.float32,
-        lists.snapped[0].dtype if lists.snapped else None,
-    )
-    weight_type, state_type, snapped_type = (STORAGE[kind] for kind in kinds)
+    constants = {
+        "BLOCK": BLOCK, "MAXIMIZE": bool(settings.maximize), "RATE_IS_ALPHA": settings.alpha is not None,
+        "WEIGHT_TYPE": STORAGE[dtype], "STATE_TYPE": STORAGE[states[0][0].dtype if states else torch.float32],
+        "SNAPPED_TYPE": STORAGE[lists.snapped[0].dtype if lists.snapped else None], "CODED": bool(lists.codes),
+        "ADAMW": adamw, "STATES": len(states), "DECAYS": decays, "NESTEROV": nesterov, "QUANTIZED": quantized,
+        "CAPACITY": capacity, "PER_TENSOR": layout.per_tensor, "CAPTURE": capture,
+        "SKEW_GRADIENT": quantized and settings.skew_at == "gradient", "CLIP": quantized and bool(settings.clip),
+    }  # fmt: skip
     if len(layout.owner):
         with ready(device):
             step_kernel[(len(layout.owner),)](
-                table, layout.owner, lr, epsilon, grad_scale, found_inf, pull, book, rule, BLOCK=BLOCK, WEIGHT_TYPE=weight_type,
-                STATE_TYPE=state_type, SNAPPED_TYPE=snapped_type, CODED=bool(lists.codes), STATES=len(states),
-                QUANTIZED=bool(lists.levels), CAPACITY=capacity, PER_TENSOR=layout.per_tensor, num_warps=WARPS, enable_fp_fusion=False,
-                **flags,
+                table, layout.owner, *numbers, found_inf, pull, book, rule, num_warps=WARPS, enable_fp_fusion=False,
+                **constants,
             )  # fmt: skip
     for original, copy in written:
         original.copy_(copy)
@@ -336,31 +351,7 @@ def launch(lists: Lists, layout: Layout | None, rule: Rule, lr: float | Tensor, 
         torch.autograd.graph.increment_version([tensor for tensor in changed if not tensor.is_inference()])
 
 
-def call(lists: Lists, rule: Rule, *, lr: Scalar, epsilon: Scalar, grad_scale: Scalar, found_inf: float | Tensor, maximize: bool,
-         anneal: str, skew_at: str, recovery: float | None, alpha: float | None, max_step: float, clip: bool,
-         decays: bool, nesterov: bool = False, adamw: bool = False) -> bool:  # fmt: skip
-    """What both rules share: scalars to where the kernel finds them, settings to its constants. False: an infinity was
-    found, and nothing has been done.
-    """
-    layout = layout_of(lists)  # all that can be wrong is found here, before anything is written
-    device, dtype = lists.weights[0].device, lists.weights[0].dtype
-    lr_number, epsilon_number = number("lr", lr, 0.0, device), number("epsilon", epsilon, 0.0, device)
-    scale_number = number("grad_scale", grad_scale, 1.0, device)
-    if isinstance(found_inf, float) and found_inf != 0:
-        return False
-    capture, quantized = anneal == "capture", bool(lists.levels)
-    snap = snap_radius(dtype, lists.levels, lr, recovery, alpha, device) if capture and quantized else 0.0
-    rate = alpha if recovery is None else recovery
-    assert rate is not None  # checked before
-    launch(
-        lists, layout, rule, lr_number, epsilon_number, scale_number, found_inf, (float(rate), float(max_step), snap),
-        MAXIMIZE=bool(maximize), RATE_IS_ALPHA=alpha is not None, ADAMW=adamw, DECAYS=decays, NESTEROV=bool(nesterov), CAPTURE=capture,
-        SKEW_GRADIENT=quantized and skew_at == "gradient", CLIP=quantized and bool(clip),
-    )  # fmt: skip
-    return True
-
-
-def refuse_rounding(remainders: Tensors = (), seed: object = None, **of_seed: object) -> None:
+def refuse_rounding(remainders: Tensors, seed: object) -> None:
     """The kernel rounds to nearest."""
     if remainders or seed is not None:
         raise ValueError(
@@ -369,54 +360,58 @@ def refuse_rounding(remainders: Tensors = (), seed: object = None, **of_seed: ob
 
 
 # The launch follows addresses, which a trace does not have.
-outside_of_graphs = torch.compiler.disable(reason="the Triton backend is launched outside of torch.compile's graphs")
+outside_of_graphs: Callable[[Step], Step] = torch.compiler.disable(
+    reason="the Triton backend is launched outside of torch.compile's graphs"
+)
 
 
 @outside_of_graphs
 @torch.no_grad()
-def sgd_(weights: Tensors, grads: Tensors, momentum_buffers: Tensors, scales: Tensors, levels: Sequence[float], codes: Tensors,
-         snapped: Tensors, *, lr: Scalar, momentum: float, dampening: float, weight_decay: float, nesterov: bool, maximize: bool,
-         epsilon: Scalar, anneal: str, skew_at: str, recovery: float | None, alpha: float | None, max_step: float, clip: bool,
-         grad_scale: Scalar = None, found_inf: Scalar = None, **rounding: object) -> None:  # fmt: skip
-    """:func:`askew_cuda.reference.sgd_` in one launch, for float32, bfloat16 and float16. Raises ValueError or
-    TypeError, which names the argument and its value; nothing has changed then. lr, epsilon, grad_scale and found_inf
-    on the weights' device are not read by the host.
+def sgd_(
+    weights: Tensors, grads: Tensors, momentum_buffers: Tensors, scales: Tensors, levels: Sequence[float],
+    codes: Tensors, snapped: Tensors, *, found_inf: Scalar = None, remainders: Tensors = (), seed: object = None,
+    streams: Sequence[int] = (), first_elements: Sequence[int] = (), **settings: Any,
+) -> None:  # fmt: skip
+    """:func:`askew_cuda.reference.sgd_` in one launch, for float32, bfloat16 and float16. Arguments are checked before
+    (``checks.py``). lr, epsilon, grad_scale and found_inf on the weights' device are not read by the host.
     """
-    refuse_rounding(**rounding)
+    refuse_rounding(remainders, seed)
     if not weights:
         return
-    infinite = number("found_inf", found_inf, 0.0, weights[0].device)
-    buffers = momentum_buffers if momentum != 0 else []
+    s, infinite = Settings(**settings), argument("found_inf", found_inf, 0.0, weights[0].device)
+    if isinstance(infinite, float) and infinite != 0:
+        return
+    buffers = momentum_buffers if s.momentum != 0 else []
     lists = Lists(weights, grads, {"momentum_buffers": buffers}, scales, tuple(levels), codes, snapped)
-    rule = (float(momentum), 1.0 - dampening, float(weight_decay))
-    call(lists, rule, lr=lr, epsilon=epsilon, grad_scale=grad_scale, found_inf=infinite, maximize=maximize, anneal=anneal,
-         skew_at=skew_at, recovery=recovery, alpha=alpha, max_step=max_step, clip=clip, decays=weight_decay != 0,
-         nesterov=nesterov and momentum != 0)  # fmt: skip
+    rule = (float(s.momentum), 1.0 - s.dampening, float(s.weight_decay))
+    launch(lists, s, rule, infinite, False, s.weight_decay != 0, bool(s.nesterov and s.momentum != 0))
 
 
 @outside_of_graphs
 @torch.no_grad()
-def adamw_(weights: Tensors, grads: Tensors, exp_avgs: Tensors, exp_avg_sqs: Tensors, max_exp_avg_sqs: Tensors, steps: Tensors,
-           scales: Tensors, levels: Sequence[float], codes: Tensors, snapped: Tensors, *,
-           lr: Scalar, beta1: float, beta2: float, eps: float, weight_decay: float, amsgrad: bool, maximize: bool,
-           epsilon: Scalar, anneal: str, skew_at: str, recovery: float | None, alpha: float | None, max_step: float, clip: bool,
-           grad_scale: Scalar = None, found_inf: Scalar = None, **rounding: object) -> None:  # fmt: skip
+def adamw_(
+    weights: Tensors, grads: Tensors, exp_avgs: Tensors, exp_avg_sqs: Tensors, max_exp_avg_sqs: Tensors, steps: Tensors,
+    scales: Tensors, levels: Sequence[float], codes: Tensors, snapped: Tensors, *, found_inf: Scalar = None,
+    remainders: Tensors = (), seed: object = None, streams: Sequence[int] = (), first_elements: Sequence[int] = (),
+    **settings: Any,
+) -> None:  # fmt: skip
     """:func:`askew_cuda.reference.adamw_` in one launch, as :func:`sgd_`. ``steps`` are all on the CPU, where a
     ``found_inf`` on a device is read by the host so that they can stand still, or all on the weights' device: then
     nothing is, and the bias corrections may differ from the reference's by a last bit.
     """
-    refuse_rounding(**rounding)
+    refuse_rounding(remainders, seed)
     if not weights:
         return
     device = weights[0].device
-    infinite = number("found_inf", found_inf, 0.0, device)
+    s, infinite = Settings(**settings), argument("found_inf", found_inf, 0.0, device)
     if isinstance(infinite, Tensor) and steps[0].is_cpu:
-        infinite = infinite.item()
+        infinite = float(infinite)
+    if isinstance(infinite, float) and infinite != 0:
+        return
     state = {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "max_exp_avg_sqs": max_exp_avg_sqs}
     lists = Lists(weights, grads, state, scales, tuple(levels), codes, snapped)
-    corrections = bias_corrections(steps, beta1, beta2, device)
-    rule = (float(beta1), 1.0 - beta1, float(beta2), 1.0 - beta2, float(eps), float(weight_decay), *corrections)
-    done = call(lists, rule, lr=lr, epsilon=epsilon, grad_scale=grad_scale, found_inf=infinite, maximize=maximize, anneal=anneal,
-                skew_at=skew_at, recovery=recovery, alpha=alpha, max_step=max_step, clip=clip, decays=True, adamw=True)  # fmt: skip
-    if done:
-        advance(steps, infinite)
+    corrections = bias_corrections(steps, s.beta1, s.beta2, device)
+    moments = (float(s.beta1), 1.0 - s.beta1, float(s.beta2), 1.0 - s.beta2)
+    rule = (*moments, float(s.eps), float(s.weight_decay), *corrections)
+    launch(lists, s, rule, infinite, True, True, False)
+    advance(steps, infinite)

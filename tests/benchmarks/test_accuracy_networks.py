@@ -100,6 +100,7 @@ def test_networks_are_those_of_their_seeds():
 TRAINED = [(method, width) for method in METHODS for width in method.widths]
 
 
+@pytest.mark.filterwarnings("ignore:finalize")  # three steps don't bring weights to their levels
 @pytest.mark.parametrize(("method", "width"), TRAINED, ids=lambda each: getattr(each, "name", each))
 @pytest.mark.parametrize("granularity", ["tensor", "channel"])
 def test_every_method_makes_three_steps_and_ends_on_its_levels(method, width, granularity):

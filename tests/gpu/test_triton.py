@@ -26,7 +26,7 @@ def checked(name, operator):
     def call(*lists, **settings) -> None:
         given = Call.of(name, *lists, **settings)
         check(given)
-        operator(**given.arguments())
+        operator(**given.for_kernels())
 
     return call
 
@@ -78,6 +78,20 @@ def test_every_weight_finds_its_scale(rows, run_length, groups, layout, name):
         results.append((weight.cpu(), snapped.cpu()))
     for actual, expected in zip(results[1], results[0], strict=True):
         assert_same_bits(actual, expected, f"{rows} rows, {groups} groups of {run_length}")
+
+
+@on_all
+@pytest.mark.parametrize("scale_shape", [(1, 5, 1), (1, 1, 6), (4, 1, 6), (2, 5, 6), (4, 5, 2), (2, 1, 3)], ids=str)
+def test_scales_along_other_dimensions(scale_shape, name):
+    generator = torch.Generator().manual_seed(0)
+    start, grad = torch.randn(2, 4, 5, 6, generator=generator)
+    scale, results = torch.rand(scale_shape, generator=generator) + 0.1, []
+    for backend in (REFERENCE, TRITON[name]):
+        weight = start.permute(2, 0, 1).contiguous().permute(1, 2, 0).to(backend.device)
+        settings = {**PLAIN_SETTINGS, "lr": 0.1, "epsilon": 0.3}
+        backend.sgd_([weight], [grad.to(weight)], [], [scale.to(weight)], (-1, 0, 1), [], [], **settings)
+        results.append(weight.cpu())
+    assert_same_bits(*results, "weights")
 
 
 PLAIN_SETTINGS = {
@@ -254,8 +268,8 @@ def test_a_graph_captures_what_was_seen_before(counted, monkeypatch):
 def test_nothing_is_launched_for_nothing(counted):
     recorder, _ = counted
     for operator in (LAUNCHER.sgd_, LAUNCHER.adamw_):  # without weights nothing is looked at
-        names = set(inspect.signature(operator).parameters) - {"rounding"}
-        operator(**{name: [] for name in names})
+        names = list(inspect.signature(operator).parameters)
+        operator(**{name: [] for name in names[: names.index("snapped") + 1]})
     weight = torch.zeros(3, 0)
     TRITON["interpreted"].sgd_(
         [weight], [weight], [], [torch.ones(3, 1)], (-1.0, 1.0), [], [], **PLAIN_SETTINGS, lr=0.1, epsilon=0.3

@@ -1,5 +1,6 @@
-"""What goes wrong elsewhere: defects of the closest rival (torchao's PARQ, 0.18) and what users of optimizers and of quantized
-training complain about. Each has the test that keeps it out of here, or the reason why there is none."""
+"""What goes wrong elsewhere: defects of the closest rival (torchao's PARQ, 0.18) and what users of optimizers and of
+quantized training complain about. Each has the test that keeps it out of here, or the reason why there is none.
+"""
 
 import ast
 from pathlib import Path
@@ -15,67 +16,69 @@ from askew_cuda.quantizer import Codebook, codes
 
 # What went wrong -> the test here.
 DEFECTS = {
-    "PARQ: a fused base under GradScaler never unscales": "test_amp::test_the_scale_is_divided_out_and_gradients_are_left_alone",
-    "PARQ: the same path steps on infinities": "test_amp::test_an_overflow_leaves_everything_as_it_is",
-    "PARQ: a closure sees other weights than the user": "test_optimizers::test_closure_sees_the_trained_weights_and_its_loss_is_returned",
-    "PARQ: channels_last weights are silently not quantized": "test_weights::test_memory_order_changes_nothing",
-    "PARQ: group scales on two dimensions only": "test_weights::test_memory_order_changes_nothing",
-    "PARQ: one NaN or infinite gradient spoils the tensor for ever": "test_faults::test_bad_gradients_stay_with_their_weights",
-    "PARQ: max scale at 1 bit gives NaN weights": "test_peers::test_every_rule_gives_every_codebook_a_finite_scale",
-    "PARQ: a wrong bit width is a TypeError about torch.empty": "test_misuse::test_wrong_keywords",
-    "PARQ: add_param_group is a KeyError": "test_contract::test_group_overrides_and_groups_that_come_later",
-    "PARQ: a float checkpoint does not load": "test_checkpoints::test_quantized_training_starts_from_the_checkpoint_of_a_float_run",
-    "PARQ: its checkpoint leaves stray state in torch's optimizer": "test_checkpoints::test_torch_goes_on_from_our_checkpoint",
-    "PARQ: resuming is exact, and must be": "test_checkpoints::test_a_resumed_run_is_the_run_that_was_not_cut",
-    "PARQ: 'optimal' is worse than greedy": "test_scales::test_min_mse_is_exact",
-    "PARQ: an asymmetric codebook does not hold its own weights": "test_quantizer::test_no_level_is_nearer",
-    "PARQ: quantized weights are off their codebook by ulps": "test_quantizer::test_codes_and_snapped_weights_are_those_of_a_step",
-    "PARQ: a stale codebook between its periods": "test_optimizers::test_outputs_are_what_quantized_parameters_gives",
-    "PARQ: the exported model is not the trained one": "test_packed_modules::test_outputs_are_those_of_the_snapped_model",
-    "PARQ: binary and ternary can't be exported": "test_packed::test_every_codebook_granularity_and_dtype_comes_back_to_the_last_bit",
-    "PARQ: three graphs, and a schedule of floats": "test_compile::test_a_training_step_is_two_graphs_for_ever",
-    "PARQ: a latent copy of every weight": "test_optimizers::test_state_has_torchs_names_dtypes_and_shapes",
-    "PARQ: no way to evaluate with quantized weights": "test_finalize::test_quantized_snaps_inside_and_restores_outside",
-    "PARQ: schedulers and step hooks work, and must": "test_schedulers::test_a_schedule_does_what_it_does_for_torch",
-    "torch: fused SGD skips vectors of 16-bit weights (pytorch#191763)": "test_backends::test_the_cpu_does_what_the_reference_does",
-    "torch: momentum from uninitialised memory (LibreYOLO#771, DeepSpeed#8432)": "test_amp::test_an_overflow_leaves_everything_as_it_is",
+    "PARQ: a fused base under GradScaler never unscales": "test_the_scale_is_divided_out_and_gradients_are_left_alone",
+    "PARQ: the same path steps on infinities": "test_an_overflow_leaves_everything_as_it_is",
+    "PARQ: a closure sees other weights": "test_closure_sees_the_trained_weights_and_its_loss_is_returned",
+    "PARQ: channels_last weights are silently not quantized": "test_memory_order_changes_nothing",
+    "PARQ: group scales on two dimensions only": "test_memory_order_changes_nothing",
+    "PARQ: one NaN or infinite gradient spoils the tensor for ever": "test_bad_gradients_stay_with_their_weights",
+    "PARQ: max scale at 1 bit gives NaN weights": "test_every_rule_gives_every_codebook_a_finite_scale",
+    "PARQ: a wrong bit width is a TypeError about torch.empty": "test_wrong_keywords",
+    "PARQ: add_param_group is a KeyError": "test_group_overrides_and_groups_that_come_later",
+    "PARQ: a float checkpoint does not load": "test_quantized_training_starts_from_the_checkpoint_of_a_float_run",
+    "PARQ: its checkpoint leaves stray state in torch's optimizer": "test_torch_goes_on_from_our_checkpoint",
+    "PARQ: resuming is exact, and must be": "test_a_resumed_run_is_the_run_that_was_not_cut",
+    "PARQ: 'optimal' is worse than greedy": "test_min_mse_is_exact",
+    "PARQ: an asymmetric codebook does not hold its own weights": "test_no_level_is_nearer",
+    "PARQ: quantized weights are off their codebook by ulps": "test_codes_and_snapped_weights_are_those_of_a_step",
+    "PARQ: a stale codebook between its periods": "test_outputs_are_what_quantized_parameters_gives",
+    "PARQ: the exported model is not the trained one": "test_outputs_are_those_of_the_snapped_model",
+    "PARQ: binary, ternary not exported": "test_every_codebook_granularity_and_dtype_comes_back_to_the_last_bit",
+    "PARQ: three graphs, and a schedule of floats": "test_a_training_step_is_two_graphs_for_ever",
+    "PARQ: a latent copy of every weight": "test_state_has_torchs_names_dtypes_and_shapes",
+    "PARQ: no way to evaluate with quantized weights": "test_quantized_snaps_inside_and_restores_outside",
+    "PARQ: schedulers and step hooks work, and must": "test_a_schedule_does_what_it_does_for_torch",
+    "torch: fused SGD skips vectors of 16-bit weights (pytorch#191763)": "test_the_cpu_does_what_the_reference_does",
+    "torch: momentum from uninitialised memory (DeepSpeed#8432)": "test_an_overflow_leaves_everything_as_it_is",
 }
 COMPLAINTS = {
-    "AMP with clipping (pytorch-lightning#15501, #21435)": "test_amp::test_explicit_unscaling_and_clipping",
-    "objects in param groups break checkpoints (ao#2743, #2770, #3104)": "test_checkpoints::test_param_groups_hold_plain_values",
-    "state that has not the weight's shape (bitsandbytes#89, #1403, #1732)": "test_peers::test_state_has_the_weights_shape_or_is_its_scale",
-    "checkpoints fail at the end of the run (ao#1185, #1189)": "test_checkpoints::test_param_groups_hold_plain_values",
-    "it is not an Optimizer (ao#959)": "test_contract::test_a_subclass_is_an_optimizer_of_its_own_name",
-    "frozen weights crash (ao#1209)": "test_optimizers::test_none_gradients_and_frozen_weights_are_left_alone",
-    "a schedule recompiles (ao#730, #746; pytorch#107076, #133898, #163093)": "test_compile::test_a_training_step_is_two_graphs_for_ever",
+    "AMP with clipping (pytorch-lightning#15501, #21435)": "test_explicit_unscaling_and_clipping",
+    "objects in param groups break checkpoints (ao#2743, #2770, #3104)": "test_param_groups_hold_plain_values",
+    "state of another shape (bitsandbytes#89, #1403, #1732)": "test_state_has_the_weights_shape_or_is_its_scale",
+    "checkpoints fail at the end of the run (ao#1185, #1189)": "test_param_groups_hold_plain_values",
+    "it is not an Optimizer (ao#959)": "test_a_subclass_is_an_optimizer_of_its_own_name",
+    "frozen weights crash (ao#1209)": "test_none_gradients_and_frozen_weights_are_left_alone",
+    "a schedule recompiles (ao#730; pytorch#107076, #133898)": "test_a_training_step_is_two_graphs_for_ever",
     "it does not run without a compiler (ao#955, apex#1193, #323, DeepSpeed#1077, #1846)": (
-        "test_misuse::test_without_the_compiled_extension_the_reference_steps_and_says_so"
+        "test_without_the_compiled_extension_the_reference_steps_and_says_so"
     ),
     "errors of a binary that does not fit (ao#2908, sglang#30562, bitsandbytes#427)": (
-        "test_cli::test_doctor_names_what_is_here_and_why_the_rest_is_not"
+        "test_doctor_names_what_is_here_and_why_the_rest_is_not"
     ),
-    "no CPU (bitsandbytes#1226, #1402)": "test_backends::test_the_cpu_does_what_the_reference_does",
-    "peak memory (pytorch#97712)": "test_peers::test_a_step_allocates_no_memory_for_weights",
-    "capturable (pytorch#118018, dion#104)": "test_contract::test_what_capturable_differentiable_and_fused_mean",
+    "no CPU (bitsandbytes#1226, #1402)": "test_the_cpu_does_what_the_reference_does",
+    "peak memory (pytorch#97712)": "test_a_step_allocates_no_memory_for_weights",
+    "capturable (pytorch#118018, dion#104)": "test_what_capturable_differentiable_and_fused_mean",
     "which layers does it touch? (larq#183, #306)": (
-        "test_param_groups::test_one_specification_leaves_out_embeddings_norms_first_and_last_layer"
+        "test_one_specification_leaves_out_embeddings_norms_first_and_last_layer"
     ),
-    "overrides that do not override (bitsandbytes#1269)": "test_param_groups::test_wrong_rules",
-    "EMA (parameter-golf#760)": "test_schedulers::test_averages_are_of_trained_weights_and_can_be_quantized",
-    "NaN at few bits (brevitas#430)": "test_backends::test_a_nan_gradient_spoils_its_own_weight_and_its_code_is_zero",
+    "overrides that do not override (bitsandbytes#1269)": "test_wrong_rules",
+    "EMA (parameter-golf#760)": "test_averages_are_of_trained_weights_and_can_be_quantized",
+    "NaN at few bits (brevitas#430)": "test_a_nan_gradient_spoils_its_own_weight_and_its_code_is_zero",
     "the wrong weights were saved (schedule_free#22, #48; accelerate#4130, #4161)": (
-        "test_finalize::test_inside_quantized_a_step_is_refused_and_a_checkpoint_is_the_same"
+        "test_inside_quantized_a_step_is_refused_and_a_checkpoint_is_the_same"
     ),
-    "a state of torch.optim does not load (apex#577)": "test_checkpoints::test_checkpoints_of_older_versions_lack_keywords",
-    "fused=None from an old checkpoint (ultralytics#25375)": "test_checkpoints::test_how_a_machine_computes_is_not_loaded",
-    "empty groups and step counters (TransformerEngine#3318)": "test_weights::test_groups_of_nothing_and_of_empty_weights_alone",
-    "importing needs Triton (triton#6150)": "test_structure::test_importing_the_package_takes_torch_and_nothing_heavy",
-    "no flip rate, no occupancy (larq#364)": "test_monitor::test_a_sample_by_hand",
-    "training from the quantized file (MiniCPM#301)": "test_packed::test_training_goes_on_from_the_file_and_ends_on_levels_again",
+    "a state of torch.optim does not load (apex#577)": "test_checkpoints_of_older_versions_lack_keywords",
+    "fused=None from an old checkpoint (ultralytics#25375)": "test_how_a_machine_computes_is_not_loaded",
+    "empty groups and step counters (TransformerEngine#3318)": "test_groups_of_nothing_and_of_empty_weights_alone",
+    "importing needs Triton (triton#6150)": "test_importing_the_package_takes_torch_and_nothing_heavy",
+    "no flip rate, no occupancy (larq#364)": "test_a_sample_by_hand",
+    "training from the quantized file (MiniCPM#301)": "test_training_goes_on_from_the_file_and_ends_on_levels_again",
 }
 # Not a matter of a test here.
 ELSEWHERE = {
-    "PARQ: updates that 16-bit weights lose": "needs stochastic rounding or a remainder, not offered yet; state_dtype keeps moments",
+    "PARQ: updates that 16-bit weights lose": (
+        "needs stochastic rounding or a remainder, not offered yet; state_dtype keeps moments"
+    ),
     "PARQ: the optimal scale is a loop over elements, steps move 98 to 541 bytes per weight": "speed: benchmarks/",
     "sharded state and stochastic rounding on DTensors (ao#1505)": "distributed training is not offered yet",
     "bf16 needs stochastic rounding or Kahan sums (pytorch#120376, bitsandbytes#1165, Adam-mini#26)": "as above",
@@ -89,13 +92,9 @@ TESTS = Path(__file__).parent.parent
 
 @pytest.mark.parametrize("table", [DEFECTS, COMPLAINTS], ids=["defects", "complaints"])
 def test_every_one_has_a_test_that_is_there(table):
-    missing = []
-    for what, where in table.items():
-        file, _, name = where.partition("::")
-        tree = ast.parse(next(TESTS.glob(f"**/{file}.py")).read_text())
-        if name not in {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}:
-            missing.append((what, where))
-    assert not missing
+    trees = [ast.parse(path.read_text()) for path in TESTS.glob("**/test_*.py")]
+    there = {node.name for tree in trees for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    assert not {what: name for what, name in table.items() if name not in there}
     assert not set(table) & set(ELSEWHERE)
 
 

@@ -10,6 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+import askew_cuda
 
 ROOT = Path(__file__).parent.parent.parent
 PYTHON = sorted(
@@ -17,8 +20,8 @@ PYTHON = sorted(
 )
 CSRC = sorted(path for path in ROOT.glob("csrc/**/*") if path.is_file())
 
-# What the files of a folder of csrc/ may include of the others, beyond the standard library. Torch stops at torch/, CUDA at
-# cuda/kernel.cu, and the maths knows neither.
+# What the files of a folder of csrc/ may include of the others, beyond the standard library. Torch stops at torch/,
+# CUDA at cuda/kernel.cu, and the maths knows neither.
 STANDARD = {"cmath", "cstdint", "cstring", "string", "type_traits"}
 INCLUDES = {
     "maths": {"maths"},
@@ -34,7 +37,7 @@ OPTIONAL = {"matplotlib", "numpy"}
 # Layers of the package, lowest first: a module may import from its own layer, in one direction, and from those below.
 LAYERS = (
     {"reference", "rounding", "interrupts", "wrappers"},
-    {"quantizer", "scales", "schedule", "keywords", "checks", "backends", "triton"},
+    {"quantizer", "scales", "layers", "schedule", "keywords", "checks", "backends", "triton"},
     {"hints", "anneal", "paper", "param_groups", "checkpoints", "plan"},
     {"optimizer", "optimizers"},
     {"monitor", "packed", "doctor"},
@@ -62,8 +65,9 @@ def test_a_kernel_includes_only_what_its_folder_may(path):
         assert system <= STANDARD | OUTSIDE.get(str(here), set())
 
 
-@pytest.mark.parametrize("paths", [CSRC, [path for path in PYTHON if "askew_cuda" in path.parts], PYTHON], ids=len)
-def test_no_file_is_called_what_another_one_is(paths):
+@pytest.mark.parametrize("folder", ["csrc", "askew_cuda", "benchmarks", "examples", "tests"])
+def test_no_file_is_called_what_another_one_is(folder):
+    paths = [path for path in (*CSRC, *PYTHON) if path.relative_to(ROOT).parts[0] == folder]
     names = collections.Counter(path.name for path in paths if not path.name.startswith("__"))
     assert not [name for name, count in names.items() if count > 1]
 
@@ -71,7 +75,10 @@ def test_no_file_is_called_what_another_one_is(paths):
 def imports(path: Path) -> list[tuple[ast.stmt, set[str], set[str]]]:
     """(statement, modules of the library, packages outside) of every import."""
     found = []
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    for_types = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    tree.body = [node for node in tree.body if node not in for_types]
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found.append((node, set(), {alias.name.split(".")[0] for alias in node.names}))
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
@@ -107,6 +114,31 @@ def test_a_module_imports_torch_and_the_standard_library_only(path):
         at_the_top = any(node.lineno == each.lineno for each in top)
         allowed = sys.stdlib_module_names | {"torch"} | (set() if at_the_top else OPTIONAL)
         assert outside <= allowed | ({"triton"} if path.parent.name == "triton" else set()), f"line {node.lineno}"
+
+
+def test_a_step_goes_through_the_six_files_that_contributing_names():
+    """Each calls the next; and no other file of Python's is on the way, but for leaves that give a number or a name."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    files = re.findall(r"^[1-6]\. `([^`]+)`", text, flags=re.MULTILINE)
+    assert len(files) == 6
+    calls = (r"plan\.run\(", r"self\.compiled\.run\(", r"call\.run\(", r"cpu_step", r"= step<", r"P step\(P w")
+    for file, call in zip(files, calls, strict=True):
+        assert re.search(call, (ROOT / file).read_text()), file
+    seen, weight = set(), torch.nn.Parameter(torch.randn(8, 4))
+    optimizer = askew_cuda.AskewSGD([weight], lr=0.1, momentum=0.9, quantizer="ternary")
+    weight.grad = torch.ones(8, 4)
+    optimizer.step()
+
+    def trace(frame, event, argument):
+        seen.add(Path(frame.f_code.co_filename))
+
+    sys.settrace(trace)
+    try:
+        optimizer.step()
+    finally:
+        sys.settrace(None)
+    ours = {str(path.relative_to(ROOT)) for path in seen if path.is_relative_to(ROOT / "askew_cuda")}
+    assert ours - set(files) <= {"askew_cuda/optimizers.py", "askew_cuda/schedule.py"}
 
 
 def test_importing_the_package_takes_torch_and_nothing_heavy():

@@ -76,7 +76,9 @@ def normalized_network(norm: nn.Module | None) -> nn.Sequential:
 
 @pytest.mark.parametrize("norm", [None, nn.LayerNorm(6), nn.BatchNorm1d(6), nn.BatchNorm1d(6, affine=False)], ids=str)
 def test_who_knows_that_a_network_is_normalised(norm):
-    """param_groups looks at the modules, an optimizer by itself for gains of 1, and the keyword tells both."""
+    """param_groups looks at the modules; an optimizer by itself at nothing that stands beside the weight; the keyword
+    tells both.
+    """
     model = normalized_network(norm)
     by_norm, by_shape = (
         1 / math.sqrt(3 * 6),
@@ -89,7 +91,7 @@ def test_who_knows_that_a_network_is_normalised(norm):
         optimizer.prepare()
         return optimizer.state[model[0].weight]["scale"].item()
 
-    seen, has_gain = norm is not None, norm is not None and norm.weight is not None
+    seen = norm is not None
     assert scale(askew.param_groups(model, {"*": "binary"}, verbose=False)) == pytest.approx(
         by_norm if seen else by_shape
     )
@@ -97,7 +99,7 @@ def test_who_knows_that_a_network_is_normalised(norm):
         {"params": [model[0].weight], "quantizer": "binary"},
         {"params": [p for p in model.parameters() if p.dim() == 1]},
     ]
-    assert scale(matrices) == pytest.approx(by_norm if has_gain else by_shape)
+    assert scale(matrices) == pytest.approx(by_shape)
     for told in (True, False):
         groups = askew.param_groups(model, {"*": "binary"}, verbose=False, normalized=told)
         assert scale(groups) == pytest.approx(by_norm if told else by_shape)
@@ -116,12 +118,3 @@ def test_only_a_trained_network_is_warned_that_the_first_clip_tears_it():
         model[1].weight.uniform_(0.5, 1.5)
     with pytest.warns(UserWarning, match="pretrained=True"):
         askew.AskewSGD(askew.param_groups(model, {"0.weight": "binary"}, verbose=False), lr=0.1).prepare()
-
-
-def test_norms_are_looked_for_once_not_for_each_weight(monkeypatch):
-    """An optimizer of thousands of weights would else look millions of times."""
-    looked, is_fresh_gain = [], scales.is_fresh_gain
-    monkeypatch.setattr(scales, "is_fresh_gain", lambda weight: looked.append(1) or is_fresh_gain(weight))
-    weights = [nn.Parameter(torch.randn(2, 3, generator=torch.Generator().manual_seed(i))) for i in range(20)]
-    askew.AskewSGD(weights, lr=0.1, quantizer="ternary", clip=False).prepare()
-    assert len(looked) == len(weights)

@@ -44,11 +44,13 @@ def test_one_specification_leaves_out_embeddings_norms_first_and_last_layer(caps
 
 def test_a_transformer_with_a_tied_head():
     found = names(askew.param_groups(Transformer(), "2bit/channel", verbose=False))
-    assert found["2bit/channel"] == [f"blocks.{i}.{part}.weight" for i in range(2) for part in ("attn", "mlp")]
+    assert found["2bit/channel"] == [f"blocks.{i}.{part}.weight" for i in range(2) for part in ("attn", "mlp")] + [
+        "frozen.weight"  # so that it trains when it is unfrozen
+    ]
     everything = [name for group in found.values() for name in group]
     assert len(everything) == len(set(everything))
     assert "head.weight" not in everything  # the same tensor as the embedding, listed there
-    assert not any("frozen" in name for name in everything)
+    assert "frozen.bias" in found["None"]
 
 
 def test_include_and_exclude():
@@ -70,7 +72,8 @@ def test_rules_are_tried_in_order_and_quantize_exactly_what_they_say(capsys):
     found = names(groups)
     assert found["ternary"] == ["blocks.1.attn.weight"]
     assert found["4bit/channel"] == ["embedding.weight"]
-    assert found["2bit/group4"] == ["blocks.0.mlp.weight", "blocks.1.mlp.weight", "norm.weight", "norm.bias"]
+    assert found["2bit/group4"] == ["blocks.0.mlp.weight", "blocks.1.mlp.weight", "frozen.weight"]
+    assert {"norm.weight", "norm.bias"} <= set(found["None"])  # of two dimensions, but of a norm
     assert "blocks.0.attn.weight" in found["None"]
     assert "blocks.0.attn.bias" in found["None"]  # a pattern means matrices
     assert "name it to quantize it" in capsys.readouterr().out

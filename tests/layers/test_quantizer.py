@@ -298,9 +298,10 @@ def test_check_names_the_tensor_its_shape_and_the_remedy():
         match=r"group_size = 5 .* blocks\.0\.weight.*36 weights \(shape \(6, 4, 3, 3\)\); take a divisor of 36",
     ):
         Quantizer.parse("2bit/group5").check(torch.empty(6, 4, 3, 3), "blocks.0.weight")
-    with pytest.raises(ValueError, match=r"scale has shape \(3,\), but w of shape \(3, 2\) needs \(3, 1\)"):
-        Quantizer("2bit", torch.ones(3), "channel").check(torch.empty(3, 2), "w")
-    Quantizer("2bit", torch.ones(3, 1), "channel").check(torch.empty(3, 2), "w")
+    with pytest.raises(ValueError, match=r"scale has shape \(2,\), but w of shape \(3, 2\) needs \(3, 1\)"):
+        Quantizer("2bit", torch.ones(2), "channel").check(torch.empty(3, 2), "w")
+    for taken in (torch.ones(3, 1), torch.ones(3)):
+        Quantizer("2bit", taken, "channel").check(torch.empty(3, 2), "w")
     Quantizer("2bit", 0.5, "channel").check(torch.empty(3, 2), "w")
 
 
@@ -361,9 +362,10 @@ def test_codes_and_snapped_weights_are_those_of_a_step(name, granularity, dtype)
         torch.empty_like(weight, dtype=torch.uint8),
         torch.empty_like(weight),
     )
-    reference.sgd_([weight], [torch.ones_like(weight)], [], [scale], levels, [expected_codes], [expected], lr=0.0, momentum=0.0,
-                   dampening=0.0, weight_decay=0.0, nesterov=False, maximize=False, epsilon=0.25, anneal="capture",
-                   skew_at="velocity", recovery=0.5, alpha=None, max_step=0.5, clip=False)  # fmt: skip
+    reference.sgd_([weight], [torch.ones_like(weight)], [], [scale], levels, [expected_codes], [expected], lr=0.0,
+                   momentum=0.0, dampening=0.0, weight_decay=0.0, nesterov=False, maximize=False, epsilon=0.25,
+                   anneal="capture", skew_at="velocity", recovery=0.5, alpha=None, max_step=0.5,
+                   clip=False)  # fmt: skip
     assert_same_bits(codes(weight, scale, levels), expected_codes, "codes")
     assert_same_bits(snap(weight, scale, levels), torch.where(weight.isnan(), weight, expected), "snap")
     assert_same_bits(weight, before, "the weight")

@@ -447,8 +447,8 @@ def test_dead_rows_take_the_mean_of_the_others():
         ),
         (
             torch.ones(2, 6),
-            Quantizer("binary", [1.0, 2.0], "channel"),
-            r"scale has shape \(2,\), but w of shape \(2, 6\) needs \(2, 1\)",
+            Quantizer("binary", [1.0, 2.0, 3.0], "channel"),
+            r"scale has shape \(3,\), but w of shape \(2, 6\) needs \(2, 1\)",
         ),
     ],
 )

@@ -120,7 +120,6 @@ def test_without_total_steps_nothing_is_counted():
         ({"total_steps": 9, "shape": lambda progress: 2}, ValueError, r"shape\(0.0\) = 2.0; a half-width in \[0, 1\]"),
         ({"total_steps": 9, "epsilon": 0.3}, ValueError, "epsilon = 0.3 with total_steps = 9: after 0 steps it is 1"),
     ],
-    ids=str,
 )
 def test_wrong_keywords(keywords, error, message):
     with pytest.raises(error, match=message):

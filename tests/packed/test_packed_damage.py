@@ -155,7 +155,9 @@ for _ in range(300):
     deep = [deep]
 
 MANIFESTS = [
-    pytest.param(lambda said: said.update(version=2), r"manifest has version 2; version 1 is needed", id="version"),
+    pytest.param(
+        lambda said: said.update(version=3), r"manifest has version 3; version 1 or 2 is needed", id="version"
+    ),
     pytest.param(lambda said: said.update(version=True), r"manifest has version True", id="version-type"),
     pytest.param(
         lambda said: said.update(more=1), r"'more'.* version, quantized, tied and sha256 are needed", id="unknown-key"
@@ -194,6 +196,9 @@ MANIFESTS = [
         r"'0.weight.scale' is torch.float32 of shape \(5, 1, 1, 1\); .*\(\) is needed",
         id="granularity",
     ),
+    pytest.param(entry(channel_dim=1), r"'0.weight.scale' is .* \(5, 1, 1, 1\); .*\(1, 3, 1, 1\)", id="dimension"),
+    pytest.param(entry(channel_dim=4), r"channel_dim = 4 of 0.weight, which has 4 dimensions", id="dimension-none"),
+    pytest.param(entry(channel_dim="0"), r"channel_dim = '0'; a dimension, or a list", id="dimension-type"),
     pytest.param(entry(levels=[-1, 0, 2]), r"'0.weight' has levels = \[-1, 0, 2\]; \[-1.0, 0.0, 1.0\]", id="levels"),
     pytest.param(
         entry(bits=2), r"'0.weight.codes' is torch.uint8 of shape \(27,\); torch.uint8 of shape \(34,\)", id="bits"
@@ -211,22 +216,39 @@ MANIFESTS = [
 ]
 CODES = torch.full((27,), 121, dtype=torch.uint8)  # 135 weights, five to a byte, all of level 0
 TENSORS = [
-    pytest.param({"0.weight.codes": CODES.index_fill(0, torch.tensor(3), 250)}, r"'0.weight.codes': a byte is 250", id="byte"),
+    pytest.param({"0.weight.codes": CODES.index_fill(0, torch.tensor(3), 250)},
+                 r"'0.weight.codes': a byte is 250", id="byte"),
     pytest.param({"4.weight.codes": CODES[:3]}, r"'4.weight.codes' is torch.uint8 of shape \(3,\)", id="codes-shape"),
     pytest.param({"0.weight.codes": CODES.to(torch.int8)}, r"'0.weight.codes' is torch.int8", id="codes-dtype"),
-    pytest.param({"6.weight.codes": torch.tensor([0, 0, 0, 0, 3], dtype=torch.uint8)}, r"'6.weight.codes': the last byte", id="padding"),
-    pytest.param({"4.weight.scale": torch.full((7, 5), 0.0)}, r"'4.weight.scale' holds a scale that is not positive", id="scale-zero"),
+    pytest.param({"6.weight.codes": torch.tensor([0, 0, 0, 0, 3], dtype=torch.uint8)},
+                 r"'6.weight.codes': the last byte", id="padding"),
+    pytest.param({"4.weight.scale": torch.full((7, 5), 0.0)},
+                 r"'4.weight.scale' holds a scale that is not positive", id="scale-zero"),
     pytest.param({"4.weight.scale": torch.full((7, 5), torch.nan)}, r"'4.weight.scale' holds a scale", id="scale-nan"),
     pytest.param({"4.weight.scale": torch.full((7, 5), torch.inf)}, r"'4.weight.scale' holds a scale", id="scale-inf"),
-    pytest.param({"4.weight.scale": torch.full((7, 5), 1e-40)}, r"'4.weight.scale' holds a scale", id="scale-subnormal"),
+    pytest.param({"4.weight.scale": torch.full((7, 5), 1e-40)},
+                 r"'4.weight.scale' holds a scale", id="scale-subnormal"),
     pytest.param({"4.weight.scale": torch.ones(7, 5).double()}, r"'4.weight.scale' is torch.float64", id="scale-dtype"),
-    pytest.param({"4.weight.scale": torch.ones(35)}, r"'4.weight.scale' is torch.float32 of shape \(35,\)", id="scale-shape"),
+    pytest.param({"4.weight.scale": torch.ones(35)},
+                 r"'4.weight.scale' is torch.float32 of shape \(35,\)", id="scale-shape"),
     pytest.param({"4.weight.scale": None}, r"missing '4.weight.scale'; unexpected none", id="no-scale"),
     pytest.param({"4.bias": None}, r"missing '4.bias'; unexpected none", id="no-bias"),
     pytest.param({"more": torch.ones(1)}, r"missing none; unexpected 'more'", id="one-more"),
     pytest.param({"4.bias": torch.ones(8)}, r"'4.bias' has shape \(8,\); \(7,\), as in the model", id="bias-shape"),
-    pytest.param({"4.bias": torch.ones(7).half()}, r"'4.bias' is torch.float16; torch.float32, as in the model", id="bias-dtype"),
+    pytest.param({"4.bias": torch.ones(7).half()},
+                 r"'4.bias' is torch.float16; torch.float32, as in the model", id="bias-dtype"),
 ]  # fmt: skip
+
+
+def test_a_file_of_version_1_is_read(good):
+    """It says no dimension: that was always the first."""
+
+    def older(said: dict) -> None:
+        said["version"] = 1
+        for entry in said["quantized"].values():
+            assert entry.pop("channel_dim") == 0
+
+    assert load_or_refuse(forge(good, good.parent / "version-1", manifest=older)) is None
 
 
 @pytest.mark.parametrize(("manifest", "match"), MANIFESTS)

@@ -31,7 +31,7 @@ class Net(nn.Module):
 
 
 INDEX = torch.tensor([[0, 3, 10], [4, 4, 1], [2, 9, 8]])
-RULES = {"embed.weight": "4bit", "conv.0.weight": "ternary", "conv.1.weight": "nf4", "head.weight": "binary"}
+RULES = {"embed.weight": "int4", "conv.0.weight": "ternary", "conv.1.weight": "nf4", "head.weight": "binary"}
 
 
 def trained(granularity: str = "channel", dtype: torch.dtype = torch.float32, seed: int = 0, change=lambda model: None):
@@ -108,7 +108,7 @@ def test_repr_says_bits_and_shape():
         == "PackedLinear(in_features=16, out_features=5, bias=True, weight=5x16 float32, binary/channel, 1 bit)"
     )
     assert "weight=6x3x3x3 float32, ternary/channel, 1.6 bit" in repr(model.conv[0])
-    assert repr(model.embed) == "PackedEmbedding(11, 27, padding_idx=0, weight=11x27 float32, 4bit/channel, 4 bit)"
+    assert repr(model.embed) == "PackedEmbedding(11, 27, padding_idx=0, weight=11x27 float32, int4/channel, 4 bit)"
 
 
 def test_state_dict_goes_through_a_file_and_back():

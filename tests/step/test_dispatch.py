@@ -10,7 +10,8 @@ from askew_cuda import backends
 
 LEVELS = [-1.0, 0.0, 1.0]
 SETTINGS = {
-    "lr": 0.1, "momentum": 0.9, "dampening": 0.0, "weight_decay": 0.0, "nesterov": False, "maximize": False, "epsilon": 0.5,
+    "lr": 0.1, "momentum": 0.9, "dampening": 0.0, "weight_decay": 0.0, "nesterov": False, "maximize": False,
+    "epsilon": 0.5,
     "anneal": "capture", "skew_at": "velocity", "recovery": 0.5, "alpha": None, "max_step": 0.5, "clip": True,
 }  # fmt: skip
 pytestmark = pytest.mark.skipif(backends.extension is None, reason="the compiled extension is not built")

@@ -68,11 +68,10 @@ truth = functools.cache(functools.partial(step, REFERENCE, torch.float64))
 
 def shift(dtype: torch.dtype, levels, scale: float, w: float, epsilon: float) -> float:
     """How far rounding can move a weight among the levels: "within rounding of h = 0" (or of t = 0) is within this of
-       it.
-    In float64, golden.json's type, not at all; nor where w is a level or a midpoint that the type holds, and scale a power
-       of two. Else u = w / scale, scale * level, their difference and its quotient by r_h carry fewer than eight roundings
-       of half an ulp (unit) of numbers up to |w| + r_h. r carries four of its own size, plus that of 1 - root, which the
-       square root beside it
+    it. In float64, golden.json's type, not at all; nor where w is a level or a midpoint that the type holds, and scale
+    a power of two. Else u = w / scale, scale * level, their difference and its quotient by r_h carry fewer than eight
+    roundings of half an ulp (unit) of numbers up to |w| + r_h. r carries four of its own size, plus that of 1 - root,
+    which the square root beside it
        magnifies: unit / sqrt(1 - root).
     """
     places = [*levels, *((a + b) / 2 for a, b in itertools.pairwise(levels))]
@@ -126,7 +125,8 @@ def literal_rows() -> Iterator[dict]:
     for row in GOLDEN["binary_literal"]:  # K = alpha h / h': their h has the rounding errors of numbers up to 1. No cap
         slope = abs(4 * row["w"] * (row["w"] ** 2 - 1))
         error = 0 if row["direct"] else row["lr"] * row["alpha"] * 2**-51 / slope
-        yield row | {"group": "binary_literal", "levels": BINARY, "epsilon": row["eps"], "max_step": math.inf, "error": error,
+        yield row | {"group": "binary_literal", "levels": BINARY, "epsilon": row["eps"], "max_step": math.inf,
+            "error": error,
                      "unclipped": row["w_new_unclamped"], "clipped": row["w_new"]}  # fmt: skip
     for row in GOLDEN["uniform_literal"]:
         top = 2 ** (row["wbits"] - 1)
@@ -135,7 +135,8 @@ def literal_rows() -> Iterator[dict]:
                      "error": 1e-4 * row["scale"],  # meta's uniform_tolerance
                      "w": row["w_after_scale_clamp"], "unclipped": row["w_new"]}  # fmt: skip
     for row in GOLDEN["general"]:
-        yield row | {"group": "general", "levels": CODEBOOKS[row["codebook"]], "epsilon": row["eps"], "max_step": row["cap"] or math.inf,
+        yield row | {"group": "general", "levels": CODEBOOKS[row["codebook"]], "epsilon": row["eps"],
+            "max_step": row["cap"] or math.inf,
                      "error": 0, "unclipped": row["w_new_noclamp"], "clipped": row["w_new"]}  # fmt: skip
 
 
