@@ -121,7 +121,7 @@ class Subject:
                     raise ValueError(f"{self.what(name, i)} has no memory: {_FREED}")
                 if name not in ("grads", "scales") and tensor.is_inference() and not torch.is_inference_mode_enabled():
                     raise RuntimeError(
-                        f"{self.what(name, i)} was made in inference mode, and may not be written to outside of it; clone() it"
+                        f"{self.what(name, i)} was made in inference mode, where alone it can be written to; clone() it"
                     )
 
     def check_lists(self) -> None:
@@ -151,7 +151,9 @@ class Subject:
         if tensor.device != self.weights[i].device:
             where = self.weights[i].device
             raise ValueError(
-                f"{self.what(name, i)} is on {tensor.device} but weights[{i}] is on {where}; move it there"
+                f"{self.what(name, i)} is on {tensor.device} but weights[{i}] is on {where}; move it there. "
+                "Where a model was moved after it was stepped, optimizer.load_state_dict(optimizer.state_dict()) moves "
+                "the state"
             )
 
     def check_dtypes(self, name: str, tensors: Sequence[Tensor]) -> None:
@@ -301,6 +303,14 @@ def check_numbers(settings: Mapping[str, Any], there: torch.device) -> None:
             raise TypeError(f"askew_cuda: {name} = {value!r}; a number is needed")
 
 
+def check_filled(name: str, number: Tensor) -> None:
+    """Whether a number in a tensor can be followed up by a step, in place."""
+    if number.is_inference() and not torch.is_inference_mode_enabled():
+        raise RuntimeError(f"{name} = {number!r} was made in inference mode, where alone it can be filled; clone() it")
+    if name == "epsilon" and not number.is_floating_point():
+        raise TypeError(f"{name} = {number!r} holds whole numbers, and is filled with others; take torch.tensor(1.0)")
+
+
 _FREED = "its storage was freed, or is smaller than the tensor; step where it is whole"
 
 
@@ -308,7 +318,7 @@ def lacks_memory(tensor: Tensor) -> bool:
     """Whether a tensor's storage ends before the tensor does, as where FSDP has freed it: to touch it
     would end the process.
     """
-    if type(tensor) not in PLAIN or tensor.layout != torch.strided or tensor.numel() == 0:
+    if not has_address(tensor) or tensor.layout != torch.strided or tensor.numel() == 0:
         return False
     last = tensor.storage_offset() + sum(
         (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
@@ -356,6 +366,11 @@ def extent(what: str, tensor: Tensor, written: bool) -> Extent:
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     begin = tensor.data_ptr()
     return Extent(str(tensor.device), begin, begin + (last + 1) * tensor.itemsize, what, tensor, written)
+
+
+def has_address(tensor: Tensor) -> bool:
+    """Whether a tensor lies in memory itself, not in others that its class wraps."""
+    return type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
 
 
 def check_memory(extents: Iterable[Extent]) -> None:

@@ -178,6 +178,15 @@ def check(group: dict[str, Any], names: Iterable[str] | None = None) -> None:
             raise ValueError(f"{pair[0]} = {group[pair[0]]!r}; {remedy}")
 
 
+def check_state_dtype(group: dict[str, Any], weight: Tensor, name: str) -> None:
+    """Raises ValueError where a group asks for wide states of a weight that is wider."""
+    if group["state_dtype"] is not None and weight.dtype == torch.float64:
+        raise ValueError(
+            f"state_dtype = float32, but {name} is float64; it is for 16-bit weights. Set it to None; where a model "
+            "became float64 after it was stepped, optimizer.load_state_dict(optimizer.state_dict()) then casts the state"
+        )
+
+
 def check_each(group: dict[str, Any], keywords: Mapping[str, Keyword]) -> None:
     """Whether each of these keywords of a group is good by itself."""
     for name, keyword in keywords.items():

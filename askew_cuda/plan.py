@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import backends, checks, keywords, schedule
 from .checks import Call
-from .keywords import Group, counter_dtype
+from .keywords import Group, check_state_dtype, counter_dtype
 
 if TYPE_CHECKING:
     from .optimizer import QuantizedOptimizer
@@ -130,6 +130,7 @@ def part_of(optimizer: "QuantizedOptimizer", group: Group, batch: Batch, fixed: 
     first, quantizer = batch.weights[0], optimizer._quantizer(group)
     if first.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
         check_capture(group, batch)
+    check_state_dtype(group, first, "a weight")
     operator, wide = optimizer._operator, None if group["state_dtype"] is None else torch.float32
     lists: dict[str, list[Tensor]] = {"weights": batch.weights, "grads": batch.grads}
     lists |= {name: [] for name in checks.STATES[operator]}
@@ -267,7 +268,7 @@ class Plan:
         weights = [weight for part in self.parts for weight in part.batch.weights]
         # Where something listens to torch's operations, it hears the calls; else they go straight to the kernels.
         plain = all([type(weight) in checks.PLAIN for weight in weights]) and torch._C._len_torch_dispatch_stack() == 0
-        if plain:
+        if torch._C._len_torch_dispatch_stack() == 0:
             checks.check_memory(self._extents())
         self.compiled, self.together, self.others = None, [], self.parts
         if plain and backends.extension is not None:
@@ -285,7 +286,8 @@ class Plan:
                 if name != "grads":
                     names = part.names()
                     for i, tensor in enumerate(tensors):
-                        yield checks.extent(f"{name}[{i}] ({names[i]})", tensor, name != "scales")
+                        if checks.has_address(tensor):
+                            yield checks.extent(f"{name}[{i}] ({names[i]})", tensor, name != "scales")
 
     @staticmethod
     def _structure(optimizer: "QuantizedOptimizer", group: Group) -> tuple[Any, ...]:

@@ -59,7 +59,7 @@ def estimate(
     quantizer.check(weight, name, channel_dim)
     shape, dtype = quantizer.scale_shape(weight, channel_dim), reference.arithmetic(weight.dtype)
     if not isinstance(quantizer.scale, str):
-        given = torch.tensor(quantizer.scale, dtype=torch.float64)
+        given = torch.tensor(quantizer.scale, dtype=torch.float64, device="cpu")
         _check_range(given, dtype, f"scale of {name}", "give another")
         given = given.to(weight.device, dtype)
         return given.expand(shape).clone() if given.dim() == 0 else given.reshape(shape)

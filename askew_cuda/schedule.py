@@ -3,6 +3,7 @@
 A param group with ``total_steps`` anneals itself: ``steps_done`` counts, ``hold``, ``end`` and ``shape`` say how.
 """
 
+import contextlib
 import functools
 import itertools
 import math
@@ -114,13 +115,11 @@ def half_width(group: dict[str, Any], progress: float) -> float:
     shape = group["shape"]
     if callable(shape):
         r = shape(progress)
-        try:
-            good = 0 <= float(r) <= 1
-        except (TypeError, ValueError):
-            good = False
-        if not good:
+        with contextlib.suppress(TypeError, ValueError):
+            r = float(r)
+        if not (isinstance(r, float) and 0 <= r <= 1):
             raise ValueError(f"shape({progress}) = {r!r}; a half-width in [0, 1] is needed")
-        return float(r)
+        return r
     hold, end = group["hold"], group["end"]
     if hold is None or end is None:
         hold, end = phase(group)
