@@ -611,7 +611,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
             away = distance(weight, scale, levels)
             if away.isnan().any():
                 raise ValueError(f"finalize: {name} holds {int(away.isnan().sum())} NaN weights; they have no level")
-            largest, share = (float(away.max()), float((away == 0).double().mean())) if away.numel() else (0.0, 1.0)
+            largest, share = (float(away.max()), int((away == 0).sum()) / away.numel()) if away.numel() else (0.0, 1.0)
             tensors.append(TensorReport(name, weight.numel(), largest, share))
             arrived = schedule.near(levels, weight.dtype, group["low_precision"])
             moves.append((name, weight.numel(), int((away > arrived).sum()), largest))

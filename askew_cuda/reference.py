@@ -109,6 +109,11 @@ def rounded(x: Number, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.tensor(x, dtype=dtype, device=device)
 
 
+def with_double(x: Tensor) -> Tensor:
+    """The tensor where there is float64: on the CPU, if its own device has none. No other place knows which have."""
+    return x.cpu() if x.device.type == "mps" else x
+
+
 def in_double(x: Number) -> Number:
     """A number to compute with in double; of a tensor on the CPU, since some devices can't."""
     return x.cpu().double() if isinstance(x, Tensor) else x
