@@ -5,6 +5,7 @@ was made for, hands changed numbers over, and says when it has to be made anew. 
 for all groups together.
 """
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import compress
@@ -148,9 +149,11 @@ def part_of(optimizer: "QuantizedOptimizer", group: Group, batch: Batch, fixed: 
         zeros = partial(torch.zeros_like, dtype=torch.int16, requires_grad=False)
         lists["remainders"] = kept["remainder"] = batch.tensors("remainder", zeros)
 
+    owner = weakref.ref(optimizer)  # or the optimizer would hold its plan, and the plan the optimizer
+
     def names() -> list[str]:
-        here = set(batch.weights)
-        return [name for name, weight in optimizer._named(group) if weight in here]
+        here, alive = set(batch.weights), owner()
+        return [] if alive is None else [name for name, weight in alive._named(group) if weight in here]
 
     levels = () if quantizer is None else quantizer.codebook.levels
     backend = optimizer._choose(group, first.device, first.dtype)
