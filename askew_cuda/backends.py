@@ -192,9 +192,9 @@ def ready(backend: str, call: Call) -> Callable[[], None]:
     if backend == "triton":
         from .triton import launch  # not before: it takes Triton
 
-        return functools.partial(getattr(launch, call.operator), **call.for_kernels())
+        return functools.partial(getattr(launch, call.operator), **call.arguments())
     # through the dispatcher, where torch.compile, fake tensors and tracing listen; it takes scalars as tensors
-    arguments = call.for_kernels()
+    arguments = call.arguments()
     for name in ("lr", "epsilon", "grad_scale", "found_inf", "seed"):
         value = arguments.get(name)
         if value is not None and not isinstance(value, torch.Tensor):

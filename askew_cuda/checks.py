@@ -52,14 +52,6 @@ class Call(NamedTuple):
         """All of them, by name."""
         return {**self.lists, "levels": self.levels, **self.settings}
 
-    def for_kernels(self) -> dict[str, Any]:
-        """The same as compiled kernels read them: a scale that runs along another dimension than the first is copied
-        for each weight.
-        """
-        scales = self.lists["scales"]
-        read = [_in_rows(weight, scale) for weight, scale in zip(self.lists["weights"], scales, strict=False)]
-        return {**self.arguments(), "scales": read}
-
 
 def check(call: Call, names: Names | None = None) -> None:
     """Raises ValueError or TypeError, which name the argument, its value and the remedy; the names are those of the
@@ -173,10 +165,8 @@ class Subject:
             elif dtype != wanted and not (dtype == torch.float32 and wanted.itemsize == 2):
                 raise TypeError(
                     f"{what} is {dtype} for weights of {wanted}; their dtype, or float32 for 16-bit weights, is "
-                    "needed. "
-                    "Where a model changed its dtype after it was stepped, "
-                    "optimizer.load_state_dict(optimizer.state_dict()) "
-                    "casts the state"
+                    "needed. Where a model changed its dtype after it was stepped, "
+                    "optimizer.load_state_dict(optimizer.state_dict()) casts the state"
                 )
             if dtype != tensors[0].dtype:
                 raise TypeError(f"{what} is {dtype} but {name}[0] is {tensors[0].dtype}; one dtype for all")
@@ -202,25 +192,22 @@ class Subject:
         if len(scales) != wanted:
             raise ValueError(
                 f"askew_cuda: scales has {len(scales)} tensors; {wanted} are needed for {len(self.weights)} weights "
-                "and "
-                f"{len(levels)} levels"
+                f"and {len(levels)} levels"
             )
         kind = reference.arithmetic(self.weights[0].dtype)
         for i, (weight, scale) in enumerate(zip(self.weights, scales, strict=False)):
             if scale.dtype != kind:
                 raise TypeError(
                     f"{self.what('scales', i)} has dtype {scale.dtype}; {kind} goes with weights of {weight.dtype}. "
-                    "Where a "
-                    "model changed its dtype after it was stepped, optimizer.load_state_dict(optimizer.state_dict()) "
-                    "casts "
-                    "the state"
+                    "Where a model changed its dtype after it was stepped, "
+                    "optimizer.load_state_dict(optimizer.state_dict()) casts the state"
                 )
             self.check_device("scales", i, scale)
             if not reference.is_scale_shape(scale.shape, weight.shape):
                 raise ValueError(
                     f"{self.what('scales', i)} has shape {list(scale.shape)} for a weight of shape "
-                    f"{list(weight.shape)}; one number, in each dimension 1, the weight's size or a divisor of it, such "
-                    "as (channels, 1, ..), or (rows, groups) are understood"
+                    f"{list(weight.shape)}; one number, in each dimension 1, the weight's size or a divisor of it, "
+                    "such as (channels, 1, ..), or (rows, groups) are understood"
                 )
 
     def check_names(self) -> None:
@@ -254,8 +241,7 @@ class Subject:
             if not good or step.device not in (torch.device("cpu"), there) or step.device != steps[0].device:
                 raise TypeError(
                     f"{self.what('steps', i)} is {step.dtype} of shape {list(step.shape)} on {step.device}; 0-d "
-                    "float32 or "
-                    f"float64 tensors, all on the CPU or all of one dtype on {there}, are needed"
+                    f"float32 or float64 tensors, all on the CPU or all of one dtype on {there}, are needed"
                 )
 
     def check_constraint(self) -> None:
@@ -284,6 +270,9 @@ class Subject:
             entries = self.settings.get(name) or ()
             if entries and len(entries) != len(self.weights):
                 raise ValueError(f"askew_cuda: {name} has {len(entries)} entries for {len(self.weights)} weights")
+            for i, entry in enumerate(entries):
+                if isinstance(entry, bool) or not isinstance(entry, int) or not 0 <= entry < 2**63:
+                    raise TypeError(f"{self.what(name, i)} = {entry!r}; a whole number in [0, 2^63) is needed")
 
 
 def check_numbers(settings: Mapping[str, Any], there: torch.device) -> None:
@@ -299,7 +288,7 @@ def check_numbers(settings: Mapping[str, Any], there: torch.device) -> None:
                 raise ValueError(
                     f"askew_cuda: {name} is on {value.device} but weights[0] is on {there}; put it there, or on the CPU"
                 )
-        elif not isinstance(value, (int, float)):
+        elif isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"askew_cuda: {name} = {value!r}; a number is needed")
 
 
@@ -330,25 +319,6 @@ def check_memory_of(weight: Tensor, name: str) -> None:
     """Raises ValueError where a weight, by its name, can't even be read."""
     if lacks_memory(weight):
         raise ValueError(f"{name} has no memory: {_FREED}")
-
-
-def by_channel(weight: Tensor, scale: Tensor) -> bool:
-    """Whether there is a scale for each index of the weight's first dimension, (channels, 1, ..)."""
-    several = scale.numel() > 1 and weight.dim() > 0 and scale.dim() == weight.dim()
-    return several and scale.numel() == weight.shape[0] == scale.shape[0]
-
-
-def _by_group(weight: Tensor, scale: Tensor) -> bool:
-    rows = scale.numel() > 1 and weight.dim() > 1 and scale.dim() == 2 and scale.shape[0] == weight.shape[0]
-    return rows and weight.numel() // scale.shape[0] % scale.shape[1] == 0
-
-
-def _in_rows(weight: Tensor, scale: Tensor) -> Tensor:
-    """A scale along the first dimension as it is; any other one of each weight, (rows, weights of a row)."""
-    if scale.numel() <= 1 or weight.numel() == 0 or by_channel(weight, scale) or _by_group(weight, scale):
-        return scale
-    each = reference.spread(scale, weight).expand(weight.shape)
-    return each.reshape(weight.shape[0], -1) if weight.dim() > 1 else each.contiguous()
 
 
 class Extent(NamedTuple):
@@ -384,8 +354,7 @@ def check_memory(extents: Iterable[Extent]) -> None:
             if (each.written or now.written) and _share(each.tensor, now.tensor):
                 raise ValueError(
                     f"{each.what} and {now.what} share memory, and one of two steps would be lost at random; tie "
-                    "weights as one "
-                    "Parameter (a.weight = b.weight), or clone() one of them"
+                    "weights as one Parameter (a.weight = b.weight), or clone() one of them"
                 )
         before.append(now)
 

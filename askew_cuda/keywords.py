@@ -183,7 +183,8 @@ def check_state_dtype(group: dict[str, Any], weight: Tensor, name: str) -> None:
     if group["state_dtype"] is not None and weight.dtype == torch.float64:
         raise ValueError(
             f"state_dtype = float32, but {name} is float64; it is for 16-bit weights. Set it to None; where a model "
-            "became float64 after it was stepped, optimizer.load_state_dict(optimizer.state_dict()) then casts the state"
+            "changed its dtype after it was stepped, optimizer.load_state_dict(optimizer.state_dict()) then casts the "
+            "state"
         )
 
 

@@ -96,10 +96,14 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
-            quantizer = self._quantizer(group)
-            if quantizer is not None:
-                has_scale = [weight for weight in group["params"] if self._scale(weight) is not None]
-                self._scaled.update(dict.fromkeys(has_scale, quantizer))
+        self._plan = None
+        self._scaled = {
+            weight: quantizer
+            for group in self.param_groups
+            if (quantizer := self._quantizer(group)) is not None
+            for weight in group["params"]
+            if self._scale(weight) is not None
+        }
 
     @staticmethod
     def _check_rule(group: Group) -> None:
@@ -173,8 +177,8 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         fan_in = settings["fan_in"]
         if isinstance(fan_in, (list, tuple)) and len(fan_in) != len(params):
             raise ValueError(
-                f"fan_in has {len(fan_in)} numbers for a group of {len(params)} weights; one for each is needed, or one "
-                "for all of them"
+                f"fan_in has {len(fan_in)} numbers for a group of {len(params)} weights; one for each is needed, or "
+                "one for all of them"
             )
         for index, item in enumerate(params):
             name, weight = item if isinstance(item, tuple) else (f"params[{index}]", item)
@@ -255,9 +259,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         )
 
     def _new_scale(self, group: Group, quantizer: Quantizer, name: str, weight: Tensor) -> Tensor:
-        """A weight's scale, to be set for ever; warns when snapping or the first clip would tear a trained network
-        apart.
-        """
+        """A weight's scale, to be set for ever; warns when snapping or the first clip would tear a network apart."""
         checks.check_memory_of(weight, name)
         scale = self._estimate(group, quantizer, name, weight)
         levels = quantizer.codebook.levels
@@ -311,17 +313,17 @@ class QuantizedOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One step: base rule, constraint, clip and outputs in one pass over each tensor. ``p.grad`` is never written.
+
         The step is made as a whole or not at all: state is allocated and arguments are checked before the first weight
-            moves,
-               and Ctrl-C waits for the last one. What is left: a call that has to copy on its way - the reference, and
-               gradients in another memory order than their weights - stops where there is no memory for it.
+        moves, and Ctrl-C waits for the last one. What is left: the reference, which copies on its way, stops where
+        there is no memory for it.
 
-               Args:
-                   closure: reevaluates the model and returns the loss; it sees the trained weights.
+        Args:
+            closure: reevaluates the model and returns the loss; it sees the trained weights.
 
-               Raises: RuntimeError: called inside :meth:`quantized`. ValueError: a gradient is sparse, or a scale can't
-                   be set. Nothing has
-                       moved then.
+        Raises:
+            RuntimeError: called inside :meth:`quantized`. ValueError, TypeError: an argument is wrong, such as a sparse
+                gradient or a keyword of a group; the message names it. Nothing has moved then.
         """
         try:
             if self._quantized_depth:
@@ -336,10 +338,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
                 self._make()
             return loss
         except BaseException:
-            for key in (
-                "grad_scale",
-                "found_inf",
-            ):  # GradScaler takes them back after a step that succeeds, and only then
+            for key in ("grad_scale", "found_inf"):  # GradScaler takes them back after a step that succeeds alone
                 self.__dict__.pop(key, None)
             raise
 

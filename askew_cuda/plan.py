@@ -274,10 +274,11 @@ class Plan:
         if torch._C._len_torch_dispatch_stack() == 0:
             checks.check_memory(self._extents())
         self.compiled, self.together, self.others = None, [], self.parts
+        self.ready: list[Callable[[], None]] = []  # the others, as lay_out() has made them ready
         if plain and backends.extension is not None:
             self.together = [part for part in self.parts if part.backend in ("cpu", "cuda")]
             self.others = [part for part in self.parts if part.backend not in ("cpu", "cuda")]
-            calls = [(part.call.operator, part.call.for_kernels()) for part in self.together]
+            calls = [(part.call.operator, part.call.arguments()) for part in self.together]
             self.compiled = backends.extension.Plan(calls)
         # A weight that has a gradient and no call waits for its first one; what is fixed holds for this step alone.
         whole = len(weights) + len(self.idle) == sum(map(len, self.members))

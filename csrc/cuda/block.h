@@ -90,7 +90,7 @@ struct Runs {
 
   static ASKEW_FN Runs of(const Span& span, int64_t begin) {
     const int64_t first = begin / span.scale_run % span.scale_count;
-    return {static_cast<const T*>(span.scale) + first, clamped(span.scale_run - begin % span.scale_run),
+    return {static_cast<const T*>(span.scale) + scale_of(span, begin), clamped(span.scale_run - begin % span.scale_run),
             clamped(span.scale_run), clamped(span.scale_count - first)};
   }
   static ASKEW_FN int32_t clamped(int64_t length) {
@@ -102,7 +102,7 @@ struct Runs {
     const int32_t further = position < left ? 0 : 1 + (position - left) / run;
     end = left + further * run;
     if (further < straight) return scales[further];
-    return static_cast<const T*>(span.scale)[(begin + position) / span.scale_run % span.scale_count];
+    return static_cast<const T*>(span.scale)[scale_of(span, begin + position)];
   }
 };
 

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <map>
+#include <optional>
 
 #include "backends.h"
 
@@ -40,37 +41,91 @@ const Tensor& MemoryOrder::copied(const Tensor& tensor, Tensor copy, bool writte
 
 namespace {
 
-// One number for a channel: (channels, 1, ..); for a group: (rows, groups).
-bool per_channel(const Tensor& weight, const Tensor& scale) {
-  return scale.numel() > 1 && weight.dim() > 0 && scale.dim() == weight.dim() && scale.size(0) == weight.size(0) &&
-         scale.numel() == weight.size(0);
-}
-bool per_group(const Tensor& weight, const Tensor& scale) {
-  return scale.numel() > 1 && weight.dim() > 1 && scale.dim() == 2 && scale.size(0) == weight.size(0) &&
-         (weight.numel() / scale.size(0)) % scale.size(1) == 0;
+// askew_cuda/reference.py, spread(): the scale of each weight, in the weight's memory order.
+Tensor spread(const Tensor& weight, const Tensor& scale) {
+  std::vector<int64_t> each, runs;
+  if (scale.dim() == weight.dim()) {
+    for (int64_t d = 0; d < scale.dim(); ++d) {
+      each.insert(each.end(), {scale.size(d), 1});
+      runs.insert(runs.end(), {scale.size(d), weight.size(d) / scale.size(d)});
+    }
+  } else {  // (rows, groups)
+    each = {scale.numel(), 1};
+    runs = {scale.numel(), weight.numel() / scale.numel()};
+  }
+  const Tensor spread = scale.reshape(each).expand(runs).reshape(weight.sizes());
+  return at::empty_like(weight, scale.options()).copy_(spread);
 }
 
-// Fills scale, scale_run and scale_count for a weight in memory order.
-void set_scale(Span& span, const Tensor& weight, const Tensor& scale, MemoryOrder& order) {
-  const int64_t size = weight.numel(), count = scale.numel();
-  TORCH_CHECK_VALUE(count == 1 || size == 0 || per_channel(weight, scale) || per_group(weight, scale),
-                    "askew_cuda: a scale has shape ", scale.sizes(), " for a weight of shape ", weight.sizes(),
-                    "; (), (channels, 1, ..) or (rows, groups) are understood");
-  span.scale_count = count;
-  if (count <= 1) {  // 0: an empty weight has no chunk, and needs none
-    span.scale_run = size > 0 ? size : 1;
-  } else if (weight.is_contiguous()) {
-    span.scale_run = size / count;
-  } else if (per_channel(weight, scale) || scale.size(1) == 1) {
-    span.scale_run = weight.stride(0);
-  } else {  // groups are counted in logical order: in another memory order each weight brings its own
-    const Tensor each = scale.reshape({count, 1}).expand({count, size / count}).reshape(weight.sizes());
-    span.scale = order.keep(at::empty_like(weight, scale.options()).copy_(each));
-    span.scale_run = 1;
-    span.scale_count = size;
-    return;
+// Scales along a dimension of a weight: weights in memory that share one, and how many there are.
+struct Digit {
+  int64_t dim, run, count;
+};
+
+// The number of a weight's scale, digit by digit, innermost first. Nothing where the rows of another memory order have
+// groups.
+std::optional<std::vector<Digit>> digits_of(const Tensor& weight, const Tensor& scale) {
+  if (scale.dim() != weight.dim()) {
+    if (!weight.is_contiguous()) return std::nullopt;
+    return std::vector<Digit>{{0, weight.numel() / scale.numel(), scale.numel()}};
   }
-  span.scale = scale.is_contiguous() ? scale.const_data_ptr() : order.keep(scale.contiguous());
+  std::vector<Digit> digits;
+  for (int64_t d = 0; d < weight.dim(); ++d)
+    if (scale.size(d) > 1) digits.push_back({d, weight.stride(d) * (weight.size(d) / scale.size(d)), scale.size(d)});
+  std::sort(digits.begin(), digits.end(), [](const Digit& a, const Digit& b) { return a.run < b.run; });
+  return digits;
+}
+
+void check_scale(const Tensor& weight, const Tensor& scale) {
+  bool fits = scale.dim() == weight.dim();
+  for (int64_t d = 0; fits && d < scale.dim(); ++d) fits = scale.size(d) > 0 && weight.size(d) % scale.size(d) == 0;
+  const bool rows = scale.dim() == 2 && weight.dim() > 2 && scale.size(0) == weight.size(0) && scale.size(1) > 0 &&
+                    (weight.numel() / weight.size(0)) % scale.size(1) == 0;
+  TORCH_CHECK_VALUE(
+      fits || rows, "askew_cuda: a scale has shape ", scale.sizes(), " for a weight of shape ", weight.sizes(),
+      "; one number, in each dimension 1, the weight's size or a divisor of it, or (rows, groups) are understood");
+}
+
+// Fills what a span says of scales, for a weight in memory order.
+void set_scale(Span& span, const Tensor& weight, const Tensor& scale, MemoryOrder& order) {
+  const int64_t size = weight.numel();
+  span.scale_run = size > 0 ? size : 1;
+  span.scale_count = 1;
+  Tensor in_order = scale;
+  if (scale.numel() > 1 && size > 0) {
+    check_scale(weight, scale);
+    auto digits = digits_of(weight, scale);
+    if (digits && scale.dim() == weight.dim()) {  // its numbers in the order in which the weight's memory meets them
+      std::vector<int64_t> dims;
+      for (auto digit = digits->rbegin(); digit != digits->rend(); ++digit) dims.push_back(digit->dim);
+      for (int64_t d = 0; d < scale.dim(); ++d)
+        if (scale.size(d) == 1) dims.push_back(d);
+      in_order = scale.permute(dims);
+      for (size_t k = 1; k < digits->size();) {  // digits that follow each other without a gap are one
+        Digit &inner = (*digits)[k - 1], &outer = (*digits)[k];
+        if (outer.run != inner.run * inner.count) {
+          ++k;
+          continue;
+        }
+        inner.count *= outer.count;
+        digits->erase(digits->begin() + static_cast<std::ptrdiff_t>(k));
+      }
+    }
+    if (!digits || digits->size() > 2) {
+      in_order = spread(weight, scale);
+      span.scale = order.keep(in_order);
+      span.scale_run = 1;
+      span.scale_count = size;
+      return;
+    }
+    span.scale_run = digits->front().run;
+    span.scale_count = digits->front().count;
+    if (digits->size() == 2) {
+      span.outer_run = digits->back().run;
+      span.outer_count = digits->back().count;
+    }
+  }
+  span.scale = in_order.is_contiguous() ? in_order.const_data_ptr() : order.keep(in_order.contiguous());
 }
 
 // Chunks to torch's threads. One is worth waking for a chunk's worth of weights, however many tensors they lie in.

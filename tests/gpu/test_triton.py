@@ -26,7 +26,7 @@ def checked(name, operator):
     def call(*lists, **settings) -> None:
         given = Call.of(name, *lists, **settings)
         check(given)
-        operator(**given.for_kernels())
+        operator(**given.arguments())
 
     return call
 

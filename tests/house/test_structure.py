@@ -125,7 +125,7 @@ def test_a_step_goes_through_the_six_files_that_contributing_names():
     for file, call in zip(files, calls, strict=True):
         assert re.search(call, (ROOT / file).read_text()), file
     seen, weight = set(), torch.nn.Parameter(torch.randn(8, 4))
-    optimizer = askew_cuda.AskewSGD([weight], lr=0.1, momentum=0.9, quantizer="ternary")
+    optimizer = askew_cuda.AskewSGD([weight], lr=0.1, momentum=0.9, quantizer="ternary", pretrained=True)
     weight.grad = torch.ones(8, 4)
     optimizer.step()
 

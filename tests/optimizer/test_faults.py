@@ -289,7 +289,7 @@ def test_ctrl_c_leaves_no_count_behind(rule, counted, backend, done, every, ctrl
     def start():
         return stepped(rule, backend, done, total_steps=9, hold=0.0, **copy.deepcopy(COUNTED[counted]))
 
-    optimizer, weights = start()
+    optimizer, _ = start()
     assert (optimizer._plan is not None) == (backend == "auto" and done > 0)
     everywhere(ACTIONS["step"], start, every)
 

@@ -155,6 +155,15 @@ def attribute(name: str, value: Any) -> Breakage:
     return Breakage(f"{name}={value!r}", do, name, (name,))
 
 
+def first_element(value: Any) -> Breakage:
+    def do(optimizer: Any) -> Callable[[], None]:
+        weight = weights_of(optimizer)[2]
+        optimizer.first_elements[weight] = value
+        return lambda: optimizer.first_elements.pop(weight, None)
+
+    return Breakage(f"first element {value!r}", do, "first_elements", ("first_elements",))
+
+
 def no_storage(which: int) -> Breakage:
     """As FSDP frees what it does not need."""
 
@@ -291,6 +300,7 @@ BREAKAGES = [
         for name in ("found_inf", "grad_scale")
         for value in (torch.zeros((), device="meta"), torch.zeros(2), "x", [0.0])
     ),
+    *(first_element(value) for value in ("x", None, 1.5, -1, 2**70)),
     *(no_storage(which) for which in (0, 2, 3)),
 ]
 
