@@ -20,7 +20,7 @@ OF_RULE = {"sgd_": ("momentum", "dampening", "nesterov"), "adamw_": ("beta1", "b
 OF_BOTH = tuple(name for name in reference.Settings._fields if not any(name in names for names in OF_RULE.values()))
 ROUNDING = ("seed", "streams", "first_elements")
 _KINDS = {name: typing.get_args(kind) or (kind,) for name, kind in typing.get_type_hints(reference.Settings).items()}
-_NUMBERS: dict[str, tuple[Any, ...]] = {
+NUMBERS: dict[str, tuple[Any, ...]] = {
     **{name: kinds for name, kinds in _KINDS.items() if float in kinds},
     "found_inf": (float, Tensor, type(None)),
     "seed": (int, Tensor, type(None)),
@@ -278,7 +278,7 @@ class Subject:
 def check_numbers(settings: Mapping[str, Any], there: torch.device) -> None:
     """Whether those of the settings that are numbers can go with weights that are there."""
     for name, value in settings.items():
-        kinds = _NUMBERS.get(name)
+        kinds = NUMBERS.get(name)
         if kinds is None or (value is None and type(None) in kinds):
             continue
         if isinstance(value, Tensor) and Tensor in kinds:

@@ -171,8 +171,8 @@ def check(group: dict[str, Any], names: Iterable[str] | None = None) -> None:
     Raises: ValueError, TypeError: with the keyword, its value and what is wanted. A tensor that is not on the CPU is
         not read, which would wait for its device.
     """
-    wanted = set(KEYWORDS) | {"foreach", "fused"} if names is None else set(names)
-    check_each(group, {name: keyword for name, keyword in KEYWORDS.items() if name in wanted})
+    wanted = {*KEYWORDS, "foreach", "fused"} if names is None else set(names)
+    check_each(group, KEYWORDS if names is None else {name: KEYWORDS[name] for name in names if name in KEYWORDS})
     for pair, good, remedy in _PAIRS:
         if not wanted.isdisjoint(pair) and not good(*(group[name] for name in pair)):
             raise ValueError(f"{pair[0]} = {group[pair[0]]!r}; {remedy}")

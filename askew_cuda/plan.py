@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 AMP = ("grad_scale", "found_inf")  # set by torch.amp.GradScaler, on its own device
 SHARED = tuple(name for name in checks.OF_BOTH if name not in AMP)
+# Numbers that a plan takes as they come. With another flag, word or None all is checked together, in a new plan.
+FREE = {*AMP, "seed", *(name for name, kinds in checks.NUMBERS.items() if type(None) not in kinds)}
 # Keywords of a group that decide what its calls are, or with which all is checked again: those that a call does not
 # take as a number or a flag, and that no step changes.
 STRUCTURE = tuple(
@@ -225,10 +227,6 @@ def settings_of(optimizer: "QuantizedOptimizer", group: Group, batch: Batch) -> 
     return settings
 
 
-def is_number(value: Any) -> bool:
-    return isinstance(value, (int, float, Tensor)) and not isinstance(value, bool)
-
-
 def changed_settings(now: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
     """Those that are others than before. Another tensor is another setting, whatever it holds."""
     if all(map(is_, now.values(), before.values())):
@@ -333,12 +331,11 @@ class Plan:
             now = settings_of(optimizer, part.group, part.batch)
             changed = changed_settings(now, before)
             if changed:
-                if not all(
-                    key in AMP or (is_number(value) and is_number(before[key])) for key, value in changed.items()
-                ):
-                    return False  # a flag, or a word: all is checked together
+                if not changed.keys() <= FREE:
+                    return False
                 keywords.check(part.group, changed)
-                optimizer._check_rule(part.group)
+                if not changed.keys() <= keywords.KEYWORDS.keys():
+                    optimizer._check_rule(part.group)
                 checks.check_numbers(changed, part.batch.weights[0].device)
                 self.compiled.set(i, changed)
                 before.update(changed)
