@@ -170,7 +170,7 @@ def _state(kept: dict[str, Any], weight: Tensor, group: Group, name: str) -> dic
         if value is None:  # old versions of torch write a momentum_buffer that is None
             continue
         if key == "step":
-            value = torch.as_tensor(value)
+            value = value if isinstance(value, Tensor) else torch.tensor(value, device="cpu")
             dtype = value.dtype if value.dtype in (torch.float32, torch.float64) else counter_dtype()
             state[key] = value.detach().to(weight.device if group.get("capturable") else "cpu", dtype, copy=True)
         elif not isinstance(value, Tensor):

@@ -1,7 +1,7 @@
 """The keywords of a param group beyond torch.optim's: defaults, ranges, and which of two rates holds."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +26,14 @@ class Keyword(NamedTuple):
 
 def _among(*values: Any) -> Callable[[Any], bool]:
     return lambda value: value in values
+
+
+def is_flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_outputs(outputs: Any) -> bool:
+    return isinstance(outputs, (list, tuple, set, frozenset)) and set(outputs) <= {"codes", "snapped"}
 
 
 def _is_seed(seed: Any) -> bool:
@@ -86,10 +94,8 @@ _OURS = {
     "max_step": Keyword(
         0.5, lambda x: x > 0, "above 0, in units of half the distance between levels; inf for no cap", "number"
     ),
-    "clip": Keyword(True, lambda x: isinstance(x, bool), "True or False"),
-    "outputs": Keyword(
-        (), lambda x: not isinstance(x, str) and set(x) <= {"codes", "snapped"}, "a list of 'codes' and 'snapped'"
-    ),
+    "clip": Keyword(True, is_flag, "True or False"),
+    "outputs": Keyword((), _is_outputs, "a list of 'codes' and 'snapped'"),
     "state_dtype": Keyword(None, _among(None, torch.float32, "float32"), "None (the weight's dtype) or torch.float32"),
     "low_precision": Keyword(
         "nearest", _among("nearest", "remainder", "stochastic"), "'nearest', 'remainder' or 'stochastic'"
@@ -101,7 +107,7 @@ _OURS = {
 _TORCHS = {
     "lr": Keyword(..., lambda x: x >= 0, "a learning rate is at least 0", "number"),
     "weight_decay": Keyword(..., lambda x: x >= 0, "weight decay is at least 0", "number"),
-    "maximize": Keyword(..., lambda x: isinstance(x, bool), "True or False"),
+    "maximize": Keyword(..., is_flag, "True or False"),
     "differentiable": Keyword(..., lambda x: not x, "the step is not differentiable; leave it False"),
 }
 # A scalar of the method without a range of its own: any number, with the default that the reference gives it.
@@ -165,13 +171,28 @@ def check(group: dict[str, Any], names: Iterable[str] | None = None) -> None:
     Raises: ValueError, TypeError: with the keyword, its value and what is wanted. A tensor that is not on the CPU is
         not read, which would wait for its device.
     """
-    wanted = set(KEYWORDS) | {"foreach", "fused"} if names is None else set(names)
-    for name, keyword in KEYWORDS.items():
-        if name in wanted and not (keyword.optional and group[name] is None):
-            _check_one(name, group[name], keyword)
+    wanted = {*KEYWORDS, "foreach", "fused"} if names is None else set(names)
+    check_each(group, KEYWORDS if names is None else {name: KEYWORDS[name] for name in names if name in KEYWORDS})
     for pair, good, remedy in _PAIRS:
         if not wanted.isdisjoint(pair) and not good(*(group[name] for name in pair)):
             raise ValueError(f"{pair[0]} = {group[pair[0]]!r}; {remedy}")
+
+
+def check_state_dtype(group: dict[str, Any], weight: Tensor, name: str) -> None:
+    """Raises ValueError where a group asks for wide states of a weight that is wider."""
+    if group["state_dtype"] is not None and weight.dtype == torch.float64:
+        raise ValueError(
+            f"state_dtype = float32, but {name} is float64; it is for 16-bit weights. Set it to None; where a model "
+            "changed its dtype after it was stepped, optimizer.load_state_dict(optimizer.state_dict()) then casts the "
+            "state"
+        )
+
+
+def check_each(group: dict[str, Any], keywords: Mapping[str, Keyword]) -> None:
+    """Whether each of these keywords of a group is good by itself."""
+    for name, keyword in keywords.items():
+        if not (keyword.optional and group[name] is None):
+            _check_one(name, group[name], keyword)
 
 
 def _check_one(name: str, value: Any, keyword: Keyword) -> None:

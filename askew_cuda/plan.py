@@ -5,6 +5,7 @@ was made for, hands changed numbers over, and says when it has to be made anew. 
 for all groups together.
 """
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import compress
@@ -14,17 +15,22 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends, checks, keywords
+from . import backends, checks, keywords, schedule
 from .checks import Call
-from .keywords import Group, counter_dtype
+from .keywords import Group, check_state_dtype, counter_dtype
 
 if TYPE_CHECKING:
     from .optimizer import QuantizedOptimizer
 
-# Keywords of a group that decide what its calls are. The others are numbers and flags that a call takes.
-STRUCTURE = ("quantizer", "outputs", "state_dtype", "low_precision", "backend")
-SHARED = tuple(name for name in checks.OF_BOTH if name != "grad_scale")  # which AMP sets on the optimizer
-PLAIN = (Tensor, torch.nn.Parameter)  # types without a __torch_dispatch__ or __torch_function__ of their own
+AMP = ("grad_scale", "found_inf")  # set by torch.amp.GradScaler, on its own device
+SHARED = tuple(name for name in checks.OF_BOTH if name not in AMP)
+# Numbers that a plan takes as they come. With another flag, word or None all is checked together, in a new plan.
+FREE = {*AMP, "seed", *(name for name, kinds in checks.NUMBERS.items() if type(None) not in kinds)}
+# Keywords of a group that decide what its calls are, or with which all is checked again: those that a call does not
+# take as a number or a flag, and that no step changes.
+STRUCTURE = tuple(
+    name for name in (*keywords.KEYWORDS, "foreach", "fused") if name not in (*SHARED, "seed", "steps_done")
+)
 
 
 class Additions:
@@ -127,6 +133,7 @@ def part_of(optimizer: "QuantizedOptimizer", group: Group, batch: Batch, fixed: 
     first, quantizer = batch.weights[0], optimizer._quantizer(group)
     if first.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
         check_capture(group, batch)
+    check_state_dtype(group, first, "a weight")
     operator, wide = optimizer._operator, None if group["state_dtype"] is None else torch.float32
     lists: dict[str, list[Tensor]] = {"weights": batch.weights, "grads": batch.grads}
     lists |= {name: [] for name in checks.STATES[operator]}
@@ -144,9 +151,11 @@ def part_of(optimizer: "QuantizedOptimizer", group: Group, batch: Batch, fixed: 
         zeros = partial(torch.zeros_like, dtype=torch.int16, requires_grad=False)
         lists["remainders"] = kept["remainder"] = batch.tensors("remainder", zeros)
 
+    owner = weakref.ref(optimizer)  # or the optimizer would hold its plan, and the plan the optimizer
+
     def names() -> list[str]:
-        here = set(batch.weights)
-        return [name for name, weight in optimizer._named(group) if weight in here]
+        here, alive = set(batch.weights), owner()
+        return [] if alive is None else [name for name, weight in alive._named(group) if weight in here]
 
     levels = () if quantizer is None else quantizer.codebook.levels
     backend = optimizer._choose(group, first.device, first.dtype)
@@ -205,9 +214,9 @@ def settings_of(optimizer: "QuantizedOptimizer", group: Group, batch: Batch) -> 
     settings = {key: group[key] for key in SHARED}
     settings |= optimizer._rule(group)
     device = batch.weights[0].device
-    for key in ("grad_scale", "found_inf"):  # set by torch.amp.GradScaler, on its own device
+    for key in AMP:
         value = getattr(optimizer, key, None)
-        settings[key] = value.to(device) if isinstance(value, Tensor) else value
+        settings[key] = value.to(device) if isinstance(value, Tensor) and not value.is_meta else value
     if group["low_precision"] == "stochastic" and batch.weights[0].dtype.itemsize == 2:
         number = {
             weight: i for i, weight in enumerate(weight for each in optimizer.param_groups for weight in each["params"])
@@ -226,7 +235,7 @@ def changed_settings(now: dict[str, Any], before: dict[str, Any]) -> dict[str, A
     return {
         key: value
         for key, value, old in pairs
-        if value is not old and (isinstance(value, Tensor) or isinstance(old, Tensor) or value != old)
+        if value is not old and (isinstance(value, Tensor) or type(value) is not type(old) or value != old)
     }
 
 
@@ -247,6 +256,8 @@ class Plan:
         for group in optimizer.param_groups:
             keywords.check(group)
             optimizer._check_rule(group)
+            if group["total_steps"] is not None and group["quantizer"] is not None:
+                schedule.phase(group)
         self.additions = Additions()
         self.parts = list(parts(optimizer, self.additions))
         for part in self.parts:
@@ -257,8 +268,8 @@ class Plan:
         self.idle = [weight for weights in self.members for weight in weights if weight.grad is None]
         weights = [weight for part in self.parts for weight in part.batch.weights]
         # Where something listens to torch's operations, it hears the calls; else they go straight to the kernels.
-        plain = all([type(weight) in PLAIN for weight in weights]) and torch._C._len_torch_dispatch_stack() == 0
-        if plain:
+        plain = all([type(weight) in checks.PLAIN for weight in weights]) and torch._C._len_torch_dispatch_stack() == 0
+        if torch._C._len_torch_dispatch_stack() == 0:
             checks.check_memory(self._extents())
         self.compiled, self.together, self.others = None, [], self.parts
         self.ready: list[Callable[[], None]] = []  # the others, as lay_out() has made them ready
@@ -277,7 +288,8 @@ class Plan:
                 if name != "grads":
                     names = part.names()
                     for i, tensor in enumerate(tensors):
-                        yield checks.extent(f"{name}[{i}] ({names[i]})", tensor, name != "scales")
+                        if checks.has_address(tensor):
+                            yield checks.extent(f"{name}[{i}] ({names[i]})", tensor, name != "scales")
 
     @staticmethod
     def _structure(optimizer: "QuantizedOptimizer", group: Group) -> tuple[Any, ...]:
@@ -319,8 +331,12 @@ class Plan:
             now = settings_of(optimizer, part.group, part.batch)
             changed = changed_settings(now, before)
             if changed:
+                if not changed.keys() <= FREE:
+                    return False
                 keywords.check(part.group, changed)
-                optimizer._check_rule(part.group)
+                if not changed.keys() <= keywords.KEYWORDS.keys():
+                    optimizer._check_rule(part.group)
+                checks.check_numbers(changed, part.batch.weights[0].device)
                 self.compiled.set(i, changed)
                 before.update(changed)
         return self.compiled.take_gradients()

@@ -256,7 +256,7 @@ class TensorReader:
             )
         digest = hashlib.sha256(raw).hexdigest()
         if not raw:
-            return torch.empty(entry.shape, dtype=entry.dtype), digest
+            return torch.empty(entry.shape, dtype=entry.dtype, device="cpu"), digest
         values = torch.frombuffer(raw, dtype=torch.uint8)
         if entry.dtype == torch.bool and int(values.max()) > 1:
             raise self.error(f"{name!r} holds the truth value {int(values.max())}; 0 or 1 is needed")
