@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import hints, reference
-from .keywords import CONSTRAINT, EXECUTION, LAYERS, SCHEDULE, Group, check, counter_dtype
+from .keywords import CONSTRAINT, EXECUTION, LAYERS, SCHEDULE, Group, check_keywords, counter_dtype
 from .quantizer import Quantizer
 from .schedule import count_at, epsilon_at
 
@@ -123,7 +123,7 @@ def _count(saved: dict[str, Any], sources: list[Source], adopted: list[Group]) -
     for source, group in zip(sources, adopted, strict=True):
         origin = saved["param_groups"][source[0][0]] if source else {}
         theirs, mine = origin.get("total_steps"), group["total_steps"]
-        check(group, ("steps_done", "epsilon"))
+        check_keywords(group, ("steps_done", "epsilon"))
         if theirs is not None and theirs != mine and (mine is not None or group["steps_done"] < theirs):
             hints.warn(
                 f"load_state_dict: the checkpoint has total_steps = {theirs}, this optimizer total_steps = {mine}; "

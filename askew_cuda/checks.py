@@ -19,9 +19,9 @@ STATES = {"sgd_": ("momentum_buffers",), "adamw_": ("exp_avgs", "exp_avg_sqs", "
 OF_RULE = {"sgd_": ("momentum", "dampening", "nesterov"), "adamw_": ("beta1", "beta2", "eps", "amsgrad")}
 OF_BOTH = tuple(name for name in reference.Settings._fields if not any(name in names for names in OF_RULE.values()))
 ROUNDING = ("seed", "streams", "first_elements")
-_KINDS = {name: typing.get_args(kind) or (kind,) for name, kind in typing.get_type_hints(reference.Settings).items()}
+_TYPES = {name: typing.get_args(kind) or (kind,) for name, kind in typing.get_type_hints(reference.Settings).items()}
 NUMBERS: dict[str, tuple[Any, ...]] = {
-    **{name: kinds for name, kinds in _KINDS.items() if float in kinds},
+    **{name: kinds for name, kinds in _TYPES.items() if float in kinds},
     "found_inf": (float, Tensor, type(None)),
     "seed": (int, Tensor, type(None)),
 }
@@ -53,7 +53,7 @@ class Call(NamedTuple):
         return {**self.lists, "levels": self.levels, **self.settings}
 
 
-def check(call: Call, names: Names | None = None) -> None:
+def check_call(call: Call, names: Names | None = None) -> None:
     """Raises ValueError or TypeError, which name the argument, its value and the remedy; the names are those of the
     weights.
     """

@@ -165,7 +165,7 @@ def resolve_rate(group: dict[str, Any], defaults: dict[str, Any], skew_at: str) 
     return (None, 1.0) if skew_at == "gradient" else (0.5, None)
 
 
-def check(group: dict[str, Any], names: Iterable[str] | None = None) -> None:
+def check_keywords(group: dict[str, Any], names: Iterable[str] | None = None) -> None:
     """Whether keywords of a group are good, by themselves and together; all of them, or those of these names.
 
     Raises: ValueError, TypeError: with the keyword, its value and what is wanted. A tensor that is not on the CPU is

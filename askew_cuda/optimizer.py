@@ -15,7 +15,7 @@ from torch.optim.optimizer import ParamsT
 from . import backends, checkpoints, checks, hints, scales, schedule
 from .hints import LostSteps
 from .interrupts import deferred
-from .keywords import CONSTRAINT, Group, check, check_state_dtype, resolve_rate
+from .keywords import CONSTRAINT, Group, check_keywords, check_state_dtype, resolve_rate
 from .plan import Additions, Batch, Plan, parts
 from .quantizer import Quantizer, codes, distance, snap
 
@@ -143,7 +143,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
     def _check(self, group: Group) -> Quantizer | None:
         """Whether the group, and the defaults where it is silent, can be stepped; its quantizer."""
         settings = {**self.defaults, **group}
-        check(settings)
+        check_keywords(settings)
         self._check_rule(settings)
         quantizer = None if settings["quantizer"] is None else Quantizer.parse(settings["quantizer"])
         self._check_weights(settings["params"], settings, quantizer)
@@ -380,7 +380,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
                     entries.append((group, "seed", next_seed(group["seed"])))
             done = group["steps_done"]
             if group["total_steps"] is not None and not (type(done) is int and done >= 0):
-                check(group, ("steps_done",))
+                check_keywords(group, ("steps_done",))
             state = schedule.next_state(group)
             if state is not None:
                 count, epsilon = state

@@ -254,14 +254,14 @@ class Plan:
 
     def __init__(self, optimizer: "QuantizedOptimizer"):
         for group in optimizer.param_groups:
-            keywords.check(group)
+            keywords.check_keywords(group)
             optimizer._check_rule(group)
             if group["total_steps"] is not None and group["quantizer"] is not None:
                 schedule.phase(group)
         self.additions = Additions()
         self.parts = list(parts(optimizer, self.additions))
         for part in self.parts:
-            checks.check(part.call, part.names)
+            checks.check_call(part.call, part.names)
         self.structures = [self._structure(optimizer, group) for group in optimizer.param_groups]
         self.groups = list(optimizer.param_groups)
         self.members = [list(group["params"]) for group in self.groups]
@@ -333,7 +333,7 @@ class Plan:
             if changed:
                 if not changed.keys() <= FREE:
                     return False
-                keywords.check(part.group, changed)
+                keywords.check_keywords(part.group, changed)
                 if not changed.keys() <= keywords.KEYWORDS.keys():
                     optimizer._check_rule(part.group)
                 checks.check_numbers(changed, part.batch.weights[0].device)
