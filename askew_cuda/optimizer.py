@@ -540,7 +540,8 @@ class QuantizedOptimizer(torch.optim.Optimizer):
     def quantized_parameters(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """(weight, codes, levels, scale) of every quantized weight: the snapped weight is ``scale * levels[codes]``.
 
-        codes: uint8, as the weight. levels: (K,), the scale's dtype. scale: (), or the weight's shape with 1 or a
+        codes: uint8, as the weight; 0 for NaN, which has no level.
+        levels: (K,), the scale's dtype. scale: (), or the weight's shape with 1 or a
         divisor in the dimensions that it covers, or (rows, groups) for ``weight.reshape(rows, groups, -1)``. Nothing is
         mutated. Weights that are frozen and were never stepped are not among them, unless their group says
         quantize_frozen.
