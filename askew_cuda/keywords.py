@@ -139,6 +139,8 @@ _PAIRS: tuple[tuple[tuple[str, str], Callable[[Any, Any], bool], str], ...] = (
     (("foreach", "fused"), lambda foreach, fused: not (foreach and fused), "foreach and fused exclude each other"),
 )
 
+_PAIRED = frozenset(name for pair, _, _ in _PAIRS for name in pair)
+
 # These say how a machine computes, not what: a checkpoint does not bring them along.
 EXECUTION = ("backend", "outputs", "foreach", "fused", "capturable", "differentiable")
 # These say what the layers of this model are, and belong to its weights as their names do.
@@ -171,9 +173,9 @@ def check_keywords(group: dict[str, Any], names: Iterable[str] | None = None) ->
     Raises: ValueError, TypeError: with the keyword, its value and what is wanted. A tensor that is not on the CPU is
         not read, which would wait for its device.
     """
-    wanted = {*KEYWORDS, "foreach", "fused"} if names is None else set(names)
     check_each(group, KEYWORDS if names is None else {name: KEYWORDS[name] for name in names if name in KEYWORDS})
-    for pair, good, remedy in _PAIRS:
+    wanted = _PAIRED if names is None else _PAIRED.intersection(names)
+    for pair, good, remedy in _PAIRS if wanted else ():
         if not wanted.isdisjoint(pair) and not good(*(group[name] for name in pair)):
             raise ValueError(f"{pair[0]} = {group[pair[0]]!r}; {remedy}")
 

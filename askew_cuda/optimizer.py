@@ -388,7 +388,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
                 if isinstance(group["epsilon"], Tensor):
                     checks.check_filled("epsilon", group["epsilon"])
                     in_place.append(functools.partial(schedule.put_epsilon, group, epsilon))
-                else:
+                elif epsilon is not group["epsilon"]:
                     entries.append((group, "epsilon", epsilon))
         return entries, in_place
 

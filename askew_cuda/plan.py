@@ -6,7 +6,7 @@ for all groups together.
 """
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from itertools import compress
 from operator import is_, itemgetter
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 AMP = ("grad_scale", "found_inf")  # set by torch.amp.GradScaler, on its own device
 SHARED = tuple(name for name in checks.OF_BOTH if name not in AMP)
+_shared_values = itemgetter(*SHARED)
 # Numbers that a plan takes as they come. With another flag, word or None all is checked together, in a new plan.
 FREE = {*AMP, "seed", *(name for name, kinds in checks.NUMBERS.items() if type(None) not in kinds)}
 # Keywords of a group that decide what its calls are, or with which all is checked again: those that a call does not
@@ -31,6 +32,8 @@ FREE = {*AMP, "seed", *(name for name, kinds in checks.NUMBERS.items() if type(N
 STRUCTURE = tuple(
     name for name in (*keywords.KEYWORDS, "foreach", "fused") if name not in (*SHARED, "seed", "steps_done")
 )
+_structure_values = itemgetter(*STRUCTURE)
+SCHEDULED = {"lr", "epsilon", "steps_done"}  # what schedules change, and nothing else depends on
 
 
 class Additions:
@@ -211,8 +214,7 @@ def check_capture(group: Group, batch: Batch) -> None:
 
 def settings_of(optimizer: "QuantizedOptimizer", group: Group, batch: Batch) -> dict[str, Any]:
     """The numbers and flags of a call as they are now."""
-    settings = {key: group[key] for key in SHARED}
-    settings |= optimizer._rule(group)
+    settings = dict(zip(SHARED, _shared_values(group), strict=True)) | optimizer._rule(group)
     device = batch.weights[0].device
     for key in AMP:
         value = getattr(optimizer, key, None)
@@ -227,19 +229,25 @@ def settings_of(optimizer: "QuantizedOptimizer", group: Group, batch: Batch) -> 
     return settings
 
 
+def changed_keys(group: Group, before: list[Any]) -> set[str]:
+    """The keywords of a group whose values are other objects than before; all of them where there are more or fewer."""
+    if len(group) != len(before):
+        return set(group)
+    return {key for key, value, old in zip(group, group.values(), before, strict=True) if value is not old}
+
+
 def changed_settings(now: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
     """Those that are others than before. Another tensor is another setting, whatever it holds."""
-    if all(map(is_, now.values(), before.values())):
-        return {}
-    pairs = ((key, value, before[key]) for key, value in now.items())
+    pairs = [(key, value, before.get(key)) for key, value in now.items()]
+    others = [(key, value, old) for key, value, old in pairs if value is not old]
     return {
         key: value
-        for key, value, old in pairs
-        if value is not old and (isinstance(value, Tensor) or type(value) is not type(old) or value != old)
+        for key, value, old in others
+        if isinstance(value, Tensor) or type(value) is not type(old) or value != old
     }
 
 
-def same(values: Sequence[Any], others: Sequence[Any]) -> bool:
+def same(values: Collection[Any], others: Collection[Any]) -> bool:
     """Whether these are the very same objects."""
     return len(values) == len(others) and all(map(is_, values, others))
 
@@ -265,6 +273,9 @@ class Plan:
         self.structures = [self._structure(optimizer, group) for group in optimizer.param_groups]
         self.groups = list(optimizer.param_groups)
         self.members = [list(group["params"]) for group in self.groups]
+        self.values = [list(group.values()) for group in self.groups]  # as they were when the last step took them
+        self.amp = [getattr(optimizer, key, None) for key in AMP]
+        self.restless = [group["low_precision"] == "stochastic" for group in self.groups]  # asks outside of its group
         self.idle = [weight for weights in self.members for weight in weights if weight.grad is None]
         weights = [weight for part in self.parts for weight in part.batch.weights]
         # Where something listens to torch's operations, it hears the calls; else they go straight to the kernels.
@@ -278,6 +289,7 @@ class Plan:
             self.others = [part for part in self.parts if part.backend not in ("cpu", "cuda")]
             calls = [(part.call.operator, part.call.arguments()) for part in self.together]
             self.compiled = backends.extension.Plan(calls)
+        self.calls = [[i for i, part in enumerate(self.together) if part.group is group] for group in self.groups]
         # A weight that has a gradient and no call waits for its first one; what is fixed holds for this step alone.
         whole = len(weights) + len(self.idle) == sum(map(len, self.members))
         self.lasts = plain and whole and not self.others and not any(part.fixed for part in self.parts)
@@ -294,52 +306,76 @@ class Plan:
     @staticmethod
     def _structure(optimizer: "QuantizedOptimizer", group: Group) -> tuple[Any, ...]:
         """What decides which calls a group needs."""
-        return itemgetter(*STRUCTURE)(group), optimizer._moments(group), optimizer._counted_there(group)
+        return _structure_values(group), optimizer._moments(group), optimizer._counted_there(group)
 
     def holds(self, optimizer: "QuantizedOptimizer") -> bool:
         """Whether the next step is still this plan's; it then has the gradients and the numbers of that step."""
-        groups = optimizer.param_groups
-        if not self.lasts or not same(groups, self.groups):
+        groups, compiled = optimizer.param_groups, self.compiled
+        if not self.lasts or compiled is None or not same(groups, self.groups):
             return False
-        for group, members, structure in zip(groups, self.members, self.structures, strict=True):
-            if not same(group["params"], members) or self._structure(optimizer, group) != structure:
-                return False
         if torch._C._len_torch_dispatch_stack() > 0 or any([weight.grad is not None for weight in self.idle]):
             return False
-        return all([self._is_current(optimizer, part) for part in self.together]) and self._take(optimizer)
+        amp = [getattr(optimizer, key, None) for key in AMP]
+        scaled = not same(amp, self.amp)
+        for k, group in enumerate(groups):
+            if not same(group["params"], self.members[k]):
+                return False
+            if scaled or self.restless[k] or not same(group.values(), self.values[k]):
+                if not self._take(optimizer, k, scaled):
+                    return False
+                self.values[k] = list(group.values())
+        self.amp = amp
+        return all([self._is_current(optimizer, part) for part in self.together]) and compiled.take_gradients()
+
+    def _take(self, optimizer: "QuantizedOptimizer", k: int, scaled: bool) -> bool:
+        """Hands over what has changed in a group. False where a new plan is needed."""
+        group = self.groups[k]
+        keys = changed_keys(group, self.values[k])
+        if keys <= SCHEDULED and not scaled and not self.restless[k]:
+            changed = {key: group[key] for key in keys if key != "steps_done"}
+            return all([self._set(optimizer, i, changed) for i in self.calls[k]])
+        if self._structure(optimizer, group) != self.structures[k]:
+            return False
+        for i in self.calls[k]:
+            part = self.together[i]
+            if not self._set(
+                optimizer, i, changed_settings(settings_of(optimizer, group, part.batch), part.call.settings)
+            ):
+                return False
+        return True
+
+    def _set(self, optimizer: "QuantizedOptimizer", i: int, changed: dict[str, Any]) -> bool:
+        """Other numbers for a call. False for flags and words, which a new plan checks together."""
+        if not changed:
+            return True
+        part = self.together[i]
+        if not changed.keys() <= FREE or self.compiled is None:
+            return False
+        keywords.check_keywords(part.group, changed)
+        if not changed.keys() <= keywords.KEYWORDS.keys():
+            optimizer._check_rule(part.group)
+        checks.check_numbers(changed, part.batch.weights[0].device)
+        self.compiled.set(i, changed)
+        part.call.settings.update(changed)
+        return True
 
     def _is_current(self, optimizer: "QuantizedOptimizer", part: Part) -> bool:
         """Whether the optimizer still has the state that a part was made with."""
         weights, _, states, _ = part.batch
         if not all(map(is_, map(optimizer.state.get, weights), states)):
             return False
-        for key, tensors in part.kept.items():
-            if not all(map(is_, [state.get(key) for state in states], tensors)):
-                return False
+        try:
+            for key, tensors in part.kept.items():
+                if not all(map(is_, map(itemgetter(key), states), tensors)):
+                    return False
+        except KeyError:
+            return False
         if part.group["outputs"]:
             outputs = [optimizer.outputs.get(weight, {}) for weight in weights]
             for name in part.group["outputs"]:
                 if not all(map(is_, [each.get(name) for each in outputs], part.call.lists[name])):
                     return False
         return True
-
-    def _take(self, optimizer: "QuantizedOptimizer") -> bool:
-        """Hands over what changes from step to step."""
-        assert self.compiled is not None
-        for i, part in enumerate(self.together):
-            before = part.call.settings
-            now = settings_of(optimizer, part.group, part.batch)
-            changed = changed_settings(now, before)
-            if changed:
-                if not changed.keys() <= FREE:
-                    return False
-                keywords.check_keywords(part.group, changed)
-                if not changed.keys() <= keywords.KEYWORDS.keys():
-                    optimizer._check_rule(part.group)
-                checks.check_numbers(changed, part.batch.weights[0].device)
-                self.compiled.set(i, changed)
-                before.update(changed)
-        return self.compiled.take_gradients()
 
     def lay_out(self) -> None:
         """What is left that can fail: numbers that lie in tensors, copies of tensors that lie in another order than
