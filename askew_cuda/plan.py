@@ -229,13 +229,6 @@ def settings_of(optimizer: "QuantizedOptimizer", group: Group, batch: Batch) -> 
     return settings
 
 
-def changed_keys(group: Group, before: list[Any]) -> set[str]:
-    """The keywords of a group whose values are other objects than before; all of them where there are more or fewer."""
-    if len(group) != len(before):
-        return set(group)
-    return {key for key, value, old in zip(group, group.values(), before, strict=True) if value is not old}
-
-
 def changed_settings(now: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
     """Those that are others than before. Another tensor is another setting, whatever it holds."""
     pairs = [(key, value, before.get(key)) for key, value in now.items()]
@@ -274,6 +267,7 @@ class Plan:
         self.groups = list(optimizer.param_groups)
         self.members = [list(group["params"]) for group in self.groups]
         self.values = [list(group.values()) for group in self.groups]  # as they were when the last step took them
+        self.scheduled = [[(i, key) for i, key in enumerate(group) if key in SCHEDULED] for group in self.groups]
         self.amp = [getattr(optimizer, key, None) for key in AMP]
         self.restless = [group["low_precision"] == "stochastic" for group in self.groups]  # asks outside of its group
         self.idle = [weight for weights in self.members for weight in weights if weight.grad is None]
@@ -329,18 +323,21 @@ class Plan:
 
     def _take(self, optimizer: "QuantizedOptimizer", k: int, scaled: bool) -> bool:
         """Hands over what has changed in a group. False where a new plan is needed."""
-        group = self.groups[k]
-        keys = changed_keys(group, self.values[k])
-        if keys <= SCHEDULED and not scaled and not self.restless[k]:
-            changed = {key: group[key] for key in keys if key != "steps_done"}
-            return all([self._set(optimizer, i, changed) for i in self.calls[k]])
+        group, before = self.groups[k], self.values[k]
+        if not scaled and not self.restless[k] and len(group) == len(before):
+            now = list(before)
+            for place, key in self.scheduled[k]:
+                now[place] = group.get(key)
+            if same(group.values(), now):  # only what schedules change
+                pairs = [(key, now[place]) for place, key in self.scheduled[k] if now[place] is not before[place]]
+                changed = {key: value for key, value in pairs if key != "steps_done"}
+                return all([self._set(optimizer, i, changed) for i in self.calls[k]])
         if self._structure(optimizer, group) != self.structures[k]:
             return False
         for i in self.calls[k]:
             part = self.together[i]
-            if not self._set(
-                optimizer, i, changed_settings(settings_of(optimizer, group, part.batch), part.call.settings)
-            ):
+            settings = settings_of(optimizer, group, part.batch)
+            if not self._set(optimizer, i, changed_settings(settings, part.call.settings)):
                 return False
         return True
 
