@@ -59,6 +59,21 @@ class Additions:
             kept[key] = value
 
 
+class Traced(Additions):
+    """What a step adds while it is traced: at once. A trace that fails changes nothing, and follows no id()."""
+
+    def get(self, kept: dict[Any, Any], key: Any, make: Callable[[], Any]) -> Any:
+        """``kept[key]``, made where it is missing."""
+        if key not in kept:
+            kept[key] = make()
+        return kept[key]
+
+    def put(self, kept: dict[Any, Any], key: Any, value: Any) -> Any:
+        """The value, which is ``kept[key]`` now."""
+        kept[key] = value
+        return value
+
+
 class Batch(NamedTuple):
     """Weights of one group that step in one call, their gradients and their states."""
 
