@@ -30,10 +30,13 @@ PLAIN = (Tensor, torch.nn.Parameter)  # types without a __torch_dispatch__ or __
 class Additions:
     """What a step adds to the optimizer - scales, zeroed moments, buffers for outputs - held back until nothing can
     fail any more.
+
+    ``captured``: the step is captured in a CUDA graph, whose replays would add it anew: RuntimeError.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, captured: bool = False) -> None:
         self._added: dict[tuple[int, Any], tuple[dict[Any, Any], Any]] = {}
+        self._captured = captured
 
     def __bool__(self) -> bool:
         """Whether anything is added."""
@@ -45,13 +48,24 @@ class Additions:
             return kept[key]
         where = (id(kept), key)
         if where not in self._added:
+            self._refuse_capture(key)
             self._added[where] = (kept, make())
         return self._added[where][1]
 
     def put(self, kept: dict[Any, Any], key: Any, value: Any) -> Any:
         """The value, which becomes ``kept[key]`` at commit()."""
+        self._refuse_capture(key)
         self._added[(id(kept), key)] = (kept, value)
         return value
+
+    def _refuse_capture(self, key: Any) -> None:
+        if self._captured:
+            what = key if isinstance(key, str) else "what belongs to a weight"
+            raise RuntimeError(
+                f"step() in a CUDA graph capture that would set up {what}: every replay would do it again, and what "
+                "was learned would be lost. Step once before the capture, with the same settings; the warm-up that "
+                "torch.cuda.graph asks for is such a step"
+            )
 
     def commit(self) -> None:
         """From now on the optimizer has it."""
@@ -140,7 +154,7 @@ def parts(optimizer: "QuantizedOptimizer", additions: Additions) -> Iterator[Par
 def part_of(optimizer: "QuantizedOptimizer", group: Group, batch: Batch, fixed: dict[str, Any]) -> Part:
     """The call of a batch."""
     first, quantizer = batch.weights[0], optimizer._quantizer(group)
-    if first.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
+    if is_captured([first]):
         check_capture(group, batch)
     operator, wide = optimizer._operator, None if group["state_dtype"] is None else torch.float32
     lists: dict[str, list[Tensor]] = {"weights": batch.weights, "grads": batch.grads}
@@ -191,6 +205,12 @@ def buffer(optimizer: "QuantizedOptimizer", name: str, weight: Tensor, additions
     return made
 
 
+def is_captured(weights: Sequence[Tensor]) -> bool:
+    """Whether a step of these weights is being captured in a CUDA graph."""
+    on_gpu = any([weight.is_cuda for weight in weights])
+    return on_gpu and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
+
+
 def check_capture(group: Group, batch: Batch) -> None:
     """Whether a CUDA graph that is being captured would do, when it is replayed, what a step does then."""
     if group["total_steps"] is not None:
@@ -202,9 +222,19 @@ def check_capture(group: Group, batch: Batch) -> None:
         raise RuntimeError(
             "step() in a CUDA graph capture with capturable = False: the step would never be counted; pass True"
         )
+    first = batch.weights[0]
+
+    def lies_there(value: Any) -> bool:
+        return isinstance(value, Tensor) and value.device == first.device
+
+    if group["low_precision"] == "stochastic" and first.dtype.itemsize == 2 and not lies_there(group["seed"]):
+        raise RuntimeError(
+            f"step() in a CUDA graph capture with seed = {group['seed']!r}: every replay would round by the same "
+            "random bits; pass seed=torch.tensor(0, device=...), which each step advances"
+        )
     if group["quantizer"] is None:
         return
-    if not isinstance(group["epsilon"], Tensor) or group["epsilon"].device.type == "cpu":
+    if not lies_there(group["epsilon"]):
         raise RuntimeError(
             f"step() in a CUDA graph capture with epsilon = {group['epsilon']!r}: the graph would never anneal; "
             "pass epsilon=torch.tensor(1.0, device=...), which Anneal fills in place"
@@ -262,7 +292,9 @@ class Plan:
         for group in optimizer.param_groups:
             keywords.check(group)
             optimizer._check_rule(group)
-        self.additions = Additions()
+        self.on_gpu = [weight for group in optimizer.param_groups for weight in group["params"] if weight.is_cuda][:1]
+        captured = is_captured(self.on_gpu)
+        self.additions = Additions(captured)
         self.parts = list(parts(optimizer, self.additions))
         for part in self.parts:
             checks.check(part.call, part.names)
@@ -284,7 +316,7 @@ class Plan:
             self.compiled = backends.extension.Plan(calls)
         # A weight that has a gradient and no call waits for its first one; what is fixed holds for this step alone.
         whole = len(weights) + len(self.idle) == sum(map(len, self.members))
-        self.lasts = plain and whole and not self.others and not any(part.fixed for part in self.parts)
+        self.lasts = plain and whole and not (self.others or captured or any(part.fixed for part in self.parts))
 
     def _extents(self) -> Iterator[checks.Extent]:
         for part in self.parts:
@@ -302,8 +334,8 @@ class Plan:
     def holds(self, optimizer: "QuantizedOptimizer") -> bool:
         """Whether the next step is still this plan's; it then has the gradients and the numbers of that step."""
         groups = optimizer.param_groups
-        if not self.lasts or not same(groups, self.groups):
-            return False
+        if not self.lasts or not same(groups, self.groups) or is_captured(self.on_gpu):
+            return False  # whether a capture would do is looked at where a plan is made
         for group, members, structure in zip(groups, self.members, self.structures, strict=True):
             if not same(group["params"], members) or self._structure(optimizer, group) != structure:
                 return False
