@@ -239,10 +239,6 @@ def check_capture(group: Group, batch: Batch) -> None:
             f"step() in a CUDA graph capture with epsilon = {group['epsilon']!r}: the graph would never anneal; "
             "pass epsilon=torch.tensor(1.0, device=...), which Anneal fills in place"
         )
-    if any("scale" not in state for state in batch.states):
-        raise RuntimeError(
-            "step() in a CUDA graph capture before the scales are set: call prepare(), or step once, before it"
-        )
 
 
 def settings_of(optimizer: "QuantizedOptimizer", group: Group, batch: Batch) -> dict[str, Any]:
