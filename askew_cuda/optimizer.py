@@ -16,7 +16,7 @@ from . import backends, checkpoints, checks, hints, scales, schedule
 from .hints import LostSteps
 from .interrupts import deferred
 from .keywords import CONSTRAINT, Group, check_keywords, check_state_dtype, resolve_rate
-from .plan import Additions, Batch, Plan, parts
+from .plan import Batch, Plan, Traced, parts
 from .quantizer import Quantizer, codes, distance, snap
 
 _CPU = torch.device("cpu")
@@ -394,9 +394,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
 
     def _trace(self) -> None:
         """The step as torch.compile sees it: the operators, and no plan."""
-        additions = Additions()
-        found = list(parts(self, additions))
-        additions.commit()
+        found = list(parts(self, Traced()))
         for part in found:
             backends.ready(part.backend, part.call)()
         if found:

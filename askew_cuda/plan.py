@@ -6,7 +6,7 @@ for all groups together.
 """
 
 import weakref
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from itertools import compress
 from operator import is_, itemgetter
@@ -39,10 +39,13 @@ SCHEDULED = {"lr", "epsilon", "steps_done"}  # what schedules change, and nothin
 class Additions:
     """What a step adds to the optimizer - scales, zeroed moments, buffers for outputs - held back until nothing can
     fail any more.
+
+    ``captured``: the step is captured in a CUDA graph, whose replays would add it anew: RuntimeError.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, captured: bool = False) -> None:
         self._added: dict[tuple[int, Any], tuple[dict[Any, Any], Any]] = {}
+        self._captured = captured
 
     def __bool__(self) -> bool:
         """Whether anything is added."""
@@ -54,18 +57,44 @@ class Additions:
             return kept[key]
         where = (id(kept), key)
         if where not in self._added:
+            self._refuse_capture(key)
             self._added[where] = (kept, make())
         return self._added[where][1]
 
     def put(self, kept: dict[Any, Any], key: Any, value: Any) -> Any:
         """The value, which becomes ``kept[key]`` at commit()."""
+        self._refuse_capture(key)
         self._added[(id(kept), key)] = (kept, value)
         return value
+
+    def _refuse_capture(self, key: Any) -> None:
+        if self._captured:
+            what = key if isinstance(key, str) else "what belongs to a weight"
+            raise RuntimeError(
+                f"step() in a CUDA graph capture that would set up {what}: every replay would do it again, and what "
+                "was learned would be lost. Step once before the capture, with the same settings; the warm-up that "
+                "torch.cuda.graph asks for is such a step"
+            )
 
     def commit(self) -> None:
         """From now on the optimizer has it."""
         for (_, key), (kept, value) in self._added.items():
             kept[key] = value
+
+
+class Traced(Additions):
+    """What a step adds while it is traced: at once. A trace that fails changes nothing, and follows no id()."""
+
+    def get(self, kept: dict[Any, Any], key: Any, make: Callable[[], Any]) -> Any:
+        """``kept[key]``, made where it is missing."""
+        if key not in kept:
+            kept[key] = make()
+        return kept[key]
+
+    def put(self, kept: dict[Any, Any], key: Any, value: Any) -> Any:
+        """The value, which is ``kept[key]`` now."""
+        kept[key] = value
+        return value
 
 
 class Batch(NamedTuple):
@@ -134,7 +163,7 @@ def parts(optimizer: "QuantizedOptimizer", additions: Additions) -> Iterator[Par
 def part_of(optimizer: "QuantizedOptimizer", group: Group, batch: Batch, fixed: dict[str, Any]) -> Part:
     """The call of a batch."""
     first, quantizer = batch.weights[0], optimizer._quantizer(group)
-    if first.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
+    if is_captured([first]):
         check_capture(group, batch)
     check_state_dtype(group, first, "a weight")
     operator, wide = optimizer._operator, None if group["state_dtype"] is None else torch.float32
@@ -188,6 +217,12 @@ def buffer(optimizer: "QuantizedOptimizer", name: str, weight: Tensor, additions
     return made
 
 
+def is_captured(weights: Sequence[Tensor]) -> bool:
+    """Whether a step of these weights is being captured in a CUDA graph."""
+    on_gpu = any([weight.is_cuda for weight in weights])
+    return on_gpu and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
+
+
 def check_capture(group: Group, batch: Batch) -> None:
     """Whether a CUDA graph that is being captured would do, when it is replayed, what a step does then."""
     if group["total_steps"] is not None:
@@ -199,16 +234,22 @@ def check_capture(group: Group, batch: Batch) -> None:
         raise RuntimeError(
             "step() in a CUDA graph capture with capturable = False: the step would never be counted; pass True"
         )
+    first = batch.weights[0]
+
+    def lies_there(value: Any) -> bool:
+        return isinstance(value, Tensor) and value.device == first.device
+
+    if group["low_precision"] == "stochastic" and first.dtype.itemsize == 2 and not lies_there(group["seed"]):
+        raise RuntimeError(
+            f"step() in a CUDA graph capture with seed = {group['seed']!r}: every replay would round by the same "
+            "random bits; pass seed=torch.tensor(0, device=...), which each step advances"
+        )
     if group["quantizer"] is None:
         return
-    if not isinstance(group["epsilon"], Tensor) or group["epsilon"].device.type == "cpu":
+    if not lies_there(group["epsilon"]):
         raise RuntimeError(
             f"step() in a CUDA graph capture with epsilon = {group['epsilon']!r}: the graph would never anneal; "
             "pass epsilon=torch.tensor(1.0, device=...), which Anneal fills in place"
-        )
-    if any("scale" not in state for state in batch.states):
-        raise RuntimeError(
-            "step() in a CUDA graph capture before the scales are set: call prepare(), or step once, before it"
         )
 
 
@@ -259,7 +300,9 @@ class Plan:
             optimizer._check_rule(group)
             if group["total_steps"] is not None and group["quantizer"] is not None:
                 schedule.phase(group)
-        self.additions = Additions()
+        self.on_gpu = [weight for group in optimizer.param_groups for weight in group["params"] if weight.is_cuda][:1]
+        captured = is_captured(self.on_gpu)
+        self.additions = Additions(captured)
         self.parts = list(parts(optimizer, self.additions))
         for part in self.parts:
             checks.check_call(part.call, part.names)
@@ -286,7 +329,7 @@ class Plan:
         self.calls = [[i for i, part in enumerate(self.together) if part.group is group] for group in self.groups]
         # A weight that has a gradient and no call waits for its first one; what is fixed holds for this step alone.
         whole = len(weights) + len(self.idle) == sum(map(len, self.members))
-        self.lasts = plain and whole and not self.others and not any(part.fixed for part in self.parts)
+        self.lasts = plain and whole and not (self.others or captured or any(part.fixed for part in self.parts))
 
     def _extents(self) -> Iterator[checks.Extent]:
         for part in self.parts:
@@ -306,6 +349,8 @@ class Plan:
         """Whether the next step is still this plan's; it then has the gradients and the numbers of that step."""
         groups, compiled = optimizer.param_groups, self.compiled
         if not self.lasts or compiled is None or not same(groups, self.groups):
+            return False
+        if is_captured(self.on_gpu):  # whether a capture would do is looked at where a plan is made
             return False
         if torch._C._len_torch_dispatch_stack() > 0 or any([weight.grad is not None for weight in self.idle]):
             return False

@@ -92,6 +92,16 @@ def capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
+def in_use(tensors: Tensors, device: torch.device) -> None:
+    """The current stream reads these, which other streams may share: once they are dropped, torch's allocator gives
+    their memory to nobody before that has been done.
+    """
+    if device.type != "cpu":
+        stream = torch.get_device_module(device).current_stream(device)
+        for tensor in tensors:
+            tensor.record_stream(stream)
+
+
 def refuse_capture(device: torch.device) -> None:
     """Copies to the device can't be captured."""
     if capturing(device):
@@ -332,6 +342,7 @@ def launch(
     addresses = addresses_of(lists)
     table = layout.tables.make(addresses, functools.partial(make_table, addresses, layout))
     book, capacity = codebook(lists.levels, device)
+    in_use([each for each in (table, layout.owner, *book) if isinstance(each, Tensor)], device)
     if capturing(device):
         captured.append((table, layout.owner, book))
     capture, rate = settings.anneal == "capture", settings.alpha if settings.recovery is None else settings.recovery

@@ -8,8 +8,6 @@
 #include <map>
 #include <optional>
 
-#include "backends.h"
-
 namespace askew {
 
 using at::Tensor;
@@ -302,12 +300,13 @@ void PreparedCall::run() {
   bool alike = true;
   for (size_t i = 0; i < weights.size() && alike; ++i) alike = grads[i].defined() && step_of(i) == step_of(0);
   if (alike) {
-    run_together(spans_, step_of(0));
+    run_together(spans_, step_of(0), 0);
   } else {
     std::map<double, std::vector<Span>> by_step;
     for (size_t i = 0; i < weights.size(); ++i)
       if (grads[i].defined()) by_step[step_of(i)].push_back(spans_[i]);
-    for (const auto& [step, spans] : by_step) run_together(spans, step);
+    size_t number = 0;
+    for (const auto& [step, spans] : by_step) run_together(spans, step, number++);
   }
   for (size_t i = 0; i < steps.size() && !counts_there_; ++i) {
     if (!grads[i].defined()) continue;
@@ -324,13 +323,16 @@ void PreparedCall::run() {
       if (grads[i].defined() && !(*list)[i].is_inference()) (*list)[i].unsafeGetTensorImpl()->bump_version();
 }
 
-void PreparedCall::run_together(const std::vector<Span>& spans, double steps) {
+// `number`: which launch of the run it is.
+void PreparedCall::run_together(const std::vector<Span>& spans, double steps, [[maybe_unused]] size_t number) {
   launch_.spans = spans.data();
   launch_.span_count = static_cast<int64_t>(spans.size());
   launch_.settings.steps = steps;
   if (device_.is_cpu()) run_cpu(launch_);
 #if defined(ASKEW_WITH_CUDA)
-  if (device_.is_cuda()) run_cuda(launch_, numbers_, device_);
+  if (!device_.is_cuda()) return;
+  if (tables_.size() <= number) tables_.resize(number + 1);
+  run_cuda(launch_, numbers_, device_, tables_[number]);
 #endif
 }
 
