@@ -10,7 +10,7 @@
 
 namespace askew {
 
-extern std::atomic<CpuStep> cpu_step;  // the instruction set in use
+extern std::atomic<const CpuKernels*> cpu_kernels;  // of the instruction set in use
 
 // On the device's current stream. Raises where the launch fails.
 void run_cuda(const Launch& launch, const DeviceNumbers& numbers, at::Device device);

@@ -13,8 +13,6 @@ namespace askew {
 
 using at::Tensor;
 
-std::atomic<CpuStep> cpu_step{cpu_step_baseline};
-
 const Tensor& MemoryOrder::weight(const Tensor& tensor, bool contiguous) {
   if (contiguous ? tensor.is_contiguous() : tensor.is_non_overlapping_and_dense()) return tensor;
   return copied(tensor, at::empty_like(tensor, at::MemoryFormat::Contiguous), true);
@@ -82,7 +80,7 @@ void run_cpu(const Launch& launch) {
     total += launch.spans[i].size;
   }
   const int64_t chunks = first_chunk[launch.span_count], grain = chunks * cpu_chunk / std::max<int64_t>(total, 1);
-  const CpuStep step = cpu_step;
+  const CpuStep step = cpu_kernels.load()->step;
   at::parallel_for(0, chunks, grain, [&](int64_t begin, int64_t end) { step(launch, first_chunk.data(), begin, end); });
 }
 

@@ -1,0 +1,93 @@
+// What the CPU kernels share: packs of a register's size, codebooks for them, sums in lanes. Compiled with each of them,
+// for each instruction set.
+#pragma once
+
+#include <type_traits>
+
+#include "../maths/order.h"
+#include "../variants.h"
+
+#if !defined(ASKEW_PACK_BYTES)
+#define ASKEW_PACK_BYTES 16
+#endif
+
+namespace askew {
+namespace {
+
+// A pack of a register's size, of the type that arithmetic on Storage is done in.
+template <typename Storage> using NativePack =
+    Pack<Arithmetic<Storage>, ASKEW_PACK_BYTES / sizeof(Arithmetic<Storage>)>;
+using Doubles = Pack<double, ASKEW_PACK_BYTES / sizeof(double)>;
+
+template <typename Any> ASKEW_FN Any* at(void* base, int64_t i) { return static_cast<Any*>(base) + i; }
+template <typename Any> ASKEW_FN const Any* at(const void* base, int64_t i) {
+  return static_cast<const Any*>(base) + i;
+}
+
+// A codebook for packs of Storage's arithmetic; V says which kind.
+template <typename Storage, Book book>
+ASKEW_FN auto native_codebook(Levels levels) {
+  if constexpr (book == Book::none) {
+    return NoCodebook{};
+  } else if constexpr (book == Book::uniform) {
+    return uniform_codebook<NativePack<Storage>>(levels);
+  } else {
+    constexpr int capacity = book == Book::table16 ? 16 : 256;
+    TableCodebook<Arithmetic<Storage>, capacity> table;
+    for (int k = 0; k < capacity; ++k) fill_entry(table, levels.values, levels.count, k);
+    return table;
+  }
+}
+
+// Calls visit(codebook) with the kind that fits the levels.
+template <typename Storage, typename Visitor>
+ASKEW_FN void visit_codebook(Levels levels, const Visitor& visit) {
+  if (is_uniform(levels))
+    visit(native_codebook<Storage, Book::uniform>(levels));
+  else if (levels.count <= 16)
+    visit(native_codebook<Storage, Book::table16>(levels));
+  else
+    visit(native_codebook<Storage, Book::table256>(levels));
+}
+
+// `part` of a pack as doubles.
+template <int part, typename P> ASKEW_FN Doubles widened(P x) {
+  if constexpr (sizeof(x[0]) == sizeof(double)) {
+    return x;
+  } else {
+    Pack<float, lanes<Doubles>()> half;
+    std::memcpy(&half, reinterpret_cast<const char*>(&x) + part * sizeof half, sizeof half);
+    return __builtin_convertvector(half, Doubles);
+  }
+}
+
+// The lanes of a sum (order.h), as packs of doubles.
+struct LaneSums {
+  static constexpr int width = lanes<Doubles>(), packs = sum_lanes / width;
+  Doubles sums[packs] = {};
+
+  // Adds the products of two packs whose first weights go to lane `first`.
+  template <typename P> ASKEW_FN void add(int first, P x, P y) {
+    const int at = first / width;
+    sums[at] += widened<0>(x) * widened<0>(y);
+    if constexpr (lanes<P>() > width) sums[at + 1] += widened<1>(x) * widened<1>(y);
+  }
+  ASKEW_FN double total() {  // add_lanes(), by packs as long as they are whole
+#pragma GCC unroll 8
+    for (int half = packs / 2; half > 0; half /= 2) {
+#pragma GCC unroll 8
+      for (int k = 0; k < half; ++k) sums[k] += sums[k + half];
+    }
+    double rest[sum_lanes] = {};
+    std::memcpy(rest, sums, sizeof(Doubles));
+#pragma GCC unroll 8
+    for (int half = width / 2; half > 0; half /= 2) {
+#pragma GCC unroll 8
+      for (int lane = 0; lane < half; ++lane) rest[lane] += rest[lane + half];
+    }
+    return rest[0];
+  }
+};
+
+}  // namespace
+}  // namespace askew
