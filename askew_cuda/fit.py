@@ -25,6 +25,7 @@ class Grids(NamedTuple):
 
     roots: int
     reach: float  # the first trial, in units of the scale at which the largest weight lies on the outermost level
+    least: float  # the last one, in units of that at which the mean |weight| does
     first: float  # the finer grid: how far its first trial is from the best of the other grid,
     ratio: float  # and from the second one
     fine: int
@@ -32,15 +33,17 @@ class Grids(NamedTuple):
 
 def grids_for(levels: Sequence[float], columns: int) -> Grids:
     """The grids for rows of so many weights."""
-    if len(levels) <= 17 and reference.UniformCodebook.fits(levels):
-        return Grids(7, 2, 0.8333, 1.0147, 26)
-    if len(levels) <= 17:
-        return Grids(8, 4, 0.8333, 1.0147, 26)
+    few, aside = len(levels) <= 17, levels[0] > 0 or levels[-1] < 0
+    least = 0.005 if aside else 0.5  # where no level is 0 or beyond, weights of the other sign ask for less
+    if few and not aside and reference.UniformCodebook.fits(levels):
+        return Grids(7, 2, least, 0.8333, 1.0147, 26)
+    if few:
+        return Grids(8, 4, least, 0.8333, 1.0147, 26)
     if columns >= 2**14:
-        return Grids(7, 2, 0.8333, 1.0058, 64)
+        return Grids(7, 2, least, 0.8333, 1.0058, 64)
     if columns >= 64:
-        return Grids(9, 2, 0.87, 1.0011, 256)
-    return Grids(10, 4, 0.909, 1.00075, 256)
+        return Grids(9, 2, least, 0.87, 1.0011, 256)
+    return Grids(10, 4, least, 0.909, 1.00075, 256)
 
 
 def add_lanes(lanes: Tensor) -> Tensor:
@@ -54,22 +57,21 @@ def add_lanes(lanes: Tensor) -> Tensor:
 def add_up(values: Tensor) -> Tensor:
     """(rows, columns) float64 to (rows, chunks): what each chunk adds up to."""
     rows, columns = values.shape
-    chunks = -(-columns // CHUNK)
-    dealt = torch.nn.functional.pad(values, (0, chunks * CHUNK - columns)).reshape(rows, chunks, BLOCKS, STEPS, LANES)
+    chunks, steps, blocks = -(-columns // CHUNK), STEPS, BLOCKS
+    if columns < CHUNK:  # zeros that are added at an end change nothing
+        steps, blocks = min(STEPS, -(-columns // LANES)), -(-columns // BLOCK)
+    size = chunks * blocks * steps * LANES
+    dealt = torch.nn.functional.pad(values, (0, size - columns)).reshape(rows, chunks, blocks, steps, LANES)
     lanes = torch.zeros_like(dealt[:, :, :, 0])
-    for step in range(STEPS):
-        lanes += dealt[:, :, :, step]
-    blocks = add_lanes(lanes)
-    sums = torch.zeros_like(blocks[:, :, 0])
-    for block in range(BLOCKS):
-        sums += blocks[:, :, block]
-    return sums
+    for step in dealt.unbind(3):
+        lanes += step
+    return in_sequence(torch.zeros_like(lanes[:, :, 0, 0]), add_lanes(lanes))
 
 
-def in_sequence(total: Tensor, chunks: Tensor) -> Tensor:
-    """total (rows,) and then each of the chunks (rows, n), added one by one."""
-    for chunk in chunks.unbind(1):
-        total = total + chunk
+def in_sequence(total: Tensor, parts: Tensor) -> Tensor:
+    """total (...) and then each of the parts (..., n), added one by one."""
+    for part in parts.unbind(-1):
+        total = total + part
     return total
 
 
@@ -103,7 +105,7 @@ class _Search:
         below = down / -first if first < 0 else torch.zeros_like(up)
         high = self.grids.reach * torch.maximum(above, below)
         self.high = torch.where(high > 0, high, 1)
-        mean, quarter = 0.5 * (total / rows.shape[1]) / self.outermost, 0.25 * self.high
+        mean, quarter = self.grids.least * (total / rows.shape[1]) / self.outermost, 0.25 * self.high
         root = torch.where(mean < quarter, mean, quarter) / self.high
         for _ in range(self.grids.roots):
             root = reference.sqrt(root)

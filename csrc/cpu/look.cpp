@@ -69,7 +69,8 @@ ASKEW_FN void pack_codes(const uint8_t* codes, int64_t size, int base, uint8_t* 
   }
 }
 
-ASKEW_FN void pack_block(const Looking& looking, const uint8_t* codes, int64_t size, int64_t first) {
+ASKEW_FN void pack_block(const Looking& looking, uint8_t* codes, int64_t size, int64_t first) {
+  for (int64_t i = size; i < size + 8 && i < block_size; ++i) codes[i] = 0;  // the last byte is filled up with zeros
   uint8_t* packed = looking.packed + first / looking.per_byte;
   switch (looking.per_byte) {
     case 8:
@@ -99,6 +100,10 @@ struct Looker {
   T near;
   P largest{};
   alignas(64) uint8_t codes[block_size];
+
+  // Weights per level, of a chunk. Several counts, since one that is increased has to be written before it is read.
+  static constexpr int tallies = 4;
+  uint32_t tally[tallies][256];
 
   // Of a block.
   Counts on_level, away, lost, nan;
@@ -196,7 +201,7 @@ struct Looker {
     if (looking.codes)
       for (int64_t i = 0; i < size; ++i) looking.codes[first + i] = codes[i];
     if constexpr (measures) {
-      for (int64_t i = 0; i < size; ++i) ++seen.occupancy[codes[i]];
+      for (int64_t i = 0; i < size; ++i) ++tally[i % tallies][codes[i]];
       for (int lane = 0; lane < width; ++lane) {
         seen.on_level += on_level[lane];
         seen.away += away[lane];
@@ -211,8 +216,13 @@ struct Looker {
   ASKEW_FN void chunk(int64_t number, Squares& squares) {
     const int64_t begin = number * sum_chunk, left = looking.size - begin;
     squares = {0, 0};
+    if constexpr (measures) std::memset(tally, 0, sizeof tally);
     for (int64_t i = 0; i < sum_chunk && i < left; i += block_size)
       block(begin + i, left - i < block_size ? left - i : int64_t{block_size}, squares);
+    if constexpr (measures) {
+      for (const auto& each : tally)
+        for (int level = 0; level < 256; ++level) seen.occupancy[level] += each[level];
+    }
   }
 };
 

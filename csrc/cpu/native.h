@@ -50,15 +50,44 @@ ASKEW_FN void visit_codebook(Levels levels, const Visitor& visit) {
     visit(native_codebook<Storage, Book::table256>(levels));
 }
 
-// `part` of a pack as doubles.
+// `part` of a pack as doubles. By instructions: GCC converts a part of a register by way of memory.
 template <int part, typename P> ASKEW_FN Doubles widened(P x) {
   if constexpr (sizeof(x[0]) == sizeof(double)) {
     return x;
   } else {
+#if defined(__x86_64__)
+    if constexpr (sizeof(P) == 64)
+      return (Doubles)_mm512_maskz_cvtps_pd(0xff, _mm512_maskz_extractf32x8_ps(0xff, (__m512)x, part));
+    else if constexpr (sizeof(P) == 32)
+      return (Doubles)_mm256_cvtps_pd(part ? _mm256_extractf128_ps((__m256)x, 1) : _mm256_castps256_ps128((__m256)x));
+    else
+      return (Doubles)_mm_cvtps_pd(part ? _mm_movehl_ps((__m128)x, (__m128)x) : (__m128)x);
+#else
     Pack<float, lanes<Doubles>()> half;
     std::memcpy(&half, reinterpret_cast<const char*>(&x) + part * sizeof half, sizeof half);
     return __builtin_convertvector(half, Doubles);
+#endif
   }
+}
+
+// sum + x * y. A product of two floats is exact in double, so fusing it with the sum changes no bit.
+template <typename Factor> ASKEW_FN Doubles plus_product(Doubles sum, Doubles x, Doubles y) {
+#if defined(__x86_64__)
+  if constexpr (sizeof(Factor) == sizeof(float) && sizeof(Doubles) == 64)
+    return (Doubles)_mm512_fmadd_pd((__m512d)x, (__m512d)y, (__m512d)sum);
+  else
+#endif
+    return sum + x * y;
+}
+
+// The lanes of a pack as a tree: upper halves onto lower ones.
+template <typename P> ASKEW_FN double add_down(P x) {
+  if constexpr (lanes<P>() == 2)
+    return x[0] + x[1];
+  else if constexpr (lanes<P>() == 4)
+    return add_down(__builtin_shufflevector(x, x, 0, 1) + __builtin_shufflevector(x, x, 2, 3));
+  else
+    return add_down(__builtin_shufflevector(x, x, 0, 1, 2, 3) + __builtin_shufflevector(x, x, 4, 5, 6, 7));
 }
 
 // The lanes of a sum (order.h), as packs of doubles.
@@ -69,8 +98,9 @@ struct LaneSums {
   // Adds the products of two packs whose first weights go to lane `first`.
   template <typename P> ASKEW_FN void add(int first, P x, P y) {
     const int at = first / width;
-    sums[at] += widened<0>(x) * widened<0>(y);
-    if constexpr (lanes<P>() > width) sums[at + 1] += widened<1>(x) * widened<1>(y);
+    sums[at] = plus_product<Lane<P>>(sums[at], widened<0>(x), widened<0>(y));
+    if constexpr (lanes<P>() > width)
+      sums[at + 1] = plus_product<Lane<P>>(sums[at + 1], widened<1>(x), widened<1>(y));
   }
   ASKEW_FN double total() {  // add_lanes(), by packs as long as they are whole
 #pragma GCC unroll 8
@@ -78,14 +108,7 @@ struct LaneSums {
 #pragma GCC unroll 8
       for (int k = 0; k < half; ++k) sums[k] += sums[k + half];
     }
-    double rest[sum_lanes] = {};
-    std::memcpy(rest, sums, sizeof(Doubles));
-#pragma GCC unroll 8
-    for (int half = width / 2; half > 0; half /= 2) {
-#pragma GCC unroll 8
-      for (int lane = 0; lane < half; ++lane) rest[lane] += rest[lane + half];
-    }
-    return rest[0];
+    return add_down(sums[0]);
   }
 };
 

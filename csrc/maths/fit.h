@@ -5,8 +5,8 @@
 // trial is the one with the largest A^2 / B. Scales are in units of the codebook here: weight units per unit.
 // askew_cuda/fit.py states the same in PyTorch.
 //
-// The grid is geometric, from twice where the largest weight lies on the outermost level down to where the mean one
-// would: the best scale is nowhere else. Around the best trial lies a finer grid, and least squares has the last word.
+// The grid is geometric, from beyond where the largest weight lies on the outermost level down to below where the mean
+// one would: the best scale is nowhere else. Around the best trial lies a finer grid, and least squares has the last word.
 // How many trials 1 % takes, and how wide the finer grid must be, was measured: the error of few weights on many levels
 // is jagged.
 #pragma once
@@ -36,18 +36,20 @@ struct Range {
 struct Grids {
   int roots;
   double reach;  // the first trial, in units of the scale at which the largest weight lies on the outermost level
-  double first, ratio;
-  int fine;  // the finer grid: its ends are that far from the best trial of the other one
+  double least;  // the last one, in units of that at which the mean |weight| does
+  double first, ratio;  // the finer grid: how far its first trial is from the best of the other grid, and from the next
+  int fine;
 };
 constexpr int most_trials = 343;
 
 ASKEW_FN Grids grids_for(Levels levels, int64_t columns) {
-  const bool few = levels.count <= 17;
-  if (few && is_uniform(levels)) return {7, 2, 0.8333, 1.0147, 26};
-  if (few) return {8, 4, 0.8333, 1.0147, 26};
-  if (columns >= 1 << 14) return {7, 2, 0.8333, 1.0058, 64};
-  if (columns >= 64) return {9, 2, 0.87, 1.0011, 256};
-  return {10, 4, 0.909, 1.00075, 256};
+  const bool few = levels.count <= 17, aside = levels.values[0] > 0 || levels.values[levels.count - 1] < 0;
+  const double least = aside ? 0.005 : 0.5;  // where no level is 0 or beyond, weights of the other sign ask for less
+  if (few && !aside && is_uniform(levels)) return {7, 2, least, 0.8333, 1.0147, 26};
+  if (few) return {8, 4, least, 0.8333, 1.0147, 26};
+  if (columns >= 1 << 14) return {7, 2, least, 0.8333, 1.0058, 64};
+  if (columns >= 64) return {9, 2, least, 0.87, 1.0011, 256};
+  return {10, 4, least, 0.909, 1.00075, 256};
 }
 
 // What all rows of a call share.
@@ -77,7 +79,7 @@ struct Search {
     const double above = last > 0 ? range.up / last : 0, below = first < 0 ? range.down / -first : 0;
     high = fit.grids.reach * (above > below ? above : below);
     if (!(high > 0)) high = 1;
-    const double mean = 0.5 * (range.total / fit.columns) / outermost, quarter = 0.25 * high;
+    const double mean = fit.grids.least * (range.total / fit.columns) / outermost, quarter = 0.25 * high;
     double root = (mean < quarter ? mean : quarter) / high;
     for (int k = 0; k < fit.grids.roots; ++k) root = sqrt(root);
     ratio = root * root * root;

@@ -31,7 +31,7 @@ Levels levels_of(at::ArrayRef<double> levels) {
 // Chunks of a row that all threads work on, a few for each at a time: their sums are added up in sequence.
 template <typename Result, typename Work, typename Take>
 void over_chunks(int64_t chunks, int64_t results, const Work& work, const Take& take) {
-  const int64_t together = std::min<int64_t>(chunks, 16 * at::get_num_threads());
+  const int64_t together = std::min<int64_t>(chunks, 64 * at::get_num_threads());
   std::vector<Result> found(together * results);
   for (int64_t first = 0; first < chunks; first += together) {
     const int64_t count = std::min(together, chunks - first);
@@ -169,6 +169,7 @@ void snap_(const Tensor& weight, const Tensor& scale, int64_t run_, at::ArrayRef
   looking.snapped = weight.mutable_data_ptr();
   Seen seen{};
   run(looking, seen);
+  if (!weight.is_inference()) weight.unsafeGetTensorImpl()->bump_version();  // autograd must see that it has changed
 }
 
 std::tuple<Tensor, Tensor> measure(const Tensor& weight, const Tensor& scale, int64_t run_, at::ArrayRef<double> levels,
