@@ -1,5 +1,5 @@
-"""The scale of least squared error in PyTorch: the reference of the operator ``askew_cuda::fit_scales``, equal to it bit
-for bit. ``csrc/maths/fit.h`` explains the search and states the same; the numbers below are the same in both.
+"""The scale of least squared error in PyTorch: the reference of the operator ``askew_cuda::fit_scales``, equal to it
+bit for bit. ``csrc/maths/fit.h`` explains the search and states the same; the numbers below are the same in both.
 
 Sums are in float64 and in one order, that of ``csrc/maths/order.h``: weights are dealt in turn to 16 lanes, each of
 which adds up its own, lanes are added as a tree, blocks of 1,280 weights in sequence, chunks of 16 blocks in sequence.

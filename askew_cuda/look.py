@@ -27,14 +27,15 @@ class Runs(NamedTuple):
 def runs(weight: Tensor, scale: Tensor) -> Runs:
     """The weight as kernels take it."""
     w = weight.detach()
-    order = tuple(sorted(range(w.dim()), key=lambda dim: (-w.stride(dim), dim)))
+    order = tuple(sorted(range(w.dim()), key=lambda dim: (-w.stride()[dim], dim)))
     inside: tuple[int, ...] | None = order if w.permute(order).is_contiguous() else None
     laid = w.permute(order) if inside is not None else w.contiguous()
     scale = scale.detach()
     if scale.numel() == 1 or w.numel() == 0:
         return Runs(laid.view(-1), scale.reshape(-1), max(1, w.numel()), inside)
     logical = tuple(range(w.dim()))
-    reference.spread(scale, w)  # raises where it does not belong to the weight
+    if not reference.is_scale_shape(scale.shape, w.shape):
+        reference.spread(scale, w)  # says so
     if scale.dim() != w.dim():  # (rows, groups)
         if inside in (None, logical):
             return Runs(laid.view(-1), scale.reshape(-1), w.numel() // scale.numel(), inside)
@@ -58,6 +59,33 @@ def _run(counts: list[int], sizes: list[int]) -> int:
     if any(counts[dim] != sizes[dim] for dim in range(first, last)):
         return 0
     return sizes[last] // counts[last] * math.prod(sizes[last + 1 :])
+
+
+def non_finite(tensor: Tensor) -> int:
+    """How many of its numbers are NaN or infinite. A part at a time: torch.isfinite takes twice the tensor's memory."""
+    flat = runs(tensor, tensor.new_ones(())).weight
+    return sum(int(torch.count_nonzero(part * 0)) for part in flat.split(2**18))  # times 0 they are NaN
+
+
+def rms(tensor: Tensor) -> float:
+    """Root of the mean square, of numbers whose squares fit float32; a part at a time, as above, to some six digits."""
+    flat = runs(tensor, tensor.new_ones(())).weight
+    parts = (part.to(reference.arithmetic(part.dtype)) for part in flat.split(2**18))
+    return math.sqrt(math.fsum(float(torch.dot(part, part)) for part in parts) / len(flat))
+
+
+def outside(weight: Tensor, scale: Tensor, low: float, high: float) -> int:
+    """How many weights lie below ``scale * low`` or above ``scale * high``."""
+    laid, found, at_once = runs(weight, scale), 0, 2**18
+    pieces: Iterator[tuple[Tensor, Tensor]] = _parts(laid)
+    if len(laid.scale) == 1:
+        pieces = ((part, laid.scale) for part in laid.weight.split(at_once))
+    elif 64 <= laid.run <= at_once and laid.run * len(laid.scale) == len(laid.weight):
+        rows, each = laid.weight.view(-1, laid.run), laid.scale.unsqueeze(1)
+        pieces = zip(rows.split(at_once // laid.run), each.split(at_once // laid.run), strict=True)
+    for part, each in pieces:
+        found += int(torch.count_nonzero((part < each * low) | (part > each * high)))
+    return found
 
 
 def _compiled(weight: Tensor) -> bool:
@@ -189,7 +217,12 @@ class Measured(NamedTuple):
 
 
 def measure(
-    weight: Tensor, scale: Tensor, levels: Sequence[float], near: float, codes: Tensor | None = None, compare: bool = False
+    weight: Tensor,
+    scale: Tensor,
+    levels: Sequence[float],
+    near: float,
+    codes: Tensor | None = None,
+    compare: bool = False,
 ) -> Measured:
     """Distances, codes and errors in one pass. Sums are in float64, in memory order, as ``csrc/maths/order.h`` says.
 
@@ -204,9 +237,8 @@ def measure(
         counts, numbers = torch.ops.askew_cuda.measure(
             laid.weight, laid.scale, laid.run, levels, near, codes, compare and codes is not None
         )
-        first, *rest = numbers.tolist()
         whole = counts.tolist()
-        return Measured(*whole[:5], tuple(whole[5:]), first, *rest)
+        return Measured._make((*whole[:5], tuple(whole[5:]), *numbers.tolist()))
     return _measure(laid, levels, near, codes, compare)
 
 
@@ -235,4 +267,4 @@ def _measure(laid: Runs, levels: Sequence[float], near: float, codes: Tensor | N
         squares = fit.in_sequence(squares, fit.add_up((w * w).unsqueeze(0)))
         errors = fit.in_sequence(errors, fit.add_up((error * error).unsqueeze(0)))
         first += len(part)
-    return Measured(*counts, tuple(occupancy.tolist()), largest, float(squares), float(errors))
+    return Measured._make((*counts, tuple(occupancy.tolist()), largest, float(squares), float(errors)))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .look import measure
+from .look import measure, non_finite
 from .optimizer import QuantizedOptimizer
 from .wrappers import unwrap
 
@@ -96,7 +96,7 @@ class Monitor:
             "occupancy": seen.occupancy,
             "squares": seen.squares,
             "errors": seen.errors,
-            "grads": 0 if weight.grad is None else int((~weight.grad.isfinite()).sum()),
+            "grads": 0 if weight.grad is None else non_finite(weight.grad),
             "nan": seen.nan,
         }
 

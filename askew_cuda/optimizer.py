@@ -563,9 +563,10 @@ class QuantizedOptimizer(torch.optim.Optimizer):
     def finalize(self) -> FinalizeReport:
         """Snaps every quantized weight onto its level, for good, and says how far they were.
 
-        All weights are looked at before the first one is snapped. Weights that are frozen and were never stepped, such as the base of LoRA, keep their values, unless their group says quantize_frozen. Warns
-        where weights have a way to go, more than 1/64 of half the distance between levels: which share, how far, in
-        which tensors.
+        All weights are looked at before the first one is snapped, in place. Weights that are frozen and were never
+        stepped, such as the base of LoRA, keep their values, unless their group says quantize_frozen. Warns where
+        weights have a way to go, more than 1/64 of half the distance between levels: which share, how far, in which
+        tensors.
 
         Returns: The largest distance, in units of half the distance between levels, the share of weights that were on a
             level, and the names of quantized weights that never received a gradient; per tensor and in all.

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import backends, fit, reference
+from . import backends, fit, look, reference
 from .quantizer import ChannelDim, Codebook, Quantizer, output_dims
 
 # clip = a * rms - b * mean|w|, by number of levels. Choi et al., "Accurate and efficient 2-bit quantized neural
@@ -62,8 +62,8 @@ def estimate(
         return given.expand(shape).clone() if given.dim() == 0 else given.reshape(shape)
     if weight.numel() == 0:
         return torch.ones(shape, dtype=dtype, device=weight.device)
-    if not weight.isfinite().all():
-        bad = int((~weight.isfinite()).sum())
+    bad = look.non_finite(weight)
+    if bad:
         raise ValueError(
             f"{name} holds {bad} NaN or infinite weights: no scale can be estimated; repair them, or give "
             "Quantizer(scale=..)"
@@ -75,7 +75,9 @@ def estimate(
     else:
         scale = _by_rule(rows, quantizer.codebook, quantizer.scale, name)
     # A dead row, of zeros or of what weight decay left of it, says nothing.
-    alive = (scale >= torch.finfo(dtype).tiny) & (weight.any() | (fan_in is not None and quantizer.scale == "auto"))
+    alive = (scale >= torch.finfo(dtype).tiny) & (
+        bool(weight.count_nonzero()) | (fan_in is not None and quantizer.scale == "auto")
+    )
     if not alive.any():
         raise ValueError(
             f"{name} holds nothing but zeros: no scale can be estimated; give it one, such as Quantizer(.., "
@@ -108,12 +110,13 @@ def is_torch_default(weight: Tensor, fan_in: int | None = None) -> bool:
     """
     if weight.dim() < 2 or weight.numel() == 0:
         return False
-    values = weight.detach().to(reference.arithmetic(weight.dtype)).reshape(1, -1)
-    largest, rms = _largest(values).item(), _rms(values).item()
+    largest, rms = max(map(abs, map(float, weight.detach().aminmax()))), None
     for fan in {math.prod(weight.shape[1:]), fan_in or math.prod(weight.shape[1:])}:
         wanted = 1 / math.sqrt(3 * fan)
-        inside = largest <= (1 + 2 * torch.finfo(weight.dtype).eps) / math.sqrt(fan)
-        if inside and abs(rms - wanted) <= (0.05 + 2 / math.sqrt(weight.numel())) * wanted:
+        if not largest <= (1 + 2 * torch.finfo(weight.dtype).eps) / math.sqrt(fan):
+            continue
+        rms = look.rms(weight) if rms is None else rms
+        if abs(rms - wanted) <= (0.05 + 2 / math.sqrt(weight.numel())) * wanted:
             return True
     return False
 
@@ -122,13 +125,12 @@ def share_outside(weight: Tensor, scale: Tensor, levels: Sequence[float]) -> flo
     """Share of weights that lie outside of the outermost levels: what a clip would move. 0 for an empty tensor."""
     if weight.numel() == 0:
         return 0.0
-    w, wide = weight.detach().to(scale.dtype), reference.spread(scale, weight)
-    return float(((w < wide * levels[0]) | (w > wide * levels[-1])).double().mean())
+    return look.outside(weight, scale, levels[0], levels[-1]) / weight.numel()
 
 
 def share_of_zeros(weight: Tensor) -> float:
     """Share of weights that are exactly 0, of either sign. 0 for an empty tensor."""
-    return float((weight.detach() == 0).double().mean()) if weight.numel() else 0.0
+    return 1 - int(torch.count_nonzero(weight.detach())) / weight.numel() if weight.numel() else 0.0
 
 
 def _auto(

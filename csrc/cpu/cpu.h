@@ -76,9 +76,9 @@ struct CpuKernels {
   CpuLook look;
 };
 
-#define ASKEW_DECLARE(name)                                                                            \
-  void cpu_step_##name(const Launch& launch, const int64_t* first_chunk, int64_t begin, int64_t end);  \
-  extern const CpuFit cpu_fit_##name;                                                                  \
+#define ASKEW_DECLARE(name)                                                                           \
+  void cpu_step_##name(const Launch& launch, const int64_t* first_chunk, int64_t begin, int64_t end); \
+  extern const CpuFit cpu_fit_##name;                                                                 \
   void cpu_look_##name(const Looking& looking, int64_t begin, int64_t end, Seen& seen, Squares* squares)
 ASKEW_DECLARE(baseline);
 #if defined(__x86_64__)

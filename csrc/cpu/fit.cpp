@@ -1,4 +1,5 @@
-// The scales of rows on the CPU: the search of maths/fit.h, each trial one pass over weights that stay in a core's cache.
+// The scales of rows on the CPU: the search of maths/fit.h, each trial one pass over weights that stay in a core's
+// cache.
 //
 // Compiled once for each instruction set, as loop.cpp is.
 #include "cpu.h"
@@ -132,8 +133,7 @@ ASKEW_FN void sum_trials(const FitChunk<T>& chunk, Sequence trials, const Codebo
     }
     sum_chunk_of<together>(chunk, units, codebook, sums + trial);
   }
-  for (; trial < trials.count; ++trial, unit *= trials.ratio)
-    sum_chunk_of<1>(chunk, &unit, codebook, sums + trial);
+  for (; trial < trials.count; ++trial, unit *= trials.ratio) sum_chunk_of<1>(chunk, &unit, codebook, sums + trial);
 }
 
 // The search for one row, by one thread.

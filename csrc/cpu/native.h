@@ -1,5 +1,5 @@
-// What the CPU kernels share: packs of a register's size, codebooks for them, sums in lanes. Compiled with each of them,
-// for each instruction set.
+// What the CPU kernels share: packs of a register's size, codebooks for them, sums in lanes. Compiled with each of
+// them, for each instruction set.
 #pragma once
 
 #include <type_traits>
@@ -99,8 +99,7 @@ struct LaneSums {
   template <typename P> ASKEW_FN void add(int first, P x, P y) {
     const int at = first / width;
     sums[at] = plus_product<Lane<P>>(sums[at], widened<0>(x), widened<0>(y));
-    if constexpr (lanes<P>() > width)
-      sums[at + 1] = plus_product<Lane<P>>(sums[at + 1], widened<1>(x), widened<1>(y));
+    if constexpr (lanes<P>() > width) sums[at + 1] = plus_product<Lane<P>>(sums[at + 1], widened<1>(x), widened<1>(y));
   }
   ASKEW_FN double total() {  // add_lanes(), by packs as long as they are whole
 #pragma GCC unroll 8

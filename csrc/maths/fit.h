@@ -1,14 +1,14 @@
 // The scale of least squared error: which scales are tried for a row of weights, and which of them is taken.
 //
-// At a scale s each weight w has a nearest level q. Of all scales for that assignment A / B is the best one, A = sum w q,
-// B = sum q^2, and it takes A^2 / B off the error sum w^2. So a trial is two sums, in the order of order.h, and the best
-// trial is the one with the largest A^2 / B. Scales are in units of the codebook here: weight units per unit.
+// At a scale s each weight w has a nearest level q. Of all scales for that assignment A / B is the best one, A = sum w
+// q, B = sum q^2, and it takes A^2 / B off the error sum w^2. So a trial is two sums, in the order of order.h, and the
+// best trial is the one with the largest A^2 / B. Scales are in units of the codebook here: weight units per unit.
 // askew_cuda/fit.py states the same in PyTorch.
 //
 // The grid is geometric, from beyond where the largest weight lies on the outermost level down to below where the mean
-// one would: the best scale is nowhere else. Around the best trial lies a finer grid, and least squares has the last word.
-// How many trials 1 % takes, and how wide the finer grid must be, was measured: the error of few weights on many levels
-// is jagged.
+// one would: the best scale is nowhere else. Around the best trial lies a finer grid, and least squares has the last
+// word. How many trials 1 % takes, and how wide the finer grid must be, was measured: the error of few weights on many
+// levels is jagged.
 #pragma once
 
 #include "codebook.h"
@@ -103,7 +103,8 @@ struct Search {
   }
 
   // In weight units per level unit. Where all weights are of the sign that the levels don't have, the
-  // smaller the scale the better, and none is the best. What such a row needs is room to train, so it gets a scale of the size of its weights.
+  // smaller the scale the better, and none is the best. What such a row needs is room to train, so it gets a scale of
+  // the size of its weights.
   ASKEW_FN double scale() const { return (best > 0 ? best : largest / outermost) / fit.per_unit; }
 };
 
