@@ -3,8 +3,9 @@ where there are some for the weight's device, in one pass and without a copy of 
 the weights at a time. Results are the same.
 """
 
+import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -169,17 +170,17 @@ def snap(weight: Tensor, scale: Tensor, levels: Sequence[float]) -> Tensor:
     return _in_shape(flat, weight, laid)
 
 
-@torch.no_grad()
-def snap_(weight: Tensor, scale: Tensor, levels: Sequence[float]) -> None:
-    """The same in place."""
+def snapping(weight: Tensor, scale: Tensor, levels: Sequence[float]) -> Callable[[], object]:
+    """A call that does the same in place; all that may lack memory is done before it."""
     laid = runs(weight, scale)
-    if laid.order is None:
-        weight.copy_(snap(weight, scale, levels))
-    elif _compiled(weight):
-        torch.ops.askew_cuda.snap_(laid.weight, laid.scale, laid.run, levels)
-    else:
-        for part, each in _parts(laid):
-            part.copy_(_Place(part, each, levels).snapped(part.dtype))
+    if laid.order is not None and _compiled(weight):
+        return functools.partial(torch.ops.askew_cuda.snap_, laid.weight, laid.scale, laid.run, levels)
+    return functools.partial(weight.detach().copy_, snap(weight, scale, levels))
+
+
+def snap_(weight: Tensor, scale: Tensor, levels: Sequence[float]) -> None:
+    """The same in place, now."""
+    snapping(weight, scale, levels)()
 
 
 def _fill(flat: Tensor, parts: Iterator[Tensor]) -> None:

@@ -16,7 +16,7 @@ from . import backends, checkpoints, checks, hints, scales, schedule
 from .hints import LostSteps
 from .interrupts import deferred
 from .keywords import CONSTRAINT, Group, check, resolve_rate
-from .look import codes, measure, snap_
+from .look import codes, measure, snap_, snapping
 from .plan import Additions, Batch, Plan, parts
 from .quantizer import Quantizer
 
@@ -589,9 +589,10 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         largest = max((each.max_distance for each in tensors), default=0.0)
         share = sum(each.share_on_level * each.numel for each in tensors) / total if total else 1.0
         hints.warn_of_moves(moves, max((float(group["epsilon"]) for *_, group in found), default=0.0))
+        ready = [(snapping(weight, scale, levels), weight, scale) for _, weight, scale, levels, _ in found]
         with deferred():
-            for _, weight, scale, levels, _ in found:
-                snap_(weight, scale, levels)
+            for snap, weight, scale in ready:
+                snap()
                 self.state[weight]["scale"] = scale
                 if "remainder" in self.state[weight]:
                     self.state[weight]["remainder"].zero_()
