@@ -18,8 +18,8 @@ MODES = ("auto", "cuda", "cpu", "none")
 # What takes longest comes first, so that no core waits for it at the end.
 CUDA_SOURCES = ["csrc/cuda/kernel.cu", "csrc/torch/stream.cpp"]
 SOURCES = [
-    *(f"csrc/cpu/{name}.cpp" for name in ("avx512", "loop", "avx2")),
-    *(f"csrc/torch/{name}.cpp" for name in ("plan", "operators", "prepared", "arguments", "module")),
+    *(f"csrc/cpu/{name}.cpp" for name in ("avx512", "loop", "avx2", "look", "fit")),
+    *(f"csrc/torch/{name}.cpp" for name in ("plan", "operators", "setup", "prepared", "arguments", "module")),
 ]
 # at::parallel_for is a plain call in a file that is compiled without OpenMP. On Linux torch brings the same libgomp
 # under its own name.

@@ -50,6 +50,22 @@ if extension is not None:
     for _operator in ("sgd_", "adamw_"):
         torch.library.register_fake(f"askew_cuda::{_operator}", _fake(_operator))
 
+    # What the operators around the step return, from their tensors; measure mutates its codes besides.
+    _RESULTS: dict[str, Callable[..., Any]] = {
+        "fit_scales": lambda rows, levels: rows.new_empty(len(rows), dtype=torch.float64),
+        "codes": lambda weight, scale, run, levels, base, per_byte: weight.new_empty(
+            -(-weight.numel() // per_byte), dtype=torch.uint8
+        ),
+        "snap": lambda weight, scale, run, levels: torch.empty_like(weight),
+        "snap_": lambda weight, scale, run, levels: None,
+        "measure": lambda weight, scale, run, levels, near, codes, compare: (
+            weight.new_empty(5 + len(levels), dtype=torch.int64),
+            weight.new_empty(3, dtype=torch.float64),
+        ),
+    }
+    for _operator, _result in _RESULTS.items():
+        torch.library.register_fake(f"askew_cuda::{_operator}", _result)
+
 
 def build_info() -> dict[str, object] | None:
     """What the compiled extension was built with (torch, compiler, cuda, threads); None where there is none."""

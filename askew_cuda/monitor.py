@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
+from .look import measure, non_finite
 from .optimizer import QuantizedOptimizer
-from .quantizer import codes, distance, snap
 from .wrappers import unwrap
 
 
@@ -83,22 +82,22 @@ class Monitor:
         return found
 
     def _count(self, name: str, weight: Tensor, scale: Tensor, levels: tuple[float, ...]) -> dict[str, Any]:
-        away, now = distance(weight, scale, levels), codes(weight, scale, levels)
-        before, self._codes[name] = self._codes.get(name), now
-        fine = ~away.isnan()
-        both = (reference.with_double(each.detach()) for each in (weight, snap(weight, scale, levels)))
-        wide, snapped = (each[fine.to(each.device)].double() for each in both)
+        before = self._codes.get(name)
+        kept = before is not None and before.numel() == weight.numel() and before.device == weight.device
+        if not kept:
+            self._codes[name] = torch.empty(weight.numel(), dtype=torch.uint8, device=weight.device)
+        seen = measure(weight, scale, levels, 0.0, self._codes[name], kept)
         return {
             "numel": weight.numel(),
-            "on_level": int((away == 0).sum()),
-            "away": float(away[fine].max()) if bool(fine.any()) else 0.0,
-            "flipped": 0 if before is None else int((now != before).sum()),
-            "compared": 0 if before is None else weight.numel(),
-            "occupancy": torch.bincount(now.flatten().int(), minlength=len(levels)).tolist(),
-            "squares": float(wide.square().sum()),
-            "errors": float((wide - snapped).square().sum()),
-            "grads": 0 if weight.grad is None else int((~weight.grad.isfinite()).sum()),
-            "nan": int(weight.isnan().sum()),
+            "on_level": seen.on_level,
+            "away": seen.largest,
+            "flipped": seen.flipped,
+            "compared": weight.numel() if kept else 0,
+            "occupancy": seen.occupancy,
+            "squares": seen.squares,
+            "errors": seen.errors,
+            "grads": 0 if weight.grad is None else non_finite(weight.grad),
+            "nan": seen.nan,
         }
 
     def log(self, prefix: str = "askew") -> dict[str, float]:

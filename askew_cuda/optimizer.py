@@ -16,8 +16,9 @@ from . import backends, checkpoints, checks, hints, scales, schedule
 from .hints import LostSteps
 from .interrupts import deferred
 from .keywords import CONSTRAINT, Group, check_keywords, check_state_dtype, resolve_rate
+from .look import codes, measure, snap_, snapping
 from .plan import Batch, Plan, Traced, parts
-from .quantizer import Quantizer, codes, distance, snap
+from .quantizer import Quantizer
 
 _CPU = torch.device("cpu")
 
@@ -566,10 +567,9 @@ class QuantizedOptimizer(torch.optim.Optimizer):
             try:
                 with torch.no_grad(), deferred():
                     for _, weight, scale, levels, _ in self._quantized_weights():
-                        snapped = snap(weight, scale, levels)
                         trained.append((weight, weight.detach().clone()))
                         self._lent[weight] = scale
-                        weight.copy_(snapped)
+                        snap_(weight, scale, levels)
                     self._quantized_depth = 1
                 yield
             finally:
@@ -591,10 +591,10 @@ class QuantizedOptimizer(torch.optim.Optimizer):
     def finalize(self) -> FinalizeReport:
         """Snaps every quantized weight onto its level, for good, and says how far they were.
 
-        Holds a copy of the quantized weights meanwhile: all of them are snapped, or none. Weights that are frozen and
-        were never stepped, such as the base of LoRA, keep their values, unless their group says quantize_frozen. Warns
-        where weights have a way to go, more than 1/64 of half the distance between levels: which share, how far, in
-        which tensors.
+        All weights are looked at before the first one is snapped, in place. Weights that are frozen and were never
+        stepped, such as the base of LoRA, keep their values, unless their group says quantize_frozen. Warns where
+        weights have a way to go, more than 1/64 of half the distance between levels: which share, how far, in which
+        tensors.
 
         Returns: The largest distance, in units of half the distance between levels, the share of weights that were on a
             level, and the names of quantized weights that never received a gradient; per tensor and in all.
@@ -606,21 +606,21 @@ class QuantizedOptimizer(torch.optim.Optimizer):
             raise RuntimeError("finalize() inside quantized(): leave the block first")
         found, tensors, moves = list(self._quantized_weights()), [], []
         for name, weight, scale, levels, group in found:
-            away = distance(weight, scale, levels)
-            if away.isnan().any():
-                raise ValueError(f"finalize: {name} holds {int(away.isnan().sum())} NaN weights; they have no level")
-            largest, share = (float(away.max()), int((away == 0).sum()) / away.numel()) if away.numel() else (0.0, 1.0)
-            tensors.append(TensorReport(name, weight.numel(), largest, share))
             arrived = schedule.near(levels, weight.dtype, group["low_precision"])
-            moves.append((name, weight.numel(), int((away > arrived).sum()), largest))
+            seen = measure(weight, scale, levels, arrived)
+            if seen.lost:
+                raise ValueError(f"finalize: {name} holds {seen.lost} NaN weights; they have no level")
+            share = seen.on_level / weight.numel() if weight.numel() else 1.0
+            tensors.append(TensorReport(name, weight.numel(), seen.largest, share))
+            moves.append((name, weight.numel(), seen.away, seen.largest))
         total = sum(each.numel for each in tensors)
         largest = max((each.max_distance for each in tensors), default=0.0)
         share = sum(each.share_on_level * each.numel for each in tensors) / total if total else 1.0
         hints.warn_of_moves(moves, max((float(group["epsilon"]) for *_, group in found), default=0.0))
-        ready = [(group, weight, snap(weight, scale, levels), scale) for _, weight, scale, levels, group in found]
+        ready = [(group, snapping(weight, scale, levels), weight, scale) for _, weight, scale, levels, group in found]
         with deferred():
-            for group, weight, snapped, scale in ready:
-                weight.copy_(snapped)
+            for group, snap, weight, scale in ready:
+                snap()
                 self._set_scale(group, weight, scale)
                 if "remainder" in self.state[weight]:
                     self.state[weight]["remainder"].zero_()

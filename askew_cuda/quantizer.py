@@ -1,4 +1,4 @@
-"""Codebooks, their names, and what a scale is good for: codes, snapped weights, distances."""
+"""Codebooks, quantizers and their names."""
 
 import functools
 import itertools
@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-from . import reference
 
 _NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -349,45 +347,3 @@ def _parse_name(spec: str) -> Quantizer:
             f"quantizer = {spec!r}; the suffix is /tensor, /channel or /group and a size, such as {name}/group128"
         )
     return Quantizer(codebook, granularity=suffix or "tensor")
-
-
-def _place(
-    weight: Tensor, scale: Tensor, levels: Sequence[float]
-) -> tuple[Tensor, reference.AnyCodebook, Tensor, Tensor]:
-    """The weight in the arithmetic type, its codebook, unit and the index of its level: (E6)."""
-    w = weight.detach().to(reference.arithmetic(weight.dtype))
-    book = reference.codebook(levels, w)
-    unit = reference.spread(scale, weight) * book.unit
-    return w, book, unit, book.nearest(w * unit.reciprocal())
-
-
-def codes(weight: Tensor, scale: Tensor, levels: Sequence[float]) -> Tensor:
-    """Index of each weight's nearest level, uint8, as the weight; a tie goes to the lower level, NaN to 0.
-
-    Args:
-        weight: (...), float32, float64, bfloat16 or float16.
-        scale: of a shape that :func:`askew_cuda.reference.spread` takes, of the arithmetic type, > 0; weight units per
-            level unit.
-        levels: K strictly increasing float32 numbers, 2 <= K <= 256; level units.
-    """
-    return _place(weight, scale, levels)[3].to(torch.uint8)
-
-
-def snap(weight: Tensor, scale: Tensor, levels: Sequence[float]) -> Tensor:
-    """Each weight's nearest ``scale * level``, in the weight's dtype; NaN stays NaN. Arguments and ties as for
-    :func:`codes`.
-    """
-    w, book, unit, index = _place(weight, scale, levels)
-    return torch.where(w.isnan(), w, unit * book.level(index)).to(weight.dtype)
-
-
-def distance(weight: Tensor, scale: Tensor, levels: Sequence[float]) -> Tensor:
-    """Each weight's distance from its level, in units of half the distance between the levels around it: 0 on a level,
-    1 half-way.
-
-    The level as the weight's dtype stores it: a snapped weight is on its level in 16 bits, too. Of the arithmetic type;
-    NaN for NaN. Arguments as for :func:`codes`.
-    """
-    w, book, unit, index = _place(weight, scale, levels)
-    e = (unit * book.level(index)).to(weight.dtype).to(w.dtype) - w
-    return e.abs() / (unit * book.gap(index, e))

@@ -2,14 +2,13 @@
 layer. PyTorch operations, float64 sums.
 """
 
-import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from . import reference
+from . import backends, fit, look, reference
 from .quantizer import ChannelDim, Codebook, Quantizer, output_dims
 
 # clip = a * rms - b * mean|w|, by number of levels. Choi et al., "Accurate and efficient 2-bit quantized neural
@@ -19,9 +18,7 @@ _SAWB = {
     2: (0.0, -1.0), 3: (2.6, 1.71), 4: (3.12, 2.064), 8: (7.509, 6.892), 15: (12.035, 12.03), 16: (12.68, 12.80),
     17: (12.1, 12.2), 32: (17.74, 18.64), 127: (28.24, 30.81), 255: (31.76, 35.04), 256: (31.76, 35.04),
 }  # fmt: skip
-# Of the min-MSE search: scales 16 % apart, within 20 % of the best of them, and least squares.
-_COARSE, _FINE, _REFITS = 64, 128, 3
-_CHUNK = 2**20  # numbers that min-MSE works on at a time, at least one row: 8 MiB per float64 temporary
+_AT_ONCE = 2**20  # weights that other devices send to the CPU at a time, at least one row
 
 
 def estimate(
@@ -66,8 +63,8 @@ def estimate(
         return given.expand(shape).clone() if given.dim() == 0 else given.reshape(shape)
     if weight.numel() == 0:
         return torch.ones(shape, dtype=dtype, device=there)
-    if not weight.isfinite().all():
-        bad = int((~weight.isfinite()).sum())
+    bad = look.non_finite(weight)
+    if bad:
         raise ValueError(
             f"{name} holds {bad} NaN or infinite weights: no scale can be estimated; repair them, or give "
             "Quantizer(scale=..)"
@@ -79,7 +76,9 @@ def estimate(
     else:
         scale = _by_rule(rows, quantizer.codebook, quantizer.scale, name)
     # A dead row, of zeros or of what weight decay left of it, says nothing.
-    alive = (scale >= torch.finfo(dtype).tiny) & (weight.any() | (fan_in is not None and quantizer.scale == "auto"))
+    alive = (scale >= torch.finfo(dtype).tiny) & (
+        bool(weight.count_nonzero()) | (fan_in is not None and quantizer.scale == "auto")
+    )
     if not alive.any():
         raise ValueError(
             f"{name} holds nothing but zeros: no scale can be estimated; give it one, such as Quantizer(.., "
@@ -112,12 +111,13 @@ def is_torch_default(weight: Tensor, fan_in: int | None = None) -> bool:
     """
     if weight.dim() < 2 or weight.numel() == 0:
         return False
-    values = reference.with_double(weight.detach()).to(reference.arithmetic(weight.dtype)).reshape(1, -1)
-    largest, rms = _largest(values).item(), _rms(values).item()
+    largest, rms = max(map(abs, map(float, weight.detach().aminmax()))), None
     for fan in {math.prod(weight.shape[1:]), fan_in or math.prod(weight.shape[1:])}:
         wanted = 1 / math.sqrt(3 * fan)
-        inside = largest <= (1 + 2 * torch.finfo(weight.dtype).eps) / math.sqrt(fan)
-        if inside and abs(rms - wanted) <= (0.05 + 2 / math.sqrt(weight.numel())) * wanted:
+        if not largest <= (1 + 2 * torch.finfo(weight.dtype).eps) / math.sqrt(fan):
+            continue
+        rms = look.rms(weight) if rms is None else rms
+        if abs(rms - wanted) <= (0.05 + 2 / math.sqrt(weight.numel())) * wanted:
             return True
     return False
 
@@ -126,13 +126,12 @@ def share_outside(weight: Tensor, scale: Tensor, levels: Sequence[float]) -> flo
     """Share of weights that lie outside of the outermost levels: what a clip would move. 0 for an empty tensor."""
     if weight.numel() == 0:
         return 0.0
-    w, wide = weight.detach().to(scale.dtype), reference.spread(scale, weight)
-    return int(((w < wide * levels[0]) | (w > wide * levels[-1])).sum()) / weight.numel()
+    return look.outside(weight, scale, levels[0], levels[-1]) / weight.numel()
 
 
 def share_of_zeros(weight: Tensor) -> float:
     """Share of weights that are exactly 0, of either sign. 0 for an empty tensor."""
-    return int((weight.detach() == 0).sum()) / weight.numel() if weight.numel() else 0.0
+    return 1 - int(torch.count_nonzero(weight.detach())) / weight.numel() if weight.numel() else 0.0
 
 
 def _auto(
@@ -246,125 +245,13 @@ def sawb_clip(rows: Tensor, levels: int, name: str) -> Tensor:
 def min_mse(rows: Tensor, codebook: Codebook) -> Tensor:
     """(rows,) float64: the scales s > 0 that minimise sum (w - s q(w / s))^2 row by row, q being the nearest level.
 
-    For an assignment of levels the best scale is A / B, A = sum w q, B = sum q^2, and takes A^2 / B off the error. So
-    it is the assignments that are tried: all of them for up to 3 levels, and for up to 17 in rows of a few thousand
-    weights, else those of some 200 scales. That is within 1 % of the least error, but for more than 17 levels in rows
-    of a few hundred weights.
+    Within 1 % of the least error, by the search that ``csrc/maths/fit.h`` describes; but for rows of less than 64
+    weights on more than 17 levels, whose errors are small and jagged. The same bits whatever computes them: the
+    compiled kernel, or :func:`askew_cuda.fit.fit_scales` where there is none. Weights on other devices are brought to
+    the CPU, a block of rows at a time.
     """
-    if rows.is_cuda and torch.are_deterministic_algorithms_enabled():
-        return min_mse(rows.cpu(), codebook).to(rows.device)  # torch's cumsum on CUDA is not deterministic, and refuses
-    levels = torch.tensor(codebook.levels, dtype=torch.float64, device=rows.device)
-    breaks = rows.shape[1] * (len(codebook) - 1)
-    exact = len(codebook) <= 3 or (len(codebook) <= 17 and breaks <= 2**16)
-    chunks = rows.split(max(1, _CHUNK // (breaks if exact else rows.shape[1])))
-    best = torch.cat([(_sweep if exact else _search)(chunk, levels) for chunk in chunks])
-    # Where all weights are of the sign that the levels don't have, the smaller the scale the better, and none is the
-    # best. What such a row needs is room to train, so it gets a scale of the size of its weights.
-    return torch.where(best > 0, best, _largest(rows) / codebook.max_abs)
-
-
-def _gain(a: Tensor, b: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
-    """A^2 / B and A / B; -1 and 0 for assignments that no positive scale fits."""
-    smallest = levels.abs().masked_fill(levels == 0, math.inf).min()
-    good = (a > 0) & (b > 0.5 * smallest**2)  # B is a sum of squared levels: less than one of them is rounding
-    return torch.where(good, a * a / b, -1), torch.where(good, a / b, 0)
-
-
-def _sweep(rows: Tensor, levels: Tensor) -> Tensor:
-    """The best of all scales; 0 where none is positive."""
-    removed, scale = _gain(*_every_fit(rows, levels), levels)
-    return scale.gather(1, removed.argmax(1, keepdim=True)).squeeze(1)
-
-
-def _every_fit(rows: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
-    """A and B of every assignment that some scale asks for, (rows, 1 + changes).
-
-    From scale 0 up, the assignment changes only where some w / scale, falling towards 0, crosses the middle between two
-       levels. So the crossings are sorted, and A and B followed through all of them.
-    """
-    pairs = list(itertools.pairwise(levels.tolist()))
-    falls = (
-        [(a, b) for a, b in pairs if a + b < 0],
-        [(b, a) for a, b in pairs if a + b > 0],
-    )  # of w < 0 and w > 0: from, to
-    width = max(map(len, falls))
-    padded = [
-        [*fall, *[(sign, sign)] * (width - len(fall))] for fall, sign in zip(falls, (-1.0, 1.0), strict=True)
-    ]  # no change
-    before, after = levels.new_tensor(padded).reshape(2, width, 2).unbind(2)
-
-    w, side = rows.double(), (rows > 0).long()
-    middles = ((before + after) / 2).to(rows.dtype)
-    order = (rows.unsqueeze(2) / middles[side]).flatten(1).argsort(1)
-    start = torch.where(w > 0, levels[-1], torch.where(w < 0, levels[0], levels[levels.abs().argmin()]))
-
-    def follow(first: Tensor, change: Tensor) -> Tensor:
-        first = first.sum(1, keepdim=True)
-        return torch.cat((first, change.flatten(1).gather(1, order).cumsum_(1).add_(first)), 1)
-
-    a = follow(w * start, w.unsqueeze(2) * (after - before)[side])
-    b = follow(
-        start * start, torch.where(w.unsqueeze(2) != 0, (after * after - before * before)[side], 0)
-    )  # 0 crosses nothing
-    return a, b
-
-
-def _search(rows: Tensor, levels: Tensor) -> Tensor:
-    """The best of a logarithmic grid, of a finer one around it, and of absmax, refined by least squares; 0 where none
-    is positive.
-
-    The grid begins where the largest weight, by the outermost level of its sign, is at half of it, so that weights fall
-    on smaller levels alone, and ends where it is 5,000 times the level. The finer one is for the many levels of short
-    rows, whose error is jagged.
-    """
-    sides = ((rows.amax(1).double(), levels[-1]), (-rows.amin(1).double(), -levels[0]))
-    high = 2 * torch.stack([largest / reach for largest, reach in sides if reach > 0]).amax(0)
-    high = torch.where(high > 0, high, 1)
-    direct = rows.shape[1] < 16 * len(levels) and reference.UniformCodebook.fits(levels.tolist())
-    fit = (_direct_fit if direct else _sorted_fit)(rows, levels)
-    removed, best = levels.new_full((len(rows),), -1), levels.new_zeros(len(rows))
-
-    def attempt(tried: Tensor) -> None:
-        nonlocal removed, best
-        gain, scale = _gain(*fit(tried), levels)
-        best = torch.where(gain > removed, scale, best)
-        removed = torch.maximum(gain, removed)
-
-    attempt(_largest(rows) / levels.abs().max())  # so that the search never does worse than that
-    for step in range(_COARSE):
-        attempt(high * 1e-4 ** (step / (_COARSE - 1)))
-    middle = torch.where(best > 0, best, high)
-    for step in range(_FINE):
-        attempt(middle * 1.2 ** (2 * step / (_FINE - 1) - 1))
-    for _ in range(_REFITS):
-        attempt(torch.where(best > 0, best, high))
-    return best
-
-
-def _sorted_fit(rows: Tensor, levels: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """A and B of the assignment at a scale, (rows,): once the weights are sorted, a few binary searches per row."""
-    ascending = rows.sort(1).values
-    sums = torch.nn.functional.pad(ascending.cumsum(1, dtype=torch.float64), (1, 0))
-    middles, jump, square_jump = (levels[:-1] + levels[1:]) / 2, levels.diff(), (levels * levels).diff()
-
-    def fit(scale: Tensor) -> tuple[Tensor, Tensor]:
-        below = torch.searchsorted(ascending, (scale.unsqueeze(1) * middles).to(rows.dtype), right=True)
-        a = levels[-1] * sums[:, -1] - (jump * sums.gather(1, below)).sum(1)
-        b = levels[-1] ** 2 * rows.shape[1] - (square_jump * below).sum(1)
-        return a, b
-
-    return fit
-
-
-def _direct_fit(rows: Tensor, levels: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """The same by rounding every weight: cheaper for uniform levels, where the row is too short for the searches to
-    pay.
-    """
-    book = reference.codebook(levels.tolist(), rows)
-
-    def fit(scale: Tensor) -> tuple[Tensor, Tensor]:
-        unit = scale.to(rows.dtype).unsqueeze(1) * book.unit
-        level = book.unit * book.level(book.nearest(rows * unit.reciprocal()))
-        return (rows * level).sum(1, dtype=torch.float64), (level * level).sum(1, dtype=torch.float64)
-
-    return fit
+    search = fit.fit_scales if backends.extension is None else torch.ops.askew_cuda.fit_scales
+    if rows.device.type == "cpu" or not rows.numel():
+        return search(rows.cpu(), codebook.levels).to(rows.device)
+    blocks = rows.split(max(1, _AT_ONCE // rows.shape[1]))
+    return torch.cat([search(block.cpu(), codebook.levels) for block in blocks]).to(rows.device)

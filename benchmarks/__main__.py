@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 
-SCRIPTS = ("step", "tensors", "memory", "train", "scaling")
+SCRIPTS = ("step", "tensors", "memory", "setup", "train", "scaling")
 
 
 def main() -> None:

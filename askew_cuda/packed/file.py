@@ -27,8 +27,9 @@ from torch import Tensor, nn
 
 from .. import reference
 from ..checks import DTYPES
+from ..look import codes as nearest_codes
+from ..look import packed_codes
 from ..quantizer import Quantizer
-from ..quantizer import codes as nearest_codes
 from ..wrappers import unwrap
 from .bits import PACKINGS, fault, pack, packed_size, restore, unpack, width
 from .safetensors import TensorReader, TensorWriter, replacing
@@ -110,9 +111,9 @@ def save_packed(
         for name, weight in state.items():
             if weight not in by_weight:
                 writer.write(name, weight)
-        for weight, bits, codes, scale in packed_weights(optimizer, by_weight, known, ternary):
+        for weight, _, packed, scale in packed_weights(optimizer, by_weight, known, ternary):
             name = known[weight]
-            writer.write(f"{name}.codes", pack(codes, bits))
+            writer.write(f"{name}.codes", packed)
             writer.write(f"{name}.scale", scale)
         writer.finish()
 
@@ -206,13 +207,13 @@ def quantized_weights(optimizer: torch.optim.Optimizer, caller: str) -> dict[Ten
 def packed_weights(
     optimizer: torch.optim.Optimizer, by_weight: dict[Tensor, Quantized], names: dict[Tensor, str], ternary: str
 ) -> Iterator[tuple[Tensor, float, Tensor, Tensor]]:
-    """(weight, bits, codes, scale) of every quantized weight, one at a time; codes (...) uint8, as the weight. Nothing
-    is mutated.
+    """(weight, bits, packed codes, scale) of every quantized weight, one at a time; the codes as :func:`pack` makes
+    them. Nothing is mutated.
 
     Raises:
         ValueError: a weight is NaN, or a scale is not of the shape, dtype and range that its quantizer sets.
     """
-    for weight, codes, _, scale in cast(Any, unwrap(optimizer)).quantized_parameters():
+    for _, weight, scale, _, _ in cast(Any, unwrap(optimizer))._quantized_weights():
         (quantizer, channel_dim), name = by_weight[weight], names[weight]
         if weight.isnan().any():
             raise ValueError(
@@ -225,10 +226,20 @@ def packed_weights(
                 f"{wanted[0]} of shape {wanted[1]}, positive and finite, is needed: it is set at the first step, leave "
                 "it alone"
             )
-        yield weight, width(len(quantizer.codebook), ternary), _settled(codes, scale, quantizer, weight.dtype), scale
+        bits = width(len(quantizer.codebook), ternary)
+        yield weight, bits, _packed(weight, scale, quantizer.codebook.levels, bits), scale
 
 
-def _settled(codes: Tensor, scale: Tensor, quantizer: Quantizer, dtype: torch.dtype) -> Tensor:
+def _packed(weight: Tensor, scale: Tensor, levels: tuple[float, ...], bits: float) -> Tensor:
+    """The weight's codes as bytes."""
+    if weight.dtype.itemsize != 2:
+        packed = packed_codes(weight, scale, levels, *PACKINGS[bits])
+        if packed is not None:
+            return packed
+    return pack(_settled(nearest_codes(weight, scale, levels), scale, levels, weight.dtype), bits)
+
+
+def _settled(codes: Tensor, scale: Tensor, levels: tuple[float, ...], dtype: torch.dtype) -> Tensor:
     """Codes that the restored weights have again, so that loading and saving changes no byte. In 16 bits the outermost
     of many levels
     may be rounded to a number that is closer to its neighbour, which is rounded to the same: then the neighbour's code
@@ -236,7 +247,6 @@ def _settled(codes: Tensor, scale: Tensor, quantizer: Quantizer, dtype: torch.dt
     """
     if dtype.itemsize != 2:
         return codes
-    levels = quantizer.codebook.levels
     snapped = restore(codes, scale, levels, dtype)
     again = nearest_codes(snapped, scale, levels)
     return torch.where(restore(again, scale, levels, dtype) == snapped, again, codes)

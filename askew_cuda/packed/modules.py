@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..quantizer import Quantizer
-from .bits import pack, restore, unpack, unpack_at
+from .bits import restore, unpack, unpack_at
 from .file import packed_weights, quantized_weights
 
 
@@ -177,8 +177,7 @@ def pack_modules(model: nn.Module, optimizer: torch.optim.Optimizer, *, ternary:
     names: dict[Tensor, str] = {weight: name for name, weight in model.named_parameters()}
     new: dict[nn.Module, nn.Module] = {}
     with torch.no_grad():
-        for weight, bits, codes, scale in packed_weights(optimizer, by_weight, names, ternary):
-            packed = pack(codes, bits)
+        for weight, bits, packed, scale in packed_weights(optimizer, by_weight, names, ternary):
             for layer in layers[weight]:
                 new[layer] = PACKED[type(layer)](layer, packed, scale, by_weight[weight].quantizer, bits)
     for module in list(model.modules()):

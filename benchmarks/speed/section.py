@@ -10,6 +10,8 @@ HOST_TIME = "Host time of optimizer.step()"
 HOST_TIME_TINY = "Host time of optimizer.step(), tiny tensors"
 DEVICE_TIME = "Device time of optimizer.step()"
 REPLAYED = "A replayed graph"
+SETUP = "Beside the step"  # of the setup benchmark, as the next
+SETUP_MEMORY = "Bytes per weight beside the step"
 
 
 @dataclasses.dataclass(frozen=True)

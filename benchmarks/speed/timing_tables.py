@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks import results
 from benchmarks.markdown import markdown_table
 from benchmarks.speed.harness import COPY
-from benchmarks.speed.section import DEVICE_TIME, HOST_TIME, HOST_TIME_TINY, REPLAYED
+from benchmarks.speed.section import DEVICE_TIME, HOST_TIME, HOST_TIME_TINY, REPLAYED, SETUP, SETUP_MEMORY
 
 NOT_YET = "Not yet run on a GPU."
 Json = dict[str, Any]
@@ -202,6 +202,24 @@ def training_table(device: str = "cpu") -> str:
     )
 
 
+def setup_table(device: str = "cpu") -> str:
+    """Beside the step: what is called in rows, sizes in columns, milliseconds and ratio; memory last."""
+    data = results.load(f"setup-{device}")
+    if data is None:
+        return NOT_YET
+    memory = only_section(data, SETUP_MEMORY)["memory"]
+    blocks = []
+    for threads in sorted({section["about"]["threads"] for section in sections_of(data, SETUP)}):
+        columns = sections_of(data, SETUP, threads=threads)
+        rows = []
+        for same in zip(*(section["timings"] for section in columns), strict=True):
+            held = three_digits(max(0.0, memory[same[0]["name"]]["peak"]))
+            rows.append([same[0]["name"], *(f"{milliseconds(timing)}: {ratio(timing)}" for timing in same), held])
+        counts = [f"{section['about']['weights'] / 2**20:.0f} Mi" for section in columns]
+        blocks.append(markdown_table([f"weights, {plural(threads)}", *counts, "bytes per weight at the peak"], rows))
+    return "\n\n".join(blocks) + "\n\n" + provenance(data)
+
+
 def gpu_tables() -> str:
     """All that a GPU has to show."""
     if results.load("step-cuda") is None:
@@ -218,5 +236,6 @@ FIGURES: dict[str, Callable[[], str]] = {
     "today": optimizers_table,
     "tensors": tensors_table,
     "train": training_table,
+    "setup": setup_table,
     "gpu": gpu_tables,
 }

@@ -1,4 +1,4 @@
-// csrc/cpu/loop.cpp for AVX2. The pragma comes before every include, so that all that is compiled here may use it.
+// The CPU kernels for AVX2. The pragma comes before every include, so that all that is compiled here may use it.
 #if defined(__x86_64__)
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,f16c"))), apply_to = function)
@@ -7,6 +7,10 @@
 #endif
 #define ASKEW_PACK_BYTES 32
 #define ASKEW_CPU_STEP cpu_step_avx2
+#define ASKEW_CPU_FIT cpu_fit_avx2
+#define ASKEW_CPU_LOOK cpu_look_avx2
+#include "fit.cpp"
+#include "look.cpp"
 #include "loop.cpp"
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -1,4 +1,4 @@
-// csrc/cpu/loop.cpp for AVX-512. The pragma comes before every include, so that all that is compiled here may use it.
+// The CPU kernels for AVX-512. The pragma comes before every include, so that all that is compiled here may use it.
 #if defined(__x86_64__)
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,f16c"))), apply_to = function)
@@ -7,6 +7,10 @@
 #endif
 #define ASKEW_PACK_BYTES 64
 #define ASKEW_CPU_STEP cpu_step_avx512
+#define ASKEW_CPU_FIT cpu_fit_avx512
+#define ASKEW_CPU_LOOK cpu_look_avx512
+#include "fit.cpp"
+#include "look.cpp"
 #include "loop.cpp"
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -1,7 +1,8 @@
-// The CPU backend as the binding sees it; csrc/cpu/loop.cpp is compiled once for each instruction set.
+// The CPU backend as the binding sees it; its kernels are compiled once for each instruction set.
 #pragma once
 
 #include "../launch.h"
+#include "../maths/fit.h"
 
 namespace askew {
 
@@ -12,10 +13,78 @@ constexpr int64_t cpu_chunk =
 // of them.
 using CpuStep = void (*)(const Launch& launch, const int64_t* first_chunk, int64_t begin, int64_t end);
 
-void cpu_step_baseline(const Launch& launch, const int64_t* first_chunk, int64_t begin, int64_t end);
+// Rows of weights that get a scale each.
+struct Rows {
+  Dtype dtype;
+  const void* data;
+  int64_t columns, row_stride, column_stride;
+  Levels levels;
+};
+
+// Sums over chunks of one row: what a thread does of a row that all of them work on.
+struct RowPart {
+  int64_t row, begin, end;  // chunks, of sum_chunk weights
+  const Sequence* trials;   // null: the range of the row
+  Range* ranges;            // of each chunk
+  Sums* sums;               // of each chunk, for each trial
+};
+
+// Finds the scales of rows [begin, end), or sums over a part of one row. No two threads write to the same place.
+struct CpuFit {
+  void (*rows)(const Rows& rows, int64_t begin, int64_t end, double* scales);
+  void (*part)(const Rows& rows, const RowPart& part);
+};
+
+// What is asked of weights beside their levels, in memory order. Unused pointers are null.
+struct Looking {
+  Dtype dtype;
+  Levels levels;
+  const void* weight;
+  const void* scale;  // as in Span
+  int64_t scale_run, scale_count;
+  int64_t size;
+  uint8_t* codes;         // receives codes, a byte each
+  const uint8_t* before;  // other codes, to count those that differ; may be `codes`
+  uint8_t* packed;        // receives codes, digits of base `base`, `per_byte` to a byte, the first one lowest
+  int base, per_byte;
+  void* snapped;  // receives snapped weights; may be `weight`
+  bool measures;  // distances and errors are wanted, with
+  double near;    // from which distance on a weight is off its level
+};
+
+// Counts add up in any order.
+struct Seen {
+  int64_t on_level, away;
+  int64_t lost, nan;  // without a distance, since the weight or its scale is NaN; weights that are NaN
+  int64_t flipped;
+  int64_t occupancy[256];
+  double largest;  // distance
+};
+
+// Sums of a chunk, over weights that have a distance: of w^2 and of (w - snapped)^2.
+struct Squares {
+  double weights, errors;
+};
+
+// Looks at chunks [begin, end), of sum_chunk weights. Adds to `seen`; squares has a place for each chunk.
+using CpuLook = void (*)(const Looking& looking, int64_t begin, int64_t end, Seen& seen, Squares* squares);
+
+// All kernels of an instruction set.
+struct CpuKernels {
+  CpuStep step;
+  CpuFit fit;
+  CpuLook look;
+};
+
+#define ASKEW_DECLARE(name)                                                                           \
+  void cpu_step_##name(const Launch& launch, const int64_t* first_chunk, int64_t begin, int64_t end); \
+  extern const CpuFit cpu_fit_##name;                                                                 \
+  void cpu_look_##name(const Looking& looking, int64_t begin, int64_t end, Seen& seen, Squares* squares)
+ASKEW_DECLARE(baseline);
 #if defined(__x86_64__)
-void cpu_step_avx2(const Launch& launch, const int64_t* first_chunk, int64_t begin, int64_t end);
-void cpu_step_avx512(const Launch& launch, const int64_t* first_chunk, int64_t begin, int64_t end);
+ASKEW_DECLARE(avx2);
+ASKEW_DECLARE(avx512);
 #endif
+#undef ASKEW_DECLARE
 
 }  // namespace askew

@@ -3,13 +3,9 @@
 // Compiled once for each instruction set (avx2.cpp, avx512.cpp; this file alone is the baseline: SSE2, NEON). Lane
 // for lane the packs do what step.h says, so results don't depend on the width, nor on where a weight lies in a pack.
 #include "cpu.h"
+#include "native.h"
 
-#include <type_traits>
-
-#include "../variants.h"
-
-#if !defined(ASKEW_PACK_BYTES)
-#define ASKEW_PACK_BYTES 16
+#if !defined(ASKEW_CPU_STEP)
 #define ASKEW_CPU_STEP cpu_step_baseline
 #endif
 
@@ -21,15 +17,6 @@ namespace {
 // aliasing).
 constexpr int packs = 2;
 constexpr int64_t prefetch_bytes = 512;
-
-// A pack of a register's size, of the type that arithmetic on Storage is done in.
-template <typename Storage> using NativePack =
-    Pack<Arithmetic<Storage>, ASKEW_PACK_BYTES / sizeof(Arithmetic<Storage>)>;
-
-template <typename Any> ASKEW_FN Any* at(void* base, int64_t i) { return static_cast<Any*>(base) + i; }
-template <typename Any> ASKEW_FN const Any* at(const void* base, int64_t i) {
-  return static_cast<const Any*>(base) + i;
-}
 
 template <typename Storage, typename RuleType, typename Annealing, typename Codebook>
 struct Loop {
@@ -238,21 +225,8 @@ struct Loop {
 };
 
 template <typename V>
-ASKEW_FN auto make_codebook(Levels levels) {
-  if constexpr (V::book == Book::none) {
-    return NoCodebook{};
-  } else if constexpr (V::book == Book::uniform) {
-    return uniform_codebook<NativePack<typename V::Storage>>(levels);
-  } else {
-    TableCodebook<typename V::T, V::capacity> book;
-    for (int k = 0; k < V::capacity; ++k) fill_entry(book, levels.values, levels.count, k);
-    return book;
-  }
-}
-
-template <typename V>
 void run_chunks(const Launch& launch, const int64_t* first_chunk, int64_t begin, int64_t end) {
-  const auto codebook = make_codebook<V>(launch.levels);
+  const auto codebook = native_codebook<typename V::Storage, V::book>(launch.levels);
   using Run = Loop<typename V::Storage, typename V::RuleType, typename V::Annealing, std::decay_t<decltype(codebook)>>;
   const Run loop{codebook,          hyper<typename Run::P>(launch.settings),
                  launch.wide_state, launch.snapped_dtype,

@@ -11,7 +11,7 @@
 
 namespace askew {
 
-extern std::atomic<CpuStep> cpu_step;  // the instruction set in use
+extern std::atomic<const CpuKernels*> cpu_kernels;  // of the instruction set in use
 
 // A launch's spans, then first_chunk, as the kernel reads them, in a device's memory. It belongs to one stream, which
 // orders a copy behind the launches that read the old content and before those that read the new, and so does its

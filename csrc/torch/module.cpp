@@ -10,37 +10,43 @@
 #include "plan.h"
 
 namespace askew {
+
+std::atomic<const CpuKernels*> cpu_kernels{nullptr};  // set when the module is loaded
+
 namespace {
 
 struct Capability {
   const char* name;
-  CpuStep step;
+  CpuKernels kernels;
   bool present;
 };
 
-std::vector<Capability> capabilities() {  // widest first
-  return {
+#define ASKEW_KERNELS(name) {cpu_step_##name, cpu_fit_##name, cpu_look_##name}
+const std::vector<Capability>& capabilities() {  // widest first
+  static const std::vector<Capability> all = {
 #if defined(__x86_64__)
-      {"avx512", cpu_step_avx512,
+      {"avx512", ASKEW_KERNELS(avx512),
        __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512vl")},
-      {"avx2", cpu_step_avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")},
+      {"avx2", ASKEW_KERNELS(avx2), __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")},
 #endif
-      {"baseline", cpu_step_baseline, true},
+      {"baseline", ASKEW_KERNELS(baseline), true},
   };
+  return all;
 }
+#undef ASKEW_KERNELS
 
 // Chooses the instruction set of the CPU kernel; the results are the same with each.
 std::string set_cpu_capability(const std::string& name) {
   std::string known, before;
-  const CpuStep current = cpu_step;
+  const CpuKernels* current = cpu_kernels;
   for (const Capability& each : capabilities()) {
-    if (each.step == current) before = each.name;
+    if (&each.kernels == current) before = each.name;
     if (each.present) known += known.empty() ? each.name : std::string(", ") + each.name;
   }
   for (const Capability& each : capabilities()) {
     if (each.present && name == each.name) {
-      cpu_step = each.step;
+      cpu_kernels = &each.kernels;
       return before;
     }
   }

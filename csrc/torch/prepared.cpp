@@ -12,8 +12,6 @@ namespace askew {
 
 using at::Tensor;
 
-std::atomic<CpuStep> cpu_step{cpu_step_baseline};
-
 const Tensor& MemoryOrder::weight(const Tensor& tensor, bool contiguous) {
   if (contiguous ? tensor.is_contiguous() : tensor.is_non_overlapping_and_dense()) return tensor;
   return copied(tensor, at::empty_like(tensor, at::MemoryFormat::Contiguous), true);
@@ -135,7 +133,7 @@ void run_cpu(const Launch& launch) {
     total += launch.spans[i].size;
   }
   const int64_t chunks = first_chunk[launch.span_count], grain = chunks * cpu_chunk / std::max<int64_t>(total, 1);
-  const CpuStep step = cpu_step;
+  const CpuStep step = cpu_kernels.load()->step;
   at::parallel_for(0, chunks, grain, [&](int64_t begin, int64_t end) { step(launch, first_chunk.data(), begin, end); });
 }
 
@@ -185,9 +183,9 @@ bool PreparedCall::take_gradients() {
   for (size_t i = 0; i < arguments_.weights.size(); ++i) {
     const Tensor &weight = arguments_.weights[i], &grad = weight.grad();
     arguments_.grads[i] = grad;
-    if (grad.defined() && !(grad.sizes() == weight.sizes() && grad.scalar_type() == weight.scalar_type() &&
-                            grad.device() == device_ && grad.layout() == at::kStrided &&
-                            (grad.numel() == 0 || grad.const_data_ptr())))
+    if (grad.defined() &&
+        !(grad.sizes() == weight.sizes() && grad.scalar_type() == weight.scalar_type() && grad.device() == device_ &&
+          grad.layout() == at::kStrided && (grad.numel() == 0 || grad.const_data_ptr())))
       return false;
   }
   return true;
@@ -228,8 +226,8 @@ void PreparedCall::take_numbers() {
   settings.rate = settings.rate_is_alpha ? *arguments_.alpha : *arguments_.recovery;
   const Tensor& seed = arguments_.seed_tensor;
   const bool here = !seed.defined() || seed.is_cpu();
-  TORCH_CHECK_VALUE(here || seed.device() == device_, "askew_cuda: seed is on ", seed.device(), " but weights[0] is on ",
-                    device_);
+  TORCH_CHECK_VALUE(here || seed.device() == device_, "askew_cuda: seed is on ", seed.device(),
+                    " but weights[0] is on ", device_);
   const int64_t number = seed.defined() && here ? seed.item<int64_t>() : arguments_.seed.value_or(0);
   settings.seed = static_cast<uint64_t>(number);
   numbers_.seed = here ? nullptr : seed.const_data_ptr<int64_t>();

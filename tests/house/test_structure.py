@@ -38,7 +38,7 @@ OPTIONAL = {"matplotlib", "numpy"}
 # Layers of the package, lowest first: a module may import from its own layer, in one direction, and from those below.
 LAYERS = (
     {"reference", "rounding", "interrupts", "wrappers"},
-    {"quantizer", "scales", "layers", "schedule", "keywords", "checks", "backends", "triton"},
+    {"quantizer", "scales", "fit", "look", "layers", "schedule", "keywords", "checks", "backends", "triton"},
     {"hints", "anneal", "paper", "param_groups", "checkpoints", "plan"},
     {"optimizer", "optimizers"},
     {"monitor", "packed", "doctor"},
@@ -122,7 +122,7 @@ def test_a_step_goes_through_the_six_files_that_contributing_names():
     text = (ROOT / "CONTRIBUTING.md").read_text()
     files = re.findall(r"^[1-6]\. `([^`]+)`", text, flags=re.MULTILINE)
     assert len(files) == 6
-    calls = (r"plan\.run\(", r"self\.compiled\.run\(", r"call\.run\(", r"cpu_step", r"= step<", r"P step\(P w")
+    calls = (r"plan\.run\(", r"self\.compiled\.run\(", r"call\.run\(", r"cpu_kernels", r"= step<", r"P step\(P w")
     for file, call in zip(files, calls, strict=True):
         assert re.search(call, (ROOT / file).read_text()), file
     seen, weight = set(), torch.nn.Parameter(torch.randn(8, 4))

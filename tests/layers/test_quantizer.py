@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from askew_cuda import reference
-from askew_cuda.quantizer import Codebook, Quantizer, codes, distance, snap
+from askew_cuda.look import codes, distance, snap
+from askew_cuda.quantizer import Codebook, Quantizer
 from tests.compare import assert_close, assert_same_bits
 from tests.tensors import draw_weight
 

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 import askew_cuda as askew
 from askew_cuda import backends
+from askew_cuda.look import codes, distance, snap
 from askew_cuda.packed import load_packed, pack_modules, save_packed
 from askew_cuda.packed.inspect import inspect
-from askew_cuda.quantizer import Quantizer, codes, distance, snap
+from askew_cuda.quantizer import Quantizer
 from askew_cuda.reference import blocks, is_scale_shape, spread
 from askew_cuda.scales import estimate
 from tests.compare import assert_same_bits

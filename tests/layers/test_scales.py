@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -12,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from askew_cuda import scales
-from askew_cuda.quantizer import Codebook, Quantizer, snap
+from askew_cuda.look import snap
+from askew_cuda.quantizer import Codebook, Quantizer
 from askew_cuda.scales import estimate, is_torch_default, min_mse, share_outside
 from tests.compare import assert_close, assert_same_bits
 
@@ -62,11 +63,28 @@ def least_error(rows: Tensor, levels) -> Tensor:
     return rows.square().sum(1) - removed
 
 
+def sorted_fit(rows: Tensor, levels: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """A and B of the assignment at a scale, (rows,), by another way than the search's: once the weights are sorted, a
+    few binary searches per row.
+    """
+    ascending = rows.sort(1).values
+    sums = torch.nn.functional.pad(ascending.cumsum(1, dtype=torch.float64), (1, 0))
+    middles, jump, square_jump = (levels[:-1] + levels[1:]) / 2, levels.diff(), (levels * levels).diff()
+
+    def fit(scale: Tensor) -> tuple[Tensor, Tensor]:
+        below = torch.searchsorted(ascending, (scale.unsqueeze(1) * middles).to(rows.dtype), right=True)
+        a = levels[-1] * sums[:, -1] - (jump * sums.gather(1, below)).sum(1)
+        b = levels[-1] ** 2 * rows.shape[1] - (square_jump * below).sum(1)
+        return a, b
+
+    return fit
+
+
 def error_on_grid(rows: Tensor, levels, points: int) -> Tensor:
     """The least error of each row over a fine grid of scales, from far beyond max|w| down to where all weights are
     clipped.
     """
-    fit = scales._sorted_fit(rows, torch.tensor(levels, dtype=torch.float64))  # see test_both_fits_sum_what_they_say
+    fit = sorted_fit(rows, torch.tensor(levels, dtype=torch.float64))  # see test_the_sorted_fit_sums_what_it_says
     high, least = 6 * rows.abs().amax(1) / max(map(abs, levels)), torch.full_like(rows[:, 0], math.inf)
     for fraction in torch.linspace(0, 1, points, dtype=torch.float64):
         scale = high * 1e-3**fraction
@@ -317,22 +335,22 @@ FEW += [
 
 @pytest.mark.parametrize(("count", "levels"), FEW)
 @pytest.mark.parametrize("kind", KINDS)
-def test_min_mse_is_exact(levels, kind, count):
+def test_min_mse_is_within_one_per_cent(levels, kind, count):
     for rows in (draw(kind, 60, 1), draw(kind, 60, 2), draw(kind, 60, count)):
         scale, least, nothing = min_mse(rows, Codebook(levels)), least_error(rows, levels), rows.square().sum(1)
-        served = least < nothing
-        assert_close(error_at(rows, scale, levels)[served], least[served], 1e-12 * nothing[served], "error")
+        served = least < (1 - 1e-12) * nothing
+        error = error_at(rows, scale, levels)
+        assert (error <= 1.01 * least + 1e-12 * nothing)[served].all()
         largest = rows.abs().amax(1) / max(map(abs, levels))
         assert_same_bits(scale[~served], largest[~served], "rows that no scale serves")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_min_mse_of_a_long_ternary_row_is_exact(kind):
+def test_min_mse_of_a_long_ternary_row_is_within_one_per_cent(kind):
     rows = draw(kind, 1, 50_000)
     largest_first = rows.abs().sort(descending=True).values.cumsum(1)  # the k largest at +-scale, the others at 0
-    nothing = rows.square().sum(1)
-    least = nothing - (largest_first**2 / torch.arange(1, 50_001)).amax(1)
-    assert_close(error_at(rows, min_mse(rows, Codebook.named("ternary")), [-1, 0, 1]), least, 1e-12 * nothing, "error")
+    least = rows.square().sum(1) - (largest_first**2 / torch.arange(1, 50_001)).amax(1)
+    assert (error_at(rows, min_mse(rows, Codebook.named("ternary")), [-1, 0, 1]) <= 1.01 * least).all()
 
 
 BOOKS = [Codebook([-1, 0, 3]), Codebook([0, 1])]
@@ -343,9 +361,9 @@ BOOKS += map(Codebook.named, ["ternary", "2bit", "3bit", "4bit", "int2", "int4",
 @pytest.mark.parametrize("kind", ["normal", "uniform", "heavy", "negative", "coarse"])
 def test_min_mse_is_as_good_as_a_fine_grid(codebook, kind):
     short, long = draw(kind, 4, 128), draw(kind, 1, 2**16 // (len(codebook) - 1) + 100)
-    for rows, exact in ((short, True), (long, len(codebook) <= 3)):
+    for rows in (short, long):
         error = error_at(rows, min_mse(rows, codebook), codebook.levels)
-        assert (error <= (1 + 1e-9 if exact else 1.01) * error_on_grid(rows, codebook.levels, 600)).all()
+        assert (error <= 1.01 * error_on_grid(rows, codebook.levels, 600)).all()
 
 
 @pytest.mark.parametrize(
@@ -364,23 +382,13 @@ def test_min_mse_of_many_levels(levels, kind):
 
 
 @pytest.mark.parametrize("levels", [(-1.5, -0.5, 0.5, 1.5), (-1, 0, 3), (0.25, 0.5, 1), tuple(range(-128, 128))])
-@pytest.mark.parametrize("fit", [scales._sorted_fit, scales._direct_fit])
-def test_both_fits_sum_what_they_say(fit, levels):
+def test_the_sorted_fit_sums_what_it_says(levels):
     rows, scale = draw("normal", 3, 50), torch.tensor([0.01, 0.3, 2.0], dtype=torch.float64)
     choices = torch.tensor(levels, dtype=torch.float64)
     nearest = choices[(rows.unsqueeze(2) - scale.reshape(3, 1, 1) * choices).abs().argmin(2)]
-    a, b = fit(rows, choices)(scale)
+    a, b = sorted_fit(rows, choices)(scale)
     assert_close(a, (rows * nearest).sum(1), 1e-9, "A")
     assert_close(b, nearest.square().sum(1), 1e-9, "B")
-
-
-def test_rows_are_worked_on_in_chunks(monkeypatch):
-    rows = draw("normal", 50, 40)
-    for levels in ((-1, 0, 1), range(-20, 21)):
-        whole = min_mse(rows, Codebook(levels))
-        with monkeypatch.context() as patch:
-            patch.setattr(scales, "_CHUNK", 300)
-            assert_same_bits(min_mse(rows, Codebook(levels)), whole, "scales")
 
 
 @pytest.mark.parametrize("rule", ["auto", *RULES])

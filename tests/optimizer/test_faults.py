@@ -143,7 +143,7 @@ class Counted(TorchDispatchMode):
 
 
 def is_call(name: str) -> bool:
-    return name.startswith("askew_cuda.") and not name.endswith("checks")
+    return name.startswith(("askew_cuda.sgd_", "askew_cuda.adamw_")) and not name.endswith("checks")
 
 
 @pytest.mark.parametrize(

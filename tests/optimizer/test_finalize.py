@@ -61,12 +61,12 @@ def test_quantized_restores_what_it_snapped_when_a_later_tensor_fails(monkeypatc
         snapped.append(arguments)
         if len(snapped) == 2:
             raise MemoryError
-        return snap(*arguments)
+        snap_(*arguments)
 
     from askew_cuda import optimizer as module
-    from askew_cuda.quantizer import snap
+    from askew_cuda.look import snap_
 
-    monkeypatch.setattr(module, "snap", failing)
+    monkeypatch.setattr(module, "snap_", failing)
     with pytest.raises(MemoryError), optimizer.quantized():
         pass
     assert len(snapped) == 2

@@ -14,10 +14,11 @@ import torch
 from torch import nn
 
 import askew_cuda as askew
+from askew_cuda.look import codes, snap
 from askew_cuda.packed import load_packed, save_packed
 from askew_cuda.packed.bits import PACKINGS, fault, pack, restore, unpack, unpack_at, width
 from askew_cuda.packed.safetensors import TensorReader, TensorWriter
-from askew_cuda.quantizer import _NAMED, codes, snap
+from askew_cuda.quantizer import _NAMED
 
 ROOT = Path(__file__).parent.parent.parent
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]

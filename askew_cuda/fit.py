@@ -1,0 +1,162 @@
+"""The scale of least squared error in PyTorch: the reference of the operator ``askew_cuda::fit_scales``, equal to it
+bit for bit. ``csrc/maths/fit.h`` explains the search and states the same; the numbers below are the same in both.
+
+Sums are in float64 and in one order, that of ``csrc/maths/order.h``: weights are dealt in turn to 16 lanes, each of
+which adds up its own, lanes are added as a tree, blocks of 1,280 weights in sequence, chunks of 16 blocks in sequence.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+LANES, STEPS, BLOCKS = 16, 80, 16  # of a sum; steps of a block, blocks of a chunk
+BLOCK = LANES * STEPS
+CHUNK = BLOCKS * BLOCK
+PHASES = 5  # the largest weight on the outermost level; two grids; least squares, twice
+_AT_ONCE = 2**20  # weights that are worked on at a time: 8 MiB per float64 temporary
+
+
+class Grids(NamedTuple):
+    """How fine the grids are. A grid of 2^roots // 3 + 2 trials has a ratio of (low / high)^(3 / 2^roots)."""
+
+    roots: int
+    reach: float  # the first trial, in units of the scale at which the largest weight lies on the outermost level
+    least: float  # the last one, in units of that at which the mean |weight| does
+    first: float  # the finer grid: how far its first trial is from the best of the other grid,
+    ratio: float  # and from the second one
+    fine: int
+
+
+def grids_for(levels: Sequence[float], columns: int) -> Grids:
+    """The grids for rows of so many weights."""
+    few, aside = len(levels) <= 17, levels[0] > 0 or levels[-1] < 0
+    least = 0.005 if aside else 0.5  # where no level is 0 or beyond, weights of the other sign ask for less
+    if few and not aside and reference.UniformCodebook.fits(levels):
+        return Grids(7, 2, least, 0.8333, 1.0147, 26)
+    if few:
+        return Grids(8, 4, least, 0.8333, 1.0147, 26)
+    if columns >= 2**14:
+        return Grids(7, 2, least, 0.8333, 1.0058, 64)
+    if columns >= 64:
+        return Grids(9, 2, least, 0.87, 1.0011, 256)
+    return Grids(10, 4, least, 0.909, 1.00075, 256)
+
+
+def add_lanes(lanes: Tensor) -> Tensor:
+    """(..., LANES) float64 to (...): upper halves onto lower ones."""
+    while lanes.shape[-1] > 1:
+        half = lanes.shape[-1] // 2
+        lanes = lanes[..., :half] + lanes[..., half:]
+    return lanes[..., 0]
+
+
+def add_up(values: Tensor) -> Tensor:
+    """(rows, columns) float64 to (rows, chunks): what each chunk adds up to."""
+    rows, columns = values.shape
+    chunks, steps, blocks = -(-columns // CHUNK), STEPS, BLOCKS
+    if columns < CHUNK:  # zeros that are added at an end change nothing
+        steps, blocks = min(STEPS, -(-columns // LANES)), -(-columns // BLOCK)
+    size = chunks * blocks * steps * LANES
+    dealt = torch.nn.functional.pad(values, (0, size - columns)).reshape(rows, chunks, blocks, steps, LANES)
+    lanes = torch.zeros_like(dealt[:, :, :, 0])
+    for step in dealt.unbind(3):
+        lanes += step
+    return in_sequence(torch.zeros_like(lanes[:, :, 0, 0]), add_lanes(lanes))
+
+
+def in_sequence(total: Tensor, parts: Tensor) -> Tensor:
+    """total (...) and then each of the parts (..., n), added one by one."""
+    for part in parts.unbind(-1):
+        total = total + part
+    return total
+
+
+def fit_scales(rows: Tensor, levels: Sequence[float]) -> Tensor:
+    """(rows,) float64: the scale of each row, by the search that ``csrc/maths/fit.h`` describes; 0 for a row of zeros.
+
+    Args:
+        rows: (rows, columns), float32, float64, bfloat16 or float16, on the CPU. Not mutated.
+        levels: K strictly increasing float32 numbers, 2 <= K <= 256; level units.
+    """
+    if not rows.numel():
+        return rows.new_zeros(len(rows), dtype=torch.float64)
+    found = [_Search(part, levels).run() for part in rows.split(max(1, _AT_ONCE // rows.shape[1]))]
+    return torch.cat(found)
+
+
+class _Search:
+    """The search for some rows."""
+
+    def __init__(self, rows: Tensor, levels: Sequence[float]):
+        self.rows = rows
+        self.wide = reference.arithmetic(rows.dtype)
+        self.book = reference.codebook(levels, rows.new_empty(0, dtype=self.wide))
+        self.grids = grids_for(levels, rows.shape[1])
+        self.per_unit = float(self.book.unit)
+        first, last = levels[0] / self.per_unit, levels[-1] / self.per_unit
+        self.outermost = max(-first, last)
+        up, down, total = self._range()
+        self.largest = torch.maximum(up, down)
+        above = up / last if last > 0 else torch.zeros_like(up)
+        below = down / -first if first < 0 else torch.zeros_like(up)
+        high = self.grids.reach * torch.maximum(above, below)
+        self.high = torch.where(high > 0, high, 1)
+        mean, quarter = self.grids.least * (total / rows.shape[1]) / self.outermost, 0.25 * self.high
+        root = torch.where(mean < quarter, mean, quarter) / self.high
+        for _ in range(self.grids.roots):
+            root = reference.sqrt(root)
+        self.ratio = root * root * root
+        self.removed, self.best = torch.full_like(self.high, -1), torch.zeros_like(self.high)
+
+    def _pieces(self) -> list[Tensor]:
+        """Columns that are worked on at a time, whole chunks of them."""
+        return list(self.rows.split(max(CHUNK, _AT_ONCE // CHUNK * CHUNK), dim=1))
+
+    def _range(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The largest weight and the largest -weight, at least 0, and the sum of all |w|."""
+        up = down = total = self.rows.new_zeros(len(self.rows), dtype=torch.float64)
+        for piece in self._pieces():
+            w = piece.double()
+            up = torch.maximum(up, torch.where(w > 0, w, 0).amax(1))  # NaN is not larger than anything
+            down = torch.maximum(down, torch.where(-w > 0, -w, 0).amax(1))
+            total = in_sequence(total, add_up(w.abs()))
+        return up, down, total
+
+    def _sums(self, unit: Tensor) -> tuple[Tensor, Tensor]:
+        """A and B at a scale, in units of the codebook."""
+        a = b = torch.zeros_like(unit)
+        inverse = unit.to(self.wide).reciprocal().unsqueeze(1)
+        for piece in self._pieces():
+            w = piece.to(self.wide)
+            q = self.book.level(self.book.nearest(w * inverse)).double()
+            a, b = in_sequence(a, add_up(w.double() * q)), in_sequence(b, add_up(q * q))
+        return a, b
+
+    def _trials(self, phase: int) -> tuple[Tensor, Tensor | float, int]:
+        """The first scale, from one to the next, and how many."""
+        if phase == 0:
+            return self.largest / self.outermost, 1.0, 1
+        if phase == 1:
+            return self.high, self.ratio, 2**self.grids.roots // 3 + 2
+        middle = torch.where(self.best > 0, self.best, self.high)
+        if phase == 2:
+            return middle * self.grids.first, self.grids.ratio, self.grids.fine
+        return middle, 1.0, 1
+
+    def run(self) -> Tensor:
+        """The scales, weight units per level unit."""
+        for phase in range(PHASES):
+            unit, ratio, count = self._trials(phase)
+            for _ in range(count):
+                a, b = self._sums(unit)
+                part = a / self.largest  # so that no square leaves the range of a double
+                gain = torch.where((a > 0) & (b > 0), part * part / b, -1)
+                better = gain > self.removed
+                self.best = torch.where(better, a / b, self.best)
+                self.removed = torch.where(better, gain, self.removed)
+                unit = unit * ratio
+        return torch.where(self.best > 0, self.best, self.largest / self.outermost) / self.per_unit

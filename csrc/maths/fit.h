@@ -1,0 +1,111 @@
+// The scale of least squared error: which scales are tried for a row of weights, and which of them is taken.
+//
+// At a scale s each weight w has a nearest level q. Of all scales for that assignment A / B is the best one, A = sum w
+// q, B = sum q^2, and it takes A^2 / B off the error sum w^2. So a trial is two sums, in the order of order.h, and the
+// best trial is the one with the largest A^2 / B. Scales are in units of the codebook here: weight units per unit.
+// askew_cuda/fit.py states the same in PyTorch.
+//
+// The grid is geometric, from beyond where the largest weight lies on the outermost level down to below where the mean
+// one would: the best scale is nowhere else. Around the best trial lies a finer grid, and least squares has the last
+// word. How many trials 1 % takes, and how wide the finer grid must be, was measured: the error of few weights on many
+// levels is jagged.
+#pragma once
+
+#include "codebook.h"
+#include "order.h"
+
+namespace askew {
+
+struct Sums {
+  double a, b;
+};
+
+// Scales that are tried one after another: first, first * ratio, ..
+struct Sequence {
+  double first, ratio;
+  int count;
+};
+
+// What a search has to know of a row.
+struct Range {
+  double up = 0, down = 0;  // largest weight and largest -weight, at least 0
+  double total = 0;         // sum |w|
+};
+
+// How fine the grids are. A grid of 2^roots / 3 + 2 trials has a ratio of (low / high)^(3 / 2^roots).
+struct Grids {
+  int roots;
+  double reach;  // the first trial, in units of the scale at which the largest weight lies on the outermost level
+  double least;  // the last one, in units of that at which the mean |weight| does
+  double first, ratio;  // the finer grid: how far its first trial is from the best of the other grid, and from the next
+  int fine;
+};
+constexpr int most_trials = 343;
+
+ASKEW_FN Grids grids_for(Levels levels, int64_t columns) {
+  const bool few = levels.count <= 17, aside = levels.values[0] > 0 || levels.values[levels.count - 1] < 0;
+  const double least = aside ? 0.005 : 0.5;  // where no level is 0 or beyond, weights of the other sign ask for less
+  if (few && !aside && is_uniform(levels)) return {7, 2, least, 0.8333, 1.0147, 26};
+  if (few) return {8, 4, least, 0.8333, 1.0147, 26};
+  if (columns >= 1 << 14) return {7, 2, least, 0.8333, 1.0058, 64};
+  if (columns >= 64) return {9, 2, least, 0.87, 1.0011, 256};
+  return {10, 4, least, 0.909, 1.00075, 256};
+}
+
+// What all rows of a call share.
+struct Fitting {
+  Grids grids;
+  double per_unit;     // levels per unit of the codebook
+  double first, last;  // the outermost levels, in units
+  double columns;
+};
+
+ASKEW_FN Fitting fitting(Levels levels, int64_t columns) {
+  const double per_unit = is_uniform(levels) ? levels.values[1] - levels.values[0] : 1;
+  return {grids_for(levels, columns), per_unit, levels.values[0] / per_unit, levels.values[levels.count - 1] / per_unit,
+          static_cast<double>(columns)};
+}
+
+struct Search {
+  static constexpr int phases = 5;  // the largest weight on the outermost level; two grids; least squares, twice
+  Fitting fit;
+  double largest, outermost, high, ratio;
+  double removed = -1, best = 0;  // of the trials so far; 0: none takes anything off the error
+
+  ASKEW_FN Search(const Fitting& fit_, Range range) : fit(fit_) {
+    const double first = fit.first, last = fit.last;
+    largest = range.up > range.down ? range.up : range.down;
+    outermost = -first > last ? -first : last;
+    const double above = last > 0 ? range.up / last : 0, below = first < 0 ? range.down / -first : 0;
+    high = fit.grids.reach * (above > below ? above : below);
+    if (!(high > 0)) high = 1;
+    const double mean = fit.grids.least * (range.total / fit.columns) / outermost, quarter = 0.25 * high;
+    double root = (mean < quarter ? mean : quarter) / high;
+    for (int k = 0; k < fit.grids.roots; ++k) root = sqrt(root);
+    ratio = root * root * root;
+  }
+
+  ASKEW_FN Sequence trials(int phase) const {
+    if (phase == 0) return {largest / outermost, 1, 1};
+    if (phase == 1) return {high, ratio, (1 << fit.grids.roots) / 3 + 2};
+    const double middle = best > 0 ? best : high;
+    if (phase == 2) return {middle * fit.grids.first, fit.grids.ratio, fit.grids.fine};
+    return {middle, 1, 1};
+  }
+
+  ASKEW_FN void take(Sums sums) {
+    const double part = sums.a / largest;  // so that no square leaves the range of a double
+    const double gain = (sums.a > 0) & (sums.b > 0) ? part * part / sums.b : -1;
+    if (gain > removed) {
+      removed = gain;
+      best = sums.a / sums.b;
+    }
+  }
+
+  // In weight units per level unit. Where all weights are of the sign that the levels don't have, the
+  // smaller the scale the better, and none is the best. What such a row needs is room to train, so it gets a scale of
+  // the size of its weights.
+  ASKEW_FN double scale() const { return (best > 0 ? best : largest / outermost) / fit.per_unit; }
+};
+
+}  // namespace askew

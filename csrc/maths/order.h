@@ -1,0 +1,25 @@
+// The one order in which numbers of many weights are summed, in double: the same bits whatever a pack's width, the
+// number of threads, the backend.
+//
+// Weights are dealt in turn to `sum_lanes` lanes, each of which adds up its own from first to last; lanes are added as
+// a tree. So a block is summed. Blocks are added up in sequence to a chunk, and chunks in sequence to the whole.
+#pragma once
+
+#include "pack.h"
+
+namespace askew {
+
+constexpr int sum_lanes = 16;
+constexpr int block_steps = 80;
+constexpr int block_size = sum_lanes * block_steps;  // whole bytes in every packing, five ternary codes to a byte, too
+constexpr int chunk_blocks = 16;
+constexpr int64_t sum_chunk = int64_t{chunk_blocks} * block_size;  // 80 KiB of float32: stays in a core's cache
+
+// The tree: upper halves onto lower ones. Overwrites the lanes.
+ASKEW_FN double add_lanes(double (&lanes)[sum_lanes]) {
+  for (int half = sum_lanes / 2; half > 0; half /= 2)
+    for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+  return lanes[0];
+}
+
+}  // namespace askew
