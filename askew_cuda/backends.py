@@ -43,7 +43,7 @@ if extension is not None:
         """Nothing is returned; all results are mutated arguments. What is traced is checked when it is traced."""
 
         def check(*lists: Any, **settings: Any) -> None:
-            checks.check(Call.of(operator, *lists, **settings))
+            checks.check_call(Call.of(operator, *lists, **settings))
 
         return check
 
@@ -208,9 +208,9 @@ def ready(backend: str, call: Call) -> Callable[[], None]:
     if backend == "triton":
         from .triton import launch  # not before: it takes Triton
 
-        return functools.partial(getattr(launch, call.operator), **call.for_kernels())
+        return functools.partial(getattr(launch, call.operator), **call.arguments())
     # through the dispatcher, where torch.compile, fake tensors and tracing listen; it takes scalars as tensors
-    arguments = call.for_kernels()
+    arguments = call.arguments()
     for name in ("lr", "epsilon", "grad_scale", "found_inf", "seed"):
         value = arguments.get(name)
         if value is not None and not isinstance(value, torch.Tensor):
@@ -233,7 +233,7 @@ def operators(backend: str) -> Operators:
         def checked(*lists: Any, **settings: Any) -> None:
             call = Call.of(name, *lists, **settings)
             if not torch.compiler.is_compiling():  # what is traced is checked by the fake kernel
-                checks.check(call)
+                checks.check_call(call)
             ready(backend, call)()
 
         return checked

@@ -19,7 +19,14 @@ STATES = {"sgd_": ("momentum_buffers",), "adamw_": ("exp_avgs", "exp_avg_sqs", "
 OF_RULE = {"sgd_": ("momentum", "dampening", "nesterov"), "adamw_": ("beta1", "beta2", "eps", "amsgrad")}
 OF_BOTH = tuple(name for name in reference.Settings._fields if not any(name in names for names in OF_RULE.values()))
 ROUNDING = ("seed", "streams", "first_elements")
-_KINDS = typing.get_type_hints(reference.Settings)
+_TYPES = {name: typing.get_args(kind) or (kind,) for name, kind in typing.get_type_hints(reference.Settings).items()}
+NUMBERS: dict[str, tuple[Any, ...]] = {
+    **{name: kinds for name, kinds in _TYPES.items() if float in kinds},
+    "found_inf": (float, Tensor, type(None)),
+    "seed": (int, Tensor, type(None)),
+}
+
+PLAIN = (Tensor, torch.nn.Parameter)  # types without a __torch_dispatch__ or __torch_function__ of their own
 
 Names = Callable[[], Sequence[str]]  # of a call's weights, asked for when something is wrong
 
@@ -45,22 +52,15 @@ class Call(NamedTuple):
         """All of them, by name."""
         return {**self.lists, "levels": self.levels, **self.settings}
 
-    def for_kernels(self) -> dict[str, Any]:
-        """The same as compiled kernels read them: a scale that runs along another dimension than the first is copied
-        for each weight.
-        """
-        scales = self.lists["scales"]
-        read = [_in_rows(weight, scale) for weight, scale in zip(self.lists["weights"], scales, strict=False)]
-        return {**self.arguments(), "scales": read}
 
-
-def check(call: Call, names: Names | None = None) -> None:
+def check_call(call: Call, names: Names | None = None) -> None:
     """Raises ValueError or TypeError, which name the argument, its value and the remedy; the names are those of the
     weights.
     """
     if not call.lists["weights"]:
         return
     subject = Subject(call, names)
+    subject.check_tensors()
     subject.check_weights()
     subject.check_lists()
     subject.check_levels()
@@ -69,7 +69,7 @@ def check(call: Call, names: Names | None = None) -> None:
     subject.check_rule()
     subject.check_constraint()
     subject.check_rounding()
-    subject.check_numbers()
+    check_numbers(call.settings, call.lists["weights"][0].device)
 
 
 class Subject:
@@ -99,6 +99,23 @@ class Subject:
             if torch._debug_has_internal_overlap(weight) == 1:
                 raise ValueError(f"{self.what('weights', i)} of strides {weight.stride()} overlaps itself; clone() it")
 
+    def check_tensors(self) -> None:
+        """What is asked of a tensor whatever it is for."""
+        for name, tensors in self.lists.items():
+            for i, tensor in enumerate(tensors):
+                if not isinstance(tensor, Tensor):
+                    raise TypeError(f"{self.what(name, i)} is {tensor!r}; a tensor is needed")
+                if tensor.layout != torch.strided:
+                    raise ValueError(
+                        f"{self.what(name, i)} is not a dense tensor ({tensor.layout}); make it one: to_dense()"
+                    )
+                if lacks_memory(tensor):
+                    raise ValueError(f"{self.what(name, i)} has no memory: {_FREED}")
+                if name not in ("grads", "scales") and tensor.is_inference() and not torch.is_inference_mode_enabled():
+                    raise RuntimeError(
+                        f"{self.what(name, i)} was made in inference mode, where alone it can be written to; clone() it"
+                    )
+
     def check_lists(self) -> None:
         """Lists that have a tensor for each weight, of its shape."""
         for name in ("grads", *STATES[self.call.operator], "codes", "snapped", "remainders"):
@@ -112,10 +129,6 @@ class Subject:
                         f"{self.what(name, i)} has shape {list(tensor.shape)} but weights[{i}] has {list(weight.shape)}"
                     )
                 self.check_device(name, i, tensor)
-                if tensor.layout != torch.strided:
-                    raise ValueError(
-                        f"{self.what(name, i)} is not a dense tensor ({tensor.layout}); make it one: to_dense()"
-                    )
             self.check_dtypes(name, tensors)
         states = {name: self.lists.get(name, ()) for name in STATES[self.call.operator]}
         kinds = {name: tensors[0].dtype for name, tensors in states.items() if tensors}
@@ -130,7 +143,9 @@ class Subject:
         if tensor.device != self.weights[i].device:
             where = self.weights[i].device
             raise ValueError(
-                f"{self.what(name, i)} is on {tensor.device} but weights[{i}] is on {where}; move it there"
+                f"{self.what(name, i)} is on {tensor.device} but weights[{i}] is on {where}; move it there. "
+                "Where a model was moved after it was stepped, optimizer.load_state_dict(optimizer.state_dict()) moves "
+                "the state"
             )
 
     def check_dtypes(self, name: str, tensors: Sequence[Tensor]) -> None:
@@ -150,10 +165,8 @@ class Subject:
             elif dtype != wanted and not (dtype == torch.float32 and wanted.itemsize == 2):
                 raise TypeError(
                     f"{what} is {dtype} for weights of {wanted}; their dtype, or float32 for 16-bit weights, is "
-                    "needed. "
-                    "Where a model changed its dtype after it was stepped, "
-                    "optimizer.load_state_dict(optimizer.state_dict()) "
-                    "casts the state"
+                    "needed. Where a model changed its dtype after it was stepped, "
+                    "optimizer.load_state_dict(optimizer.state_dict()) casts the state"
                 )
             if dtype != tensors[0].dtype:
                 raise TypeError(f"{what} is {dtype} but {name}[0] is {tensors[0].dtype}; one dtype for all")
@@ -179,25 +192,22 @@ class Subject:
         if len(scales) != wanted:
             raise ValueError(
                 f"askew_cuda: scales has {len(scales)} tensors; {wanted} are needed for {len(self.weights)} weights "
-                "and "
-                f"{len(levels)} levels"
+                f"and {len(levels)} levels"
             )
         kind = reference.arithmetic(self.weights[0].dtype)
         for i, (weight, scale) in enumerate(zip(self.weights, scales, strict=False)):
             if scale.dtype != kind:
                 raise TypeError(
                     f"{self.what('scales', i)} has dtype {scale.dtype}; {kind} goes with weights of {weight.dtype}. "
-                    "Where a "
-                    "model changed its dtype after it was stepped, optimizer.load_state_dict(optimizer.state_dict()) "
-                    "casts "
-                    "the state"
+                    "Where a model changed its dtype after it was stepped, "
+                    "optimizer.load_state_dict(optimizer.state_dict()) casts the state"
                 )
             self.check_device("scales", i, scale)
             if not reference.is_scale_shape(scale.shape, weight.shape):
                 raise ValueError(
                     f"{self.what('scales', i)} has shape {list(scale.shape)} for a weight of shape "
-                    f"{list(weight.shape)}; one number, in each dimension 1, the weight's size or a divisor of it, such "
-                    "as (channels, 1, ..), or (rows, groups) are understood"
+                    f"{list(weight.shape)}; one number, in each dimension 1, the weight's size or a divisor of it, "
+                    "such as (channels, 1, ..), or (rows, groups) are understood"
                 )
 
     def check_names(self) -> None:
@@ -231,8 +241,7 @@ class Subject:
             if not good or step.device not in (torch.device("cpu"), there) or step.device != steps[0].device:
                 raise TypeError(
                     f"{self.what('steps', i)} is {step.dtype} of shape {list(step.shape)} on {step.device}; 0-d "
-                    "float32 or "
-                    f"float64 tensors, all on the CPU or all of one dtype on {there}, are needed"
+                    f"float32 or float64 tensors, all on the CPU or all of one dtype on {there}, are needed"
                 )
 
     def check_constraint(self) -> None:
@@ -261,49 +270,55 @@ class Subject:
             entries = self.settings.get(name) or ()
             if entries and len(entries) != len(self.weights):
                 raise ValueError(f"askew_cuda: {name} has {len(entries)} entries for {len(self.weights)} weights")
-
-    def check_numbers(self) -> None:
-        there = self.weights[0].device
-        for name in ("lr", "epsilon", "grad_scale", "found_inf"):
-            value = self.settings.get(name)
-            if isinstance(value, Tensor):
-                if value.numel() != 1:
-                    raise ValueError(f"askew_cuda: {name} has shape {list(value.shape)}; one number is needed")
-                if value.device.type != "cpu" and value.device != there:
-                    raise ValueError(
-                        f"askew_cuda: {name} is on {value.device} but weights[0] is on {there}; put it there, or on "
-                        "the CPU"
-                    )
-            elif value is not None or name in ("lr", "epsilon"):
-                _check_number(name, value)
-        for name in (*OF_BOTH, *OF_RULE[self.call.operator]):
-            value, kinds = self.settings.get(name), typing.get_args(_KINDS[name]) or (_KINDS[name],)
-            if float in kinds and Tensor not in kinds and not (value is None and type(None) in kinds):
-                _check_number(name, value)
+            for i, entry in enumerate(entries):
+                if isinstance(entry, bool) or not isinstance(entry, int) or not 0 <= entry < 2**63:
+                    raise TypeError(f"{self.what(name, i)} = {entry!r}; a whole number in [0, 2^63) is needed")
 
 
-def _check_number(name: str, value: Any) -> None:
-    if not isinstance(value, (int, float)):
-        raise TypeError(f"askew_cuda: {name} = {value!r}; a number is needed")
+def check_numbers(settings: Mapping[str, Any], there: torch.device) -> None:
+    """Whether those of the settings that are numbers can go with weights that are there."""
+    for name, value in settings.items():
+        kinds = NUMBERS.get(name)
+        if kinds is None or (value is None and type(None) in kinds):
+            continue
+        if isinstance(value, Tensor) and Tensor in kinds:
+            if value.numel() != 1 or value.layout != torch.strided:
+                raise ValueError(f"askew_cuda: {name} has shape {list(value.shape)}; one number is needed")
+            if value.device.type != "cpu" and value.device != there:
+                raise ValueError(
+                    f"askew_cuda: {name} is on {value.device} but weights[0] is on {there}; put it there, or on the CPU"
+                )
+        elif isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"askew_cuda: {name} = {value!r}; a number is needed")
 
 
-def by_channel(weight: Tensor, scale: Tensor) -> bool:
-    """Whether there is a scale for each index of the weight's first dimension, (channels, 1, ..)."""
-    several = scale.numel() > 1 and weight.dim() > 0 and scale.dim() == weight.dim()
-    return several and scale.numel() == weight.shape[0] == scale.shape[0]
+def check_filled(name: str, number: Tensor) -> None:
+    """Whether a number in a tensor can be followed up by a step, in place."""
+    if number.is_inference() and not torch.is_inference_mode_enabled():
+        raise RuntimeError(f"{name} = {number!r} was made in inference mode, where alone it can be filled; clone() it")
+    if name == "epsilon" and not number.is_floating_point():
+        raise TypeError(f"{name} = {number!r} holds whole numbers, and is filled with others; take torch.tensor(1.0)")
 
 
-def _by_group(weight: Tensor, scale: Tensor) -> bool:
-    rows = scale.numel() > 1 and weight.dim() > 1 and scale.dim() == 2 and scale.shape[0] == weight.shape[0]
-    return rows and weight.numel() // scale.shape[0] % scale.shape[1] == 0
+_FREED = "its storage was freed, or is smaller than the tensor; step where it is whole"
 
 
-def _in_rows(weight: Tensor, scale: Tensor) -> Tensor:
-    """A scale along the first dimension as it is; any other one of each weight, (rows, weights of a row)."""
-    if scale.numel() <= 1 or weight.numel() == 0 or by_channel(weight, scale) or _by_group(weight, scale):
-        return scale
-    each = reference.spread(scale, weight).expand(weight.shape)
-    return each.reshape(weight.shape[0], -1) if weight.dim() > 1 else each.contiguous()
+def lacks_memory(tensor: Tensor) -> bool:
+    """Whether a tensor's storage ends before the tensor does, as where FSDP has freed it: to touch it
+    would end the process.
+    """
+    if not has_address(tensor) or tensor.layout != torch.strided or tensor.numel() == 0:
+        return False
+    last = tensor.storage_offset() + sum(
+        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
+    return tensor.untyped_storage().nbytes() < (last + 1) * tensor.itemsize
+
+
+def check_memory_of(weight: Tensor, name: str) -> None:
+    """Raises ValueError where a weight, by its name, can't even be read."""
+    if lacks_memory(weight):
+        raise ValueError(f"{name} has no memory: {_FREED}")
 
 
 class Extent(NamedTuple):
@@ -323,6 +338,11 @@ def extent(what: str, tensor: Tensor, written: bool) -> Extent:
     return Extent(str(tensor.device), begin, begin + (last + 1) * tensor.itemsize, what, tensor, written)
 
 
+def has_address(tensor: Tensor) -> bool:
+    """Whether a tensor lies in memory itself, not in others that its class wraps."""
+    return type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
+
+
 def check_memory(extents: Iterable[Extent]) -> None:
     """Raises ValueError where something that a step writes lies in the memory of another of its tensors: kernels step
     all at once, and one of two updates would be lost, now and then.
@@ -334,8 +354,7 @@ def check_memory(extents: Iterable[Extent]) -> None:
             if (each.written or now.written) and _share(each.tensor, now.tensor):
                 raise ValueError(
                     f"{each.what} and {now.what} share memory, and one of two steps would be lost at random; tie "
-                    "weights as one "
-                    "Parameter (a.weight = b.weight), or clone() one of them"
+                    "weights as one Parameter (a.weight = b.weight), or clone() one of them"
                 )
         before.append(now)
 

@@ -44,9 +44,8 @@ def warn_of_early_annealing(group: dict[str, Any], r: float, total_steps: int) -
     if r < 0.9 and was_measured(group, total_steps):
         warn(
             f"annealing: after {EARLY:.0%} of the training r = {r:.2f} already, on weights that are not pretrained: "
-            "they "
-            "choose their levels while they are free. Leave hold= out for the measured default, or say pretrained=True "
-            "to param_groups if they are trained"
+            "they choose their levels while they are free. Leave hold= out for the measured default, or say "
+            "pretrained=True to param_groups if they are trained"
         )
 
 
@@ -65,9 +64,9 @@ def warn_of_small_steps(
         if reached is not None and reached < REACH:
             warn(
                 f"annealing: at lr = {float(group['lr']):g} a weight would go about {reached:.2g} times half the "
-                "distance "
-                f"between two levels until the training ends, if it never turned; below {REACH:g} too few weights can "
-                "choose their level. Raise the learning rate (docs/recipes.md has those that work), or train longer"
+                f"distance between two levels until the training ends, if it never turned; below {REACH:g} too few "
+                "weights can choose their level. Raise the learning rate (docs/recipes.md has those that work), or "
+                "train longer"
             )
             return
 
@@ -98,11 +97,10 @@ def warn_of_moves(moves: Sequence[tuple[str, int, int, float]], epsilon: float) 
     named = ", ".join(f"{name} ({count / numel:.1%}, by up to {away:.2g})" for name, numel, count, away in worst[:3])
     warn(
         f"finalize: {f'epsilon is still {epsilon:.3g}: ' if epsilon > 0 else ''}{moving / total:.1%} of the weights "
-        "are "
-        f"off their levels and will move, by up to {max(each[3] for each in worst):.3g} of half the distance between "
-        f"levels; most in {named}. Nothing has to move when all weights are annealed to the end: total_steps are those "
-        "of the whole training, no layer is frozen on the way, and the weights are the last ones, not an earlier "
-        "checkpoint"
+        f"are off their levels and will move, by up to {max(each[3] for each in worst):.3g} of half the distance "
+        f"between levels; most in {named}. Nothing has to move when all weights are annealed to the end: total_steps "
+        "are those of the whole training, no layer is frozen on the way, and the weights are the last ones, not an "
+        "earlier checkpoint"
     )
 
 

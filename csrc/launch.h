@@ -14,14 +14,22 @@ struct Span {
   void* state[3];  // Sgd: momentum_buffer; AdamW: exp_avg, exp_avg_sq, max_exp_avg_sq
   uint8_t* codes;
   void* snapped;
-  const void* scale;  // of the arithmetic type; weight i has scale[(i / scale_run) % scale_count]
-  int64_t scale_run, scale_count;
+  const void* scale;               // of the arithmetic type; scale_of() says which one a weight has
+  int64_t scale_run, scale_count;  // weights that share one, scales until they begin anew
+  int64_t outer_run, outer_count;  // where the next scale_count of them follow; less than two times: nowhere
   int64_t size;
   void* step;             // AdamW: steps made so far, where only the device knows them; else Settings.steps holds
   void* remainder;        // 16 bits for each weight
   uint64_t stream;        // of random bits
   int64_t first_element;  // number of the first weight, where the tensor is a part of a larger one
 };
+
+// The number of weight i's scale. Scales along one dimension of a weight are one run; those that follow expert and
+// output of (experts, in, out), or groups and output of (in, out), are runs within runs.
+ASKEW_FN int64_t scale_of(const Span& span, int64_t i) {
+  const int64_t inner = i / span.scale_run % span.scale_count;
+  return span.outer_count < 2 ? inner : i / span.outer_run % span.outer_count * span.scale_count + inner;
+}
 
 // All that a backend needs for one call.
 struct Launch {

@@ -66,8 +66,7 @@ def table(found: dict[str, dict[str, list[float]]], hidden: int, seeds: int) -> 
     """Mean test accuracies."""
     lines = [
         f"Test accuracy in %, digits, MLP 64-{hidden}-{hidden}-10, all weight matrices quantized, mean of {seeds} "
-        "seeds; "
-        f"full precision {statistics.mean(found['full precision']['']):.2f}",
+        f"seeds; full precision {statistics.mean(found['full precision']['']):.2f}",
         f"{'':10}{'straight-through':>18}{'askew_cuda':>14}",
     ]
     for name, title in WIDTHS.items():

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from askew_cuda import reference, rounding
-from askew_cuda.checks import Call, check
+from askew_cuda.checks import Call, check_call
 from tests.tensors import Guarded, draw_gradient, draw_weight, guarded, same_layout
 
 # Tests of the compiled operators need them: no extension is an error, unless the build was told to make none.
@@ -142,7 +142,7 @@ FACTORS: dict[str, tuple] = {
     "size": SIZES,
     "rule": tuple(RULES),
     "codebook": tuple(CODEBOOKS),
-    "granularity": ("tensor", "channel", "group"),
+    "granularity": ("tensor", "channel", "group", "column", "column_group"),  # the last two: the output is dimension 1
     "annealing": tuple(ANNEALINGS),
     "epsilon": (0.0, 1e-6, 0.3, 0.96, 1.0),
     "outputs": ((), ("codes",), *(("codes", dtype) for dtype in DTYPES)),
@@ -264,13 +264,16 @@ CASES = COVERING + STANDING
 
 
 def shape_of(case: Case) -> tuple[int, ...]:
-    runs = {"tensor": 1, "channel": 3, "group": 6}[case.granularity]
+    runs = {"tensor": 1, "channel": 3, "group": 6, "column": 3, "column_group": 6}[case.granularity]
     size = case.size if case.size < 1000 else -(-case.size // runs)  # the last size is that of the whole tensor
     if case.layout == "channels_last":
-        return (3, size, 1, 2)  # per channel and per group: two weights of each input channel
+        rows = 6 if case.granularity == "column_group" else 3
+        return (rows, size, 1, 2)  # per channel and per group: two weights of each input channel
     if case.granularity == "group":
         return (2, 3 * size)
-    if case.granularity == "channel" or case.layout in ("transposed", "mixed"):
+    if case.granularity == "column_group":
+        return (6, size)
+    if case.granularity in ("channel", "column") or case.layout in ("transposed", "mixed"):
         return (3, size)
     return (size,)
 
@@ -282,6 +285,8 @@ def draw_scale(case: Case, generator: torch.Generator) -> Tensor:
     shape = shape_of(case)
     if case.granularity == "tensor":
         scale_shape = ()
+    elif case.granularity.startswith("column"):
+        scale_shape = (1 if case.granularity == "column" else 2, shape[1], *(1 for _ in shape[2:]))
     elif case.granularity == "channel":
         scale_shape = (3, *(1 for _ in shape[1:]))
     else:
@@ -403,7 +408,7 @@ def _planned(operator: str) -> Callable[..., None]:
 
     def call(*lists, **settings) -> None:
         given = Call.of(operator, *lists, **settings)
-        check(given)
+        check_call(given)
         plan = EXTENSION.Plan([(operator, given.arguments())])
         plan.lay_out()
         plan.run()

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from askew_cuda.reference import spread
+
 GUARD = 64  # numbers on each side of a tensor; a multiple of the largest vector, so that "contiguous" stays aligned
 
 
@@ -80,8 +82,7 @@ def draw_weight(
         return _spoilt(generator, w) if hostile else w
     level = torch.tensor(levels, dtype=torch.float64)
     # Groups are runs of weights in logical order; broadcasting does the rest.
-    if scale.dim() == 2 and len(shape) and scale.shape[1] > 1:
-        scale = scale.reshape(-1, 1).expand(-1, normal.numel() // scale.numel()).reshape(shape)
+    scale = spread(scale, torch.empty(shape))
     below = torch.randint(0, len(levels) - 1, shape, generator=generator)
     lower, upper = level[below], level[below + 1]
     lowest, highest = level[0], level[-1]

@@ -20,7 +20,9 @@ import triton.language as tl
 
 # Columns of a tensor's row in the launch's table of int64 numbers; addresses that are not used are 0.
 WEIGHT, GRAD, STATE, CODES, SNAPPED, SCALE = (tl.constexpr(k) for k in (0, 1, 2, 5, 6, 7))
-SIZE, SCALE_RUN, SCALE_COUNT, FIRST_BLOCK, ALIGNED, COLUMNS = (tl.constexpr(k) for k in (8, 9, 10, 11, 12, 13))
+SIZE, SCALE_RUN, SCALE_COUNT, OUTER_RUN, OUTER_COUNT, FIRST_BLOCK, ALIGNED, COLUMNS = (
+    tl.constexpr(k) for k in range(8, 16)
+)
 # Rows of a table of levels: their values, the midpoints above them, then half the distance to the neighbour, and its
 # inverse.
 LEVELS, MIDPOINTS, BELOW, ABOVE, INVERSE_BELOW, INVERSE_ABOVE = (tl.constexpr(k) for k in range(6))
@@ -201,7 +203,7 @@ def multiples(position, lane, period, BLOCK: tl.constexpr):
 
 @triton.jit
 def scale_of(row, start, lane, BLOCK: tl.constexpr, PER_TENSOR: tl.constexpr):
-    """Weight i has scale[(i / run) % count]."""
+    """Weight i has scale[(i // outer_run) % outer_count * count + (i // run) % count]."""
     scale = tl.load(row + SCALE).to(tl.pointer_type(tl.float32))
     if PER_TENSOR:
         return tl.load(scale)
@@ -209,7 +211,12 @@ def scale_of(row, start, lane, BLOCK: tl.constexpr, PER_TENSOR: tl.constexpr):
         run, count = tl.load(row + SCALE_RUN), tl.load(row + SCALE_COUNT)
         first = (start // run) % count
         further = multiples(start % run, lane, run, BLOCK)
-        return tl.load(scale + first + (further - multiples(first, further, count, BLOCK) * count))
+        inner = first + (further - multiples(first, further, count, BLOCK) * count)
+        outer_run, outer_count = tl.load(row + OUTER_RUN), tl.load(row + OUTER_COUNT)
+        before = (start // outer_run) % outer_count
+        after = multiples(start % outer_run, lane, outer_run, BLOCK)
+        outer = before + (after - multiples(before, after, outer_count, BLOCK) * outer_count)
+        return tl.load(scale + outer * count + inner)
 
 
 @triton.jit
@@ -330,11 +337,13 @@ def step_block(
     stored = narrow(tl.where(lr != 0, moved, w), WEIGHT_TYPE)
     write(weights, stored, mask, WHOLE)
     if CODED or SNAPPED_TYPE is not None:  # (E6), from what the storage made of the weight
-        index = nearest(widen(stored) * grid[1], book, CAPACITY)
+        kept = widen(stored)
+        index = nearest(kept * grid[1], book, CAPACITY)
         if CODED:
             write(place(row, CODES, start, lane, tl.uint8, WHOLE), index.to(tl.uint8), mask, WHOLE)
         if SNAPPED_TYPE is not None:
-            snapped = narrow(grid[0] * level_of(index, book, CAPACITY), SNAPPED_TYPE)
+            level = grid[0] * level_of(index, book, CAPACITY)
+            snapped = narrow(tl.where(kept == kept, level, kept), SNAPPED_TYPE)  # NaN has none
             write(place(row, SNAPPED, start, lane, SNAPPED_TYPE, WHOLE), snapped, mask, WHOLE)
 
 

@@ -20,7 +20,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import reference
-from ..checks import by_channel
 from ..reference import Settings
 from .kernel import step_kernel
 
@@ -79,7 +78,7 @@ class BlockMap(NamedTuple):
     """What a launch needs to know of its tensors, but where they lie; and the last tables that said that, too."""
 
     owner: Tensor  # (programs,) int32, on the device: the tensor that a program's block is in
-    columns: Tensor  # (tensors, 4) int64: size, scale run, scale count, first block
+    columns: Tensor  # (tensors, 6) int64: size, four of scales, first block
     per_tensor: bool  # no weight has more than one scale
     tables: Latest[Tensor]
 
@@ -93,49 +92,74 @@ def capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
+def in_use(tensors: Tensors, device: torch.device) -> None:
+    """The current stream reads these, which other streams may share: once they are dropped, torch's allocator gives
+    their memory to nobody before that has been done.
+    """
+    if device.type != "cpu":
+        stream = torch.get_device_module(device).current_stream(device)
+        for tensor in tensors:
+            tensor.record_stream(stream)
+
+
 def refuse_capture(device: torch.device) -> None:
     """Copies to the device can't be captured."""
     if capturing(device):
         raise RuntimeError(
             "askew_cuda: step() in a CUDA graph capture with tensors that no step has seen where they lie now; make "
-            "one step before it "
-            "and keep the gradients (zero_grad(set_to_none=False)), or use backend='cuda'"
+            "one step before it and keep the gradients (zero_grad(set_to_none=False)), or use backend='cuda'"
         )
 
 
-def scale_in_order(weight: Tensor, scale: Tensor) -> Tensor:
-    """The scales in the order in which a weight in memory order meets them."""
-    if (
-        scale.numel() <= 1
-        or weight.numel() == 0
-        or weight.is_contiguous()
-        or by_channel(weight, scale)
-        or scale.shape[1] == 1
-    ):
-        return scale.contiguous()
-    # groups are counted in logical order: in another memory order each weight brings its own
-    each = scale.reshape(-1, 1).expand(-1, weight.numel() // scale.numel()).reshape(weight.shape)
-    return torch.empty_like(weight, dtype=scale.dtype).copy_(each)
+class ScaleOrder(NamedTuple):
+    """Scales in the order in which a weight in memory order meets them: element i has number
+    (i // outer_run) % outer_count * scales + (i // run) % scales.
+    """
+
+    scale: Tensor
+    run: int
+    scales: int
+    outer_run: int = 1
+    outer_count: int = 1
 
 
-def scale_layout(weight: Tensor, scale: Tensor) -> tuple[int, int]:
-    """(run, count): element i of the weight, in memory order, has scale[(i // run) % count]."""
-    size, count = weight.numel(), scale.numel()
-    if count <= 1 or size == 0:
-        return max(size, 1), 1
-    return (size // count if weight.is_contiguous() or count == size else weight.stride(0)), count
+def scale_order(weight: Tensor, scale: Tensor) -> ScaleOrder:
+    """``csrc/torch/prepared.cpp``, set_scale()."""
+    size = weight.numel()
+    if scale.numel() <= 1 or size == 0:
+        return ScaleOrder(scale.contiguous(), max(size, 1), 1)
+    if scale.dim() != weight.dim():  # (rows, groups)
+        if weight.is_contiguous():
+            return ScaleOrder(scale.contiguous(), size // scale.numel(), scale.numel())
+    else:
+        sizes = zip(scale.shape, weight.shape, weight.stride(), strict=True)
+        varying = [(stride * (n // count), count, d) for d, (count, n, stride) in enumerate(sizes) if count > 1]
+        digits: list[tuple[int, int]] = []  # (run, count), innermost first; without a gap between them they are one
+        for run, count, _ in sorted(varying):
+            if digits and run == digits[-1][0] * digits[-1][1]:
+                digits[-1] = (digits[-1][0], digits[-1][1] * count)
+            else:
+                digits.append((run, count))
+        if len(digits) <= 2:
+            outermost_first = [d for *_, d in sorted(varying, reverse=True)]
+            rest = [d for d in range(scale.dim()) if d not in outermost_first]
+            in_order = scale.permute(*outermost_first, *rest)
+            in_order = scale if in_order.is_contiguous() else in_order.contiguous()
+            return ScaleOrder(in_order, *(number for digit in digits for number in digit))
+    each = torch.empty_like(weight, dtype=scale.dtype).copy_(reference.spread(scale, weight).expand(weight.shape))
+    return ScaleOrder(each, 1, size)
 
 
 def make_layout(lists: Lists) -> BlockMap:
     """For tensors in memory order. A block never crosses a tensor; an empty one has none."""
     refuse_capture(lists.weights[0].device)
     scales = zip(lists.weights, lists.scales, strict=True) if lists.scales else ()
-    runs = [scale_layout(weight, scale) for weight, scale in scales] or [(1, 1)] * len(lists.weights)
-    sizes = torch.tensor([weight.numel() for weight in lists.weights])
+    runs = [scale_order(weight, scale)[1:] for weight, scale in scales] or [(1, 1, 1, 1)] * len(lists.weights)
+    sizes = torch.tensor([weight.numel() for weight in lists.weights], device="cpu")
     blocks = (sizes + (BLOCK - 1)) // BLOCK
-    owner = torch.repeat_interleave(torch.arange(len(sizes), dtype=torch.int32), blocks)
-    columns = torch.cat([sizes[:, None], torch.tensor(runs), (blocks.cumsum(0) - blocks)[:, None]], 1)
-    return BlockMap(owner.to(lists.weights[0].device), columns, all(count == 1 for _, count in runs), Latest(8))
+    owner = torch.repeat_interleave(torch.arange(len(sizes), dtype=torch.int32, device="cpu"), blocks)
+    columns = torch.cat([sizes[:, None], torch.tensor(runs, device="cpu"), (blocks.cumsum(0) - blocks)[:, None]], 1)
+    return BlockMap(owner.to(lists.weights[0].device), columns, all(count == 1 for _, count, *_ in runs), Latest(8))
 
 
 def addresses_of(lists: Lists) -> tuple[tuple[int, ...], ...]:
@@ -151,7 +175,7 @@ def make_table(addresses: tuple[tuple[int, ...], ...], layout: BlockMap) -> Tens
     it.
     """
     refuse_capture(layout.owner.device)
-    columns = torch.tensor(addresses).t()
+    columns = torch.tensor(addresses, device="cpu").t()
     aligned = (columns[:, :-1] % 16 == 0).all(1, keepdim=True)
     return torch.cat([columns, layout.columns, aligned], 1).to(layout.owner.device)
 
@@ -184,7 +208,7 @@ def in_memory_order(lists: Lists) -> tuple[Lists, list[tuple[Tensor, Tensor]]]:
         for name, tensors in lists.beside_weights().items()
     }
     state: dict[str, Tensors] = {name: beside[name] for name in lists.state}
-    scales = [scale_in_order(weight, scale) for weight, scale in zip(weights, lists.scales, strict=False)]
+    scales = [scale_order(weight, scale).scale for weight, scale in zip(weights, lists.scales, strict=False)]
     return Lists(weights, beside["grads"], state, scales, lists.levels, beside["codes"], beside["snapped"]), written
 
 
@@ -216,14 +240,14 @@ def codebook(levels: tuple[float, ...], device: torch.device) -> tuple[tuple[flo
     """(book, capacity) as the kernel takes them; capacity 0: no table is needed."""
     if not levels:
         return (0.0, 0.0, 0.0, 0.0), 0
-    like = torch.zeros((), dtype=torch.float32)
+    like = torch.zeros((), dtype=torch.float32, device="cpu")
     book = reference.codebook(levels, like)
     ends = (float(book.unit), float(book.lowest), float(book.highest))
     if isinstance(book, reference.UniformCodebook):
         return (*ends, float(book.top)), 0
     capacity = 16 if len(levels) <= 16 else 256
     rows = (book.levels, book.midpoints, book.below, book.above, book.below.reciprocal(), book.above.reciprocal())
-    table = torch.full((len(rows), capacity), math.inf)
+    table = torch.full((len(rows), capacity), math.inf, device="cpu")
     for row, values in zip(table, rows, strict=True):
         row[: len(values)] = values
     return (*ends, table.to(device)), capacity
@@ -238,8 +262,7 @@ def argument(name: str, value: Scalar, default: float, device: torch.device) -> 
     if value.device != device:
         raise ValueError(
             f"askew_cuda: {name} is on {value.device} and the weights on {device}; it can be a number, there, or on "
-            "the "
-            "CPU"
+            "the CPU"
         )
     return value.detach().to(torch.float32)
 
@@ -271,7 +294,8 @@ def bias_corrections(
     if len(set(counts)) == 1:
         return pairs[0]
     first, second = (
-        torch.tensor(each, dtype=torch.float32).to(device, non_blocking=True) for each in zip(*pairs, strict=True)
+        torch.tensor(each, dtype=torch.float32, device="cpu").to(device, non_blocking=True)
+        for each in zip(*pairs, strict=True)
     )
     return first, second
 
@@ -312,12 +336,13 @@ def launch(
     layout = layout_of(lists)
     written: list[tuple[Tensor, Tensor]] = []
     if layout is None:
-        lists, written = in_memory_order(lists)
-        layout = make_layout(lists)
+        given, (lists, written) = lists, in_memory_order(lists)
+        layout = make_layout(lists._replace(scales=given.scales))
     device, dtype, quantized = lists.weights[0].device, lists.weights[0].dtype, bool(lists.levels)
     addresses = addresses_of(lists)
     table = layout.tables.make(addresses, functools.partial(make_table, addresses, layout))
     book, capacity = codebook(lists.levels, device)
+    in_use([each for each in (table, layout.owner, *book) if isinstance(each, Tensor)], device)
     if capturing(device):
         captured.append((table, layout.owner, book))
     capture, rate = settings.anneal == "capture", settings.alpha if settings.recovery is None else settings.recovery

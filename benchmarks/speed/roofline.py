@@ -97,8 +97,8 @@ def why(point: Point) -> str:
     if point.outputs:
         unasked = point.measured / max(point.by_instructions, point.by_bytes * (1 + point.outputs / point.bytes)) - 1
         causes.append(
-            "outputs are written only, and the processor reads their lines first; "
-            f"with these reads the gap is {unasked:+.0%}"
+            "outputs are written only, and the processor reads their lines first; with these reads the gap is "
+            f"{unasked:+.0%}"
         )
     if low > 0.4 * high:
         shown = (point.measured - high) / low

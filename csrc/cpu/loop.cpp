@@ -41,11 +41,15 @@ struct Loop {
       int64_t run_end = end;  // weights up to here share a scale
       Grid<P> grid{};
       if constexpr (Codebook::quantized) {
+        if (span.scale_run == 1 && span.scale_count >= width) {
+          i = run_side_by_side(span, i, end);
+          if (i == end) return;
+        }
         if (span.scale_count > 1) {
           const int64_t boundary = (i / span.scale_run + 1) * span.scale_run;
           run_end = boundary < end ? boundary : end;
         }
-        grid = make_grid(broadcast(scale_of(span, i), P{}), codebook, h);
+        grid = make_grid(broadcast(scale_at(span, i), P{}), codebook, h);
       }
       for (; i + packs * width <= run_end; i += packs * width) turn<packs>(span, i, grid);
       for (; i + width <= run_end; i += width) one(span, i, grid);
@@ -54,7 +58,7 @@ struct Loop {
         if constexpr (Codebook::quantized) {
           if (run_end < end) {
             P scale{};
-            for (int lane = 0; lane < width; ++lane) scale[lane] = scale_of(span, i + (lane < count ? lane : 0));
+            for (int lane = 0; lane < width; ++lane) scale[lane] = scale_at(span, i + (lane < count ? lane : 0));
             grid = make_grid(scale, codebook, h);
           }
         }
@@ -67,8 +71,18 @@ struct Loop {
     }
   }
 
-  static ASKEW_FN T scale_of(const Span& span, int64_t i) {
-    return static_cast<const T*>(span.scale)[span.scale_count == 1 ? 0 : (i / span.scale_run) % span.scale_count];
+  static ASKEW_FN T scale_at(const Span& span, int64_t i) {
+    const bool one = span.scale_count == 1 && span.outer_count < 2;
+    return static_cast<const T*>(span.scale)[one ? 0 : scale_of(span, i)];
+  }
+
+  // Weights from i on whose scales lie side by side, as far as whole packs go: each neighbour has the next scale.
+  ASKEW_FN int64_t run_side_by_side(const Span& span, int64_t i, int64_t end) const {
+    const int64_t inner = i % span.scale_count, wrap = i - inner + span.scale_count;
+    const T* scales = static_cast<const T*>(span.scale) + scale_of(span, i);
+    for (const int64_t last = wrap < end ? wrap : end; i + width <= last; i += width, scales += width)
+      one(span, i, make_grid(load<P>(scales), codebook, h));
+    return i;
   }
 
   ASKEW_FN P load_weight(const Span& span, int64_t i) const {
@@ -154,7 +168,8 @@ struct Loop {
     const auto index = codebook.nearest(w * grid.inverse);
     if (span.codes) store_codes(span.codes + i, index);
     if (!span.snapped) return;
-    const P snapped = grid.unit * codebook.level(index);
+    const P level = grid.unit * codebook.level(index);
+    const P snapped = w == w ? level : w;  // NaN has none
     if (snapped_dtype == Dtype::float64)
       return store(at<double>(span.snapped, i), __builtin_convertvector(snapped, Pack<double, width>));
     const auto single = __builtin_convertvector(snapped, Pack<float, width>);

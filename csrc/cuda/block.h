@@ -90,7 +90,7 @@ struct Runs {
 
   static ASKEW_FN Runs of(const Span& span, int64_t begin) {
     const int64_t first = begin / span.scale_run % span.scale_count;
-    return {static_cast<const T*>(span.scale) + first, clamped(span.scale_run - begin % span.scale_run),
+    return {static_cast<const T*>(span.scale) + scale_of(span, begin), clamped(span.scale_run - begin % span.scale_run),
             clamped(span.scale_run), clamped(span.scale_count - first)};
   }
   static ASKEW_FN int32_t clamped(int64_t length) {
@@ -102,7 +102,7 @@ struct Runs {
     const int32_t further = position < left ? 0 : 1 + (position - left) / run;
     end = left + further * run;
     if (further < straight) return scales[further];
-    return static_cast<const T*>(span.scale)[(begin + position) / span.scale_run % span.scale_count];
+    return static_cast<const T*>(span.scale)[scale_of(span, begin + position)];
   }
 };
 
@@ -275,9 +275,11 @@ struct Worker {
     T snapped[count];
 #pragma unroll
     for (int k = 0; k < count; ++k) {
-      const auto index = codebook.nearest(widen(w[k]) * grid.inverse);
+      const T wide = widen(w[k]);
+      const auto index = codebook.nearest(wide * grid.inverse);
       codes[k] = static_cast<uint8_t>(index);
-      snapped[k] = grid.unit * codebook.level(index);
+      const T level = grid.unit * codebook.level(index);
+      snapped[k] = wide == wide ? level : wide;  // NaN has none
     }
     if (block.span.codes) write(block.span.codes, i, codes);
     void* to = block.span.snapped;

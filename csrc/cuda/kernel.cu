@@ -73,6 +73,8 @@ cudaError_t step_variant(const Launch& launch, const CudaCall& call) {
   return cudaSuccess;
 }
 
+constexpr int oldest = 75;  // compute capability that the kernels are compiled for in tests, and that CUDA 13 knows
+
 std::string version(int number) { return std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10); }
 
 }  // namespace
@@ -112,6 +114,8 @@ std::string cuda_problem(int device) {
   if (error == cudaSuccess) return "";
   cudaGetLastError();  // it is reported here and need not be seen again
   const std::string here = std::to_string(properties.major) + "." + std::to_string(properties.minor);
+  if (10 * properties.major + properties.minor < oldest)
+    return std::string(properties.name) + " has compute capability " + here + ", and the kernels need 7.5";
   return "the kernels were built with CUDA " + cuda_built_for() + " and " + properties.name +
          " has compute capability " + here + " (" + cudaGetErrorString(error) +
          "); reinstall askew_cuda with TORCH_CUDA_ARCH_LIST=" + here;

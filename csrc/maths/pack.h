@@ -275,7 +275,13 @@ ASKEW_FN float widen(Float16 x) {
   asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(x.bits));
   return wide;
 }
-ASKEW_FN void narrow(BFloat16& to, float x) { asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(to.bits) : "f"(x)); }
+ASKEW_FN void narrow(BFloat16& to, float x) {
+#if __CUDA_ARCH__ >= 800
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(to.bits) : "f"(x));
+#else
+  to.bits = static_cast<uint16_t>(narrow_bfloat16<uint32_t>(x));
+#endif
+}
 ASKEW_FN void narrow(Float16& to, float x) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to.bits) : "f"(x)); }
 #else
 ASKEW_FN float widen(BFloat16 x) { return widen_bfloat16<float>(uint32_t{x.bits}); }

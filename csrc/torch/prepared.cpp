@@ -6,8 +6,7 @@
 
 #include <algorithm>
 #include <map>
-
-#include "backends.h"
+#include <optional>
 
 namespace askew {
 
@@ -38,37 +37,91 @@ const Tensor& MemoryOrder::copied(const Tensor& tensor, Tensor copy, bool writte
 
 namespace {
 
-// One number for a channel: (channels, 1, ..); for a group: (rows, groups).
-bool per_channel(const Tensor& weight, const Tensor& scale) {
-  return scale.numel() > 1 && weight.dim() > 0 && scale.dim() == weight.dim() && scale.size(0) == weight.size(0) &&
-         scale.numel() == weight.size(0);
-}
-bool per_group(const Tensor& weight, const Tensor& scale) {
-  return scale.numel() > 1 && weight.dim() > 1 && scale.dim() == 2 && scale.size(0) == weight.size(0) &&
-         (weight.numel() / scale.size(0)) % scale.size(1) == 0;
+// askew_cuda/reference.py, spread(): the scale of each weight, in the weight's memory order.
+Tensor spread(const Tensor& weight, const Tensor& scale) {
+  std::vector<int64_t> each, runs;
+  if (scale.dim() == weight.dim()) {
+    for (int64_t d = 0; d < scale.dim(); ++d) {
+      each.insert(each.end(), {scale.size(d), 1});
+      runs.insert(runs.end(), {scale.size(d), weight.size(d) / scale.size(d)});
+    }
+  } else {  // (rows, groups)
+    each = {scale.numel(), 1};
+    runs = {scale.numel(), weight.numel() / scale.numel()};
+  }
+  const Tensor spread = scale.reshape(each).expand(runs).reshape(weight.sizes());
+  return at::empty_like(weight, scale.options()).copy_(spread);
 }
 
-// Fills scale, scale_run and scale_count for a weight in memory order.
-void set_scale(Span& span, const Tensor& weight, const Tensor& scale, MemoryOrder& order) {
-  const int64_t size = weight.numel(), count = scale.numel();
-  TORCH_CHECK_VALUE(count == 1 || size == 0 || per_channel(weight, scale) || per_group(weight, scale),
-                    "askew_cuda: a scale has shape ", scale.sizes(), " for a weight of shape ", weight.sizes(),
-                    "; (), (channels, 1, ..) or (rows, groups) are understood");
-  span.scale_count = count;
-  if (count <= 1) {  // 0: an empty weight has no chunk, and needs none
-    span.scale_run = size > 0 ? size : 1;
-  } else if (weight.is_contiguous()) {
-    span.scale_run = size / count;
-  } else if (per_channel(weight, scale) || scale.size(1) == 1) {
-    span.scale_run = weight.stride(0);
-  } else {  // groups are counted in logical order: in another memory order each weight brings its own
-    const Tensor each = scale.reshape({count, 1}).expand({count, size / count}).reshape(weight.sizes());
-    span.scale = order.keep(at::empty_like(weight, scale.options()).copy_(each));
-    span.scale_run = 1;
-    span.scale_count = size;
-    return;
+// Scales along a dimension of a weight: weights in memory that share one, and how many there are.
+struct Digit {
+  int64_t dim, run, count;
+};
+
+// The number of a weight's scale, digit by digit, innermost first. Nothing where the rows of another memory order have
+// groups.
+std::optional<std::vector<Digit>> digits_of(const Tensor& weight, const Tensor& scale) {
+  if (scale.dim() != weight.dim()) {
+    if (!weight.is_contiguous()) return std::nullopt;
+    return std::vector<Digit>{{0, weight.numel() / scale.numel(), scale.numel()}};
   }
-  span.scale = scale.is_contiguous() ? scale.const_data_ptr() : order.keep(scale.contiguous());
+  std::vector<Digit> digits;
+  for (int64_t d = 0; d < weight.dim(); ++d)
+    if (scale.size(d) > 1) digits.push_back({d, weight.stride(d) * (weight.size(d) / scale.size(d)), scale.size(d)});
+  std::sort(digits.begin(), digits.end(), [](const Digit& a, const Digit& b) { return a.run < b.run; });
+  return digits;
+}
+
+void check_scale(const Tensor& weight, const Tensor& scale) {
+  bool fits = scale.dim() == weight.dim();
+  for (int64_t d = 0; fits && d < scale.dim(); ++d) fits = scale.size(d) > 0 && weight.size(d) % scale.size(d) == 0;
+  const bool rows = scale.dim() == 2 && weight.dim() > 2 && scale.size(0) == weight.size(0) && scale.size(1) > 0 &&
+                    (weight.numel() / weight.size(0)) % scale.size(1) == 0;
+  TORCH_CHECK_VALUE(
+      fits || rows, "askew_cuda: a scale has shape ", scale.sizes(), " for a weight of shape ", weight.sizes(),
+      "; one number, in each dimension 1, the weight's size or a divisor of it, or (rows, groups) are understood");
+}
+
+// Fills what a span says of scales, for a weight in memory order.
+void set_scale(Span& span, const Tensor& weight, const Tensor& scale, MemoryOrder& order) {
+  const int64_t size = weight.numel();
+  span.scale_run = size > 0 ? size : 1;
+  span.scale_count = 1;
+  Tensor in_order = scale;
+  if (scale.numel() > 1 && size > 0) {
+    check_scale(weight, scale);
+    auto digits = digits_of(weight, scale);
+    if (digits && scale.dim() == weight.dim()) {  // its numbers in the order in which the weight's memory meets them
+      std::vector<int64_t> dims;
+      for (auto digit = digits->rbegin(); digit != digits->rend(); ++digit) dims.push_back(digit->dim);
+      for (int64_t d = 0; d < scale.dim(); ++d)
+        if (scale.size(d) == 1) dims.push_back(d);
+      in_order = scale.permute(dims);
+      for (size_t k = 1; k < digits->size();) {  // digits that follow each other without a gap are one
+        Digit &inner = (*digits)[k - 1], &outer = (*digits)[k];
+        if (outer.run != inner.run * inner.count) {
+          ++k;
+          continue;
+        }
+        inner.count *= outer.count;
+        digits->erase(digits->begin() + static_cast<std::ptrdiff_t>(k));
+      }
+    }
+    if (!digits || digits->size() > 2) {
+      in_order = spread(weight, scale);
+      span.scale = order.keep(in_order);
+      span.scale_run = 1;
+      span.scale_count = size;
+      return;
+    }
+    span.scale_run = digits->front().run;
+    span.scale_count = digits->front().count;
+    if (digits->size() == 2) {
+      span.outer_run = digits->back().run;
+      span.outer_count = digits->back().count;
+    }
+  }
+  span.scale = in_order.is_contiguous() ? in_order.const_data_ptr() : order.keep(in_order.contiguous());
 }
 
 // Chunks to torch's threads. One is worth waking for a chunk's worth of weights, however many tensors they lie in.
@@ -131,7 +184,8 @@ bool PreparedCall::take_gradients() {
     const Tensor &weight = arguments_.weights[i], &grad = weight.grad();
     arguments_.grads[i] = grad;
     if (grad.defined() && !(grad.sizes() == weight.sizes() && grad.scalar_type() == weight.scalar_type() &&
-                            grad.device() == device_ && grad.layout() == at::kStrided))
+                            grad.device() == device_ && grad.layout() == at::kStrided &&
+                            (grad.numel() == 0 || grad.const_data_ptr())))
       return false;
   }
   return true;
@@ -170,11 +224,13 @@ void PreparedCall::take_numbers() {
       " but steps[0] on the CPU, where nothing knows whether this step counts; keep the steps with the weights");
   settings.rate_is_alpha = arguments_.alpha.has_value();
   settings.rate = settings.rate_is_alpha ? *arguments_.alpha : *arguments_.recovery;
-  settings.seed = static_cast<uint64_t>(arguments_.seed.value_or(0));
-  const Tensor& seed = arguments_.device_seed;
-  TORCH_CHECK_VALUE(!seed.defined() || seed.device() == device_, "askew_cuda: seed is on ", seed.device(),
-                    " but weights[0] is on ", device_);
-  numbers_.seed = seed.defined() ? seed.const_data_ptr<int64_t>() : nullptr;
+  const Tensor& seed = arguments_.seed_tensor;
+  const bool here = !seed.defined() || seed.is_cpu();
+  TORCH_CHECK_VALUE(here || seed.device() == device_, "askew_cuda: seed is on ", seed.device(), " but weights[0] is on ",
+                    device_);
+  const int64_t number = seed.defined() && here ? seed.item<int64_t>() : arguments_.seed.value_or(0);
+  settings.seed = static_cast<uint64_t>(number);
+  numbers_.seed = here ? nullptr : seed.const_data_ptr<int64_t>();
 }
 
 void PreparedCall::make_spans() {
@@ -185,7 +241,7 @@ void PreparedCall::make_spans() {
   launch_.dtype = dtype_of(a.weights[0], "weights[0]");
   launch_.wide_state = !a.state[0].empty() && a.state[0][0].scalar_type() != a.weights[0].scalar_type();
   launch_.snapped_dtype = a.snapped.empty() ? Dtype::float32 : dtype_of(a.snapped[0], "snapped[0]");
-  launch_.rounding = a.seed || a.device_seed.defined() ? Rounding::stochastic
+  launch_.rounding = a.seed || a.seed_tensor.defined() ? Rounding::stochastic
                      : !a.remainders.empty()           ? Rounding::remainder
                                                        : Rounding::nearest;
   if (counts_there_) numbers_.step_is_double = a.steps[0].scalar_type() == at::kDouble;
@@ -242,12 +298,13 @@ void PreparedCall::run() {
   bool alike = true;
   for (size_t i = 0; i < weights.size() && alike; ++i) alike = grads[i].defined() && step_of(i) == step_of(0);
   if (alike) {
-    run_together(spans_, step_of(0));
+    run_together(spans_, step_of(0), 0);
   } else {
     std::map<double, std::vector<Span>> by_step;
     for (size_t i = 0; i < weights.size(); ++i)
       if (grads[i].defined()) by_step[step_of(i)].push_back(spans_[i]);
-    for (const auto& [step, spans] : by_step) run_together(spans, step);
+    size_t number = 0;
+    for (const auto& [step, spans] : by_step) run_together(spans, step, number++);
   }
   for (size_t i = 0; i < steps.size() && !counts_there_; ++i) {
     if (!grads[i].defined()) continue;
@@ -264,13 +321,16 @@ void PreparedCall::run() {
       if (grads[i].defined() && !(*list)[i].is_inference()) (*list)[i].unsafeGetTensorImpl()->bump_version();
 }
 
-void PreparedCall::run_together(const std::vector<Span>& spans, double steps) {
+// `number`: which launch of the run it is.
+void PreparedCall::run_together(const std::vector<Span>& spans, double steps, [[maybe_unused]] size_t number) {
   launch_.spans = spans.data();
   launch_.span_count = static_cast<int64_t>(spans.size());
   launch_.settings.steps = steps;
   if (device_.is_cpu()) run_cpu(launch_);
 #if defined(ASKEW_WITH_CUDA)
-  if (device_.is_cuda()) run_cuda(launch_, numbers_, device_);
+  if (!device_.is_cuda()) return;
+  if (tables_.size() <= number) tables_.resize(number + 1);
+  run_cuda(launch_, numbers_, device_, tables_[number]);
 #endif
 }
 

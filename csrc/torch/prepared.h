@@ -7,8 +7,8 @@
 #include <utility>
 #include <vector>
 
-#include "../cuda/cuda.h"
 #include "arguments.h"
+#include "backends.h"
 
 namespace askew {
 
@@ -58,7 +58,7 @@ class PreparedCall {
   void take(const char* name, const Scalar& scalar, double& setting, DeviceNumber& number);
   void take_numbers();
   void make_spans();
-  void run_together(const std::vector<Span>& spans, double steps);
+  void run_together(const std::vector<Span>& spans, double steps, size_t number);
   double step_of(size_t i) const;
 
   Arguments arguments_;
@@ -68,6 +68,7 @@ class PreparedCall {
   std::vector<Span> spans_;
   Launch launch_{};
   DeviceNumbers numbers_{};
+  std::vector<SpanTable> tables_;  // of the launches of a run, in their order
   bool has_spans_ = false, skipped_ = false, counts_there_ = false;
 };
 

@@ -1,5 +1,5 @@
 // Runs every thread of every block of CUDA launches on the processor, and compares what they leave with the CPU kernel. Built by
-// tests/test_cuda_on_host.py, with address and undefined-behaviour sanitizers. host_run CASES [SEED]
+// tests/gpu/test_cuda_on_host.py, with address and undefined-behaviour sanitizers. host_run CASES [SEED]
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
@@ -60,7 +60,7 @@ template <typename Any> bool alike(const char* a, const char* b) {
 
 // One tensor and all that belongs to it. codes: bytes; null where absent.
 struct Tensor {
-  int64_t size, run, count;
+  int64_t size, run, count, outer_run, outer_count;
   std::vector<std::pair<Dtype, Buffer>> numbers;  // weight, grad, state .., snapped
   std::vector<Buffer> codes, remainders;
   std::vector<double> steps;
@@ -139,6 +139,8 @@ Tensor draw_tensor(const Setup& setup) {
   Tensor tensor{pick<int64_t>({0, 1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 127, 1000, 8191, 8192, 8193, 16391}),
                 0,
                 1,
+                1,
+                1,
                 {},
                 {},
                 {},
@@ -149,9 +151,14 @@ Tensor draw_tensor(const Setup& setup) {
     tensor.run = pick<int64_t>({1, 2, 8, 9, 27, 32, tensor.size / 2, tensor.size});
     tensor.count = chance(0.5) ? (tensor.size + tensor.run - 1) / tensor.run : 1 + below(20);
   }
-  tensor.scale.emplace_back(tensor.count * (is_double ? 8 : 4), 0);
+  if (tensor.count > 1 && chance(0.4)) {  // experts, or groups along the first dimension
+    tensor.outer_run = tensor.run * tensor.count * (1 + below(3));
+    tensor.outer_count = 1 + below(5);
+  }
+  const int64_t count = tensor.count * tensor.outer_count;
+  tensor.scale.emplace_back(count * (is_double ? 8 : 4), 0);
   std::vector<double> scales;
-  for (int64_t i = 0; i < tensor.count; ++i) {
+  for (int64_t i = 0; i < count; ++i) {
     scales.push_back(pick({0.25, static_cast<double>(0.0371f), 2.0, chance(0.1) ? 0.0 : 0.5}));
     put(tensor.scale[0].data(), is_double ? Dtype::float64 : Dtype::float32, i, scales.back());
   }
@@ -161,7 +168,7 @@ Tensor draw_tensor(const Setup& setup) {
     for (int64_t i = 0; i < tensor.size; ++i) put(tensor.numbers.back().second.data(), dtype, i, value(i));
   };
   add(launch.dtype, [&](int64_t i) {
-    const double scale = scales[i / tensor.run % tensor.count];
+    const double scale = scales[i / tensor.outer_run % tensor.outer_count * tensor.count + i / tensor.run % tensor.count];
     if (setup.levels.empty() || chance(0.3)) return normal();
     const double level = setup.levels[below(static_cast<int64_t>(setup.levels.size()))];
     return scale * (level + pick({0.0, 0.5, 0.25, std::exp2(-static_cast<double>(below(22)))}) * pick({-1.0, 1.0}));
@@ -195,6 +202,8 @@ Span span_of(Tensor& tensor, const Setup& setup) {
   if (!setup.levels.empty()) span.scale = tensor.scale[0].data();
   span.scale_run = tensor.run;
   span.scale_count = tensor.count;
+  span.outer_run = tensor.outer_run;
+  span.outer_count = tensor.outer_count;
   span.size = tensor.size;
   if (setup.steps_there) span.step = tensor.steps.data();
   return span;
@@ -323,6 +332,10 @@ void check_chunk_map() {
       span.scale = scales.data();
       span.scale_count = pick<int64_t>({1, 7, 1000});
       span.scale_run = pick<int64_t>({1, 27, 5000, 1 << 22, int64_t{1} << 33});
+      if (span.scale_count == 7 && span.scale_run <= 5000) {
+        span.outer_run = 7 * span.scale_run * pick<int64_t>({1, 2, 11});
+        span.outer_count = pick<int64_t>({1, 2, 100});
+      }
     }
     Launch launch{};
     launch.levels = {levels, 2};
@@ -348,7 +361,7 @@ void check_chunk_map() {
       const int32_t position = static_cast<int32_t>(below(block.size));
       int32_t end;
       const float* scale = &block.runs.at(position, block.span, block.begin, end);
-      if (scale - scales.data() != (upto + position) / block.span.scale_run % block.span.scale_count) fail("wrong scale", number, position);
+      if (scale - scales.data() != scale_of(spans[which], upto + position)) fail("wrong scale", number, position);
       upto += block.size;
     }
     while (which < spans.size() && upto == spans[which].size) ++which, upto = 0;

@@ -9,14 +9,18 @@ import torch
 
 import askew_cuda as askew
 from askew_cuda import backends
-from tests.cases import CASES, CUDA, PLAIN, REFERENCE, RULES, build, call, case_id, run
+from tests.cases import CASES, CUDA, PLAIN, REFERENCE, RULES, Backend, build, call, case_id, run
 from tests.compare import assert_close, assert_same_bits
 
 if not CUDA:
     pytest.skip("no GPU that torch can use, or an extension without CUDA kernels", allow_module_level=True)
 
-pytestmark = pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype"),
+    pytest.mark.filterwarnings("ignore:The CUDA Graph is empty"),  # of captures that are refused
+]
 BACKEND = CUDA["cuda"]
+CHECKED = Backend(*backends.operators("cuda"), device="cuda")  # as the library calls it
 ADAMW = [name for name, rule in RULES.items() if "beta1" in rule]
 
 
@@ -129,7 +133,9 @@ def kernels(work) -> list[str]:
 
 @pytest.mark.parametrize("count", [1, 20, 1000])
 def test_one_launch_for_a_list_and_nothing_else_on_the_device(count):
-    optimizer = askew.AskewSGD(parameters(count), lr=0.1, momentum=0.9, quantizer="4bit", outputs=("codes",))
+    optimizer = askew.AskewSGD(
+        parameters(count), lr=0.1, momentum=0.9, quantizer="4bit", pretrained=True, outputs=("codes",)
+    )
     optimizer.step()
     optimizer.step()
     names = kernels(optimizer.step)
@@ -140,7 +146,7 @@ def test_one_launch_for_a_list_and_nothing_else_on_the_device(count):
 @pytest.mark.parametrize("count", [3, 100])
 @pytest.mark.parametrize("kind", [askew.AskewSGD, askew.AskewAdamW])
 def test_once_it_is_prepared_nothing_waits(kind, count):
-    optimizer = kind(parameters(count), lr=0.1, quantizer="ternary")
+    optimizer = kind(parameters(count), lr=0.1, quantizer="ternary", pretrained=True)
     anneal = askew.Anneal(optimizer, total_steps=100)
     optimizer.prepare()
     with nothing_waits():
@@ -156,7 +162,8 @@ def test_gradients_that_move_are_followed(count):
         [torch.nn.Parameter(p.detach().to(device)) for p in parameters(count)] for device in ("cpu", "cuda")
     )
     optimizers = [
-        askew.AskewSGD(each, lr=0.1, momentum=0.9, quantizer="binary", epsilon=0.3) for each in (here, there_)
+        askew.AskewSGD(each, lr=0.1, momentum=0.9, quantizer="binary", pretrained=True, epsilon=0.3)
+        for each in (here, there_)
     ]
     generator, kept = torch.Generator().manual_seed(1), []
     for _ in range(4):
@@ -194,10 +201,11 @@ def test_a_captured_graph_anneals_and_follows_the_schedule(kind, count):
     for captured in (False, True):
         weights = parameters(count)
         lr, epsilon = there(0.1), there(1.0)
+        quantized = {"lr": lr, "quantizer": "2bit", "pretrained": True, "epsilon": epsilon}
         if kind == "sgd":
-            optimizer = askew.AskewSGD(weights, lr=lr, momentum=0.9, quantizer="2bit", epsilon=epsilon)
+            optimizer = askew.AskewSGD(weights, momentum=0.9, **quantized)
         else:
-            optimizer = askew.AskewAdamW(weights, lr=lr, quantizer="2bit", epsilon=epsilon, capturable=True)
+            optimizer = askew.AskewAdamW(weights, capturable=True, **quantized)
         anneal = askew.Anneal(optimizer, total_steps=20, hold=0.1)
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20)
         side = torch.cuda.Stream()
@@ -218,33 +226,43 @@ def test_a_captured_graph_anneals_and_follows_the_schedule(kind, count):
         assert_same_bits(replayed, eager, f"weights[{i}]")
 
 
-# What is wrong when a capture begins, and the message.
+# What is wrong when a capture begins, how far the optimizer is then, and the message.
 @pytest.mark.parametrize(
-    ("keywords", "prepared", "message"),
+    ("keywords", "before", "message"),
     [
-        ({"epsilon": 1.0}, True, "epsilon = 1.0: the graph would never anneal"),
-        ({}, False, r"call prepare\(\)"),
-        ({"capturable": False}, True, "capturable = False: the step would never be counted"),
+        ({"epsilon": 1.0}, "step", "epsilon = 1.0: the graph would never anneal"),
+        ({}, "nothing", "Step once before the capture"),
+        ({}, "prepare", "would set up exp_avg: every replay"),
+        ({"capturable": False}, "step", "capturable = False: the step would never be counted"),
+        ({"epsilon": 1.0, "total_steps": 100}, "step", "a replay counts no step"),
+        ({"low_precision": "stochastic"}, "step", "every replay would round by the same random bits"),
     ],
-    ids=["epsilon", "scales", "capturable"],
+    ids=["epsilon", "new", "prepared", "capturable", "total_steps", "seed"],
 )
-def test_a_capture_that_would_go_wrong_is_refused(keywords, prepared, message):
-    optimizer = askew.AskewAdamW(
-        parameters(2), quantizer="binary", **{"epsilon": there(1.0), "capturable": True} | keywords
-    )
-    if prepared:
-        optimizer.prepare()
+def test_a_capture_that_would_go_wrong_is_refused(keywords, before, message):
+    weights = [torch.nn.Parameter(each.detach().bfloat16()) for each in parameters(2)]
+    for weight in weights:
+        weight.grad = torch.full_like(weight, 0.5)
+    keywords = {"epsilon": there(1.0), "capturable": True} | keywords
+    optimizer = askew.AskewAdamW(weights, quantizer="binary", pretrained=True, lr=0.1, **keywords)
+    if before != "nothing":
+        getattr(optimizer, before)()
     torch.cuda.synchronize()
+    kept = [weight.detach().clone() for weight in weights]
     with pytest.raises(RuntimeError, match=message), torch.cuda.graph(torch.cuda.CUDAGraph()):
         optimizer.step()
+    for weight, old in zip(weights, kept, strict=True):
+        assert_same_bits(weight.detach().cpu(), old.cpu(), "weights")
 
 
+@pytest.mark.parametrize("fused", [None, True])
 @pytest.mark.parametrize("kind", [askew.AskewSGD, askew.AskewAdamW])
-def test_gradscaler_on_the_gpu_skips_and_counts_as_torchs_optimizer_does(kind):
-    """No step with an infinity counts, the first one included; nothing waits for the device but the scaler itself."""
+def test_gradscaler_on_the_gpu_skips_and_counts_as_torchs_optimizer_does(kind, fused):
+    """No step with an infinity counts, the first one included; with fused=True the device alone knows."""
     weights = parameters(3)
-    optimizer = kind(weights, lr=0.1, quantizer="ternary")
+    optimizer = kind(weights, lr=0.1, quantizer="ternary", pretrained=True, fused=fused)
     scaler = torch.amp.GradScaler("cuda", init_scale=8.0)
+    scaler.scale(torch.zeros((), device="cuda"))  # makes its scale
     taken = []
     for overflow in (True, False, True, False):
         before = [weight.detach().clone() for weight in weights]
@@ -255,8 +273,37 @@ def test_gradscaler_on_the_gpu_skips_and_counts_as_torchs_optimizer_does(kind):
         taken.append([bool((weight != old).any()) for weight, old in zip(weights, before, strict=True)])
     assert taken == [[False] * 3, [True] * 3, [False] * 3, [True] * 3]
     if kind is askew.AskewAdamW:
-        assert [float(optimizer.state[weight]["step"]) for weight in weights] == [2.0, 2.0, 2.0]
-        assert optimizer.state[weights[0]]["step"].is_cuda
+        steps = [optimizer.state[weight]["step"] for weight in weights]
+        assert [float(step) for step in steps] == [2.0, 2.0, 2.0]
+        assert steps[0].device == (weights[0].device if fused else torch.device("cpu"))
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_streams_that_take_turns_do_not_share_what_is_kept(backend):
+    """Each step on the other stream, with gradients that lie elsewhere, while the stream before is still at work."""
+    reason = backends.absent(backend, torch.device("cuda"), torch.float32)
+    if reason:
+        pytest.skip(reason)
+    here, there_ = ([torch.nn.Parameter(p.detach().to(device)) for p in parameters(60)] for device in ("cpu", "cuda"))
+    optimizers = [
+        askew.AskewSGD(each, lr=0.1, momentum=0.9, quantizer="2bit", pretrained=True, epsilon=0.3, backend=name)
+        for each, name in ((here, "auto"), (there_, backend))
+    ]
+    streams, generator = [torch.cuda.Stream(), torch.cuda.Stream()], torch.Generator().manual_seed(1)
+    torch.cuda.synchronize()
+    for k in range(8):
+        now, last = streams[k % 2], streams[1 - k % 2]
+        now.wait_stream(last)
+        with torch.cuda.stream(now):
+            torch.cuda._sleep(1_000_000)
+            for mine, theirs in zip(here, there_, strict=True):
+                mine.grad = torch.randn(mine.shape, generator=generator)
+                theirs.grad = mine.grad.cuda()
+            for optimizer in optimizers:
+                optimizer.step()
+    torch.cuda.synchronize()
+    for i, (mine, theirs) in enumerate(zip(here, there_, strict=True)):
+        assert_same_bits(theirs.detach().cpu(), mine.detach(), f"weights[{i}]")
 
 
 def test_more_than_two_to_the_31_weights():
@@ -299,14 +346,19 @@ def test_several_gpus_in_one_optimizer():
     assert all(weight.tolist() == [0.75] * 100 for weight in weights)
 
 
-# What is moved to the CPU, and the message.
+# By the library's own check, and by that of the operators.
+@pytest.mark.parametrize(
+    ("backend", "message"),
+    [(CHECKED, r" is on cpu but weights\[1\] is on cuda:0; move it there"), (BACKEND, " is ")],
+    ids=["checked", "operators"],
+)
 @pytest.mark.parametrize("name", ["grads", "momentum_buffers", "scales", "codes", "snapped"])
-def test_tensors_on_two_devices_are_refused(name):
+def test_tensors_on_two_devices_are_refused(name, backend, message):
     lists = build(PLAIN, "cuda").lists
     lists[name][1] = lists[name][1].cpu()
     before = [weight.clone() for weight in lists["weights"]]
-    with pytest.raises(ValueError, match=rf"{name}\[1\] is on cpu but weights\[1\] is on cuda:0"):
-        call(PLAIN, lists, BACKEND)
+    with pytest.raises((ValueError, TypeError), match=rf"{name}\[1\]{message}"):
+        call(PLAIN, lists, backend)
     for i, weight in enumerate(before):
         assert_same_bits(lists["weights"][i], weight, f"weights[{i}]")
 

@@ -18,6 +18,7 @@ pytestmark = pytest.mark.skipif(
     EXTENSION is None or EXTENSION.build_info()["cuda"] is None,
     reason="the extension was built without CUDA kernels (no nvcc was found)",
 )
+ROOT = Path(__file__).parent.parent.parent
 STORAGES = ("float", "double", "BFloat16", "Float16")
 
 
@@ -72,6 +73,22 @@ def kernels(storage: str) -> list[str]:
         for name in resources()
         if "step_kernel" in name and f"Variant{length if length[0] == 'I' else 'INS_' + length}" in name
     ]
+
+
+OLDEST = """
+#include "maths/pack.h"
+__global__ void narrowed(askew::BFloat16* to, askew::Float16* half, float x) {
+  askew::narrow(*to, x);
+  askew::narrow(*half, askew::widen(*to));
+}
+"""
+
+
+def test_older_gpus_are_built_for(tmp_path):
+    """Compute capability 7.5, which cuda_problem() advises there: what converts 16-bit weights is all that differs."""
+    (tmp_path / "narrow.cu").write_text(OLDEST)
+    command = [tool("nvcc"), "-std=c++20", "-arch=sm_75", f"-I{ROOT}/csrc", "-cubin", "-o", tmp_path / "narrow.cubin"]
+    subprocess.run([*command, tmp_path / "narrow.cu"], check=True)
 
 
 def test_every_variant_is_there():

@@ -4,13 +4,14 @@ import inspect
 import os
 import subprocess
 import sys
+import types
 from collections import Counter
 
 import pytest
 import torch
 
 from askew_cuda import backends, doctor
-from askew_cuda.checks import Call, check
+from askew_cuda.checks import Call, check_call
 from tests.cases import BACKENDS, CASES, PLAIN, REFERENCE, Backend, Case, build, call, case_id, run
 from tests.compare import assert_close, assert_same_bits
 from tests.gpu.triton_copies import Recorder, load, on_gpu, triton
@@ -25,8 +26,8 @@ def checked(name, operator):
 
     def call(*lists, **settings) -> None:
         given = Call.of(name, *lists, **settings)
-        check(given)
-        operator(**given.for_kernels())
+        check_call(given)
+        operator(**given.arguments())
 
     return call
 
@@ -263,6 +264,27 @@ def test_a_graph_captures_what_was_seen_before(counted, monkeypatch):
     monkeypatch.setattr(LAUNCHER, "capturing", lambda device: True)
     call(PLAIN, lists, TRITON["interpreted"])
     assert LAUNCHER.captured[0][:2] == recorder.given[-1][1][:2]  # table and map are kept for it
+
+
+def test_a_stream_that_reads_what_is_kept_is_recorded(counted, monkeypatch):
+    """Else what is dropped is overwritten while a launch on another stream still reads it."""
+    recorder, _ = counted
+    used = []
+    monkeypatch.setattr(LAUNCHER, "in_use", lambda tensors, device: used.append((tensors, device)))
+    call(PLAIN._replace(codebook="nf4"), build(PLAIN._replace(codebook="nf4")).lists, TRITON["interpreted"])
+    table, owner, *_, book, _ = recorder.given[0][1]
+    assert all(one is other for one, other in zip(used[0][0], (table, owner, book[-1]), strict=True))
+
+
+def test_it_is_the_current_stream(monkeypatch):
+    recorded = []
+    one = types.SimpleNamespace(record_stream=recorded.append)
+    device = types.SimpleNamespace(current_stream=lambda device: f"stream of {device}")
+    monkeypatch.setattr(torch, "get_device_module", lambda kind: device)
+    LAUNCHER.in_use([one, one], torch.device("cpu"))
+    assert recorded == []
+    LAUNCHER.in_use([one, one], torch.device("cuda", 1))
+    assert recorded == ["stream of cuda:1"] * 2
 
 
 def test_nothing_is_launched_for_nothing(counted):

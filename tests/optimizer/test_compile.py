@@ -1,6 +1,7 @@
 """torch.compile: one graph for a step, and the same one while learning rate and annealing change."""
 
 import copy
+import functools
 import warnings
 
 import pytest
@@ -117,24 +118,30 @@ def test_the_public_step_can_be_compiled_too(rule):
     assert_same(trained, eager)
 
 
+def annealing(rule: str, numbers: dict[str, object], **more: object):
+    """A model and its optimizer, which anneals itself."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    ours, keywords = RULES[rule]
+    groups = askew.param_groups(model, {"*": "ternary/channel"}, pretrained=True, verbose=False)
+    return model, ours(groups, **numbers, **keywords, **more, total_steps=20, hold=0.3, end=0.8)
+
+
+def backward(model, optimizer, k: int) -> None:
+    optimizer.zero_grad()
+    loss(model, torch.linspace(-1, 1, 12).reshape(3, 4) + k % 5).backward()
+
+
 @rules
 def test_a_compiled_step_anneals_itself(rule):
     """Where epsilon is a tensor the graph counts and fills it: one graph before, one in and one after the annealing."""
 
-    def start():
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
-        ours, keywords = RULES[rule]
-        groups = askew.param_groups(model, {"*": "ternary/channel"}, pretrained=True, verbose=False)
-        return model, ours(groups, **tensors(), **keywords, total_steps=20, hold=0.3, end=0.8)
-
-    eager, trained = start(), start()
+    eager, trained = annealing(rule, tensors()), annealing(rule, tensors())
     counter, new = CompileCounterWithBackend("eager"), []
     compiled = torch.compile(own_step, backend=counter, fullgraph=True)
     for k in range(20):
-        for model, optimizer in (eager, trained):
-            optimizer.zero_grad()
-            loss(model, torch.linspace(-1, 1, 12).reshape(3, 4) + k % 5).backward()
+        for each in (eager, trained):
+            backward(*each, k)
         before = counter.frame_count
         own_step(eager[1])
         (compiled if k else own_step)(trained[1])
@@ -143,6 +150,63 @@ def test_a_compiled_step_anneals_itself(rule):
     assert len(new) <= 4  # one more, before the compiler takes the count as a symbol
     assert [group["steps_done"] for group in trained[1].param_groups] == [20, 20]
     assert_same(trained, eager)
+
+
+@rules
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
+def test_the_first_step_can_be_compiled_too(rule, kernels):
+    """Moments come to be in the graph, and stay; scales have to be there before."""
+    trained = []
+    for compiler in (lambda step: step, functools.partial(torch.compile, backend="eager", fullgraph=True)):
+        model, optimizer = annealing(rule, tensors(), backend=kernels)
+        optimizer.prepare()
+        step = compiler(own_step)
+        for k in range(3):
+            backward(model, optimizer, k)
+            step(optimizer)
+        trained.append((model, optimizer))
+    assert_same(*trained)
+
+
+@pytest.mark.parametrize("numbers", [{}, {"lr": 0.1, "epsilon": 1.0}], ids=["tensors", "floats"])
+@rules
+def test_the_public_step_anneals_itself_when_compiled(rule, numbers):
+    trained = []
+    for compiler in (lambda step: step, functools.partial(torch.compile, backend="eager")):
+        model, optimizer = annealing(rule, numbers or tensors())
+        optimizer.prepare()
+        step = compiler(lambda optimizer: optimizer.step())
+        for k in range(20):
+            backward(model, optimizer, k)
+            step(optimizer)
+        trained.append((model, optimizer))
+    assert_same(*trained)
+    for each in zip(*(optimizer.param_groups for _, optimizer in trained), strict=True):
+        assert [group["steps_done"] for group in each] == [20, 20]
+        assert each[0]["epsilon"] == each[1]["epsilon"]
+    assert trained[0][1].param_groups[0]["epsilon"] == 0
+
+
+@pytest.mark.parametrize("other", ["reference", "triton"])
+def test_another_backend_elsewhere_does_not_compile_the_step_again(other, monkeypatch):
+    if other == "triton":
+        copies = pytest.importorskip("tests.gpu.triton_copies", reason="triton is not installed")
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        monkeypatch.setattr("askew_cuda.triton.launch", copies.load(interpreted=True), raising=False)
+    model, optimizer = made("momentum", **tensors())[:2]
+    counter, frames = CompileCounterWithBackend("eager"), []
+    step = torch.compile(own_step, backend=counter, fullgraph=True)
+    for k in range(6):
+        backward(model, optimizer, k)
+        (step if k else own_step)(optimizer)
+        frames.append(counter.frame_count)
+        weight = torch.nn.Parameter(torch.linspace(-0.1, 0.1, 32).reshape(8, 4))
+        weight.grad = torch.ones_like(weight)
+        for momentum in (0.0, 0.9):
+            askew.AskewSGD(
+                [weight], lr=0.1, momentum=momentum, quantizer="ternary", pretrained=True, backend=other
+            ).step()
+    assert frames == [0, 1, 1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("rule", ["sgd_", "adamw_"])

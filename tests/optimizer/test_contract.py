@@ -31,8 +31,8 @@ quantizers = pytest.mark.parametrize("quantizer", QUANTIZERS)
 def problem(dtype: torch.dtype = torch.float64, contiguous: bool = True) -> tuple[list[nn.Parameter], callable]:
     """A weight, a bias, and a closure on them; the same ones at each call."""
     generator = torch.Generator().manual_seed(0)
-    weight, bias = (torch.randn(shape, generator=generator, dtype=dtype) for shape in ((10, 5, 2), (10, 2)))
-    given = torch.randn(5, generator=generator, dtype=dtype)
+    weight, bias = (torch.randn(shape, generator=generator).to(dtype) for shape in ((10, 5, 2), (10, 2)))
+    given = torch.randn(5, generator=generator).to(dtype)
     params = [nn.Parameter(each[..., 0].contiguous() if contiguous else each[..., 0]) for each in (weight, bias)]
 
     def closure(optimizer):

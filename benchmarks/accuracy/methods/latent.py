@@ -55,8 +55,8 @@ def as_rows(stacked: Tensor, granularity: str) -> Tensor:
         raise ValueError(f"granularity = {granularity!r}; 'tensor' or 'channel'")
     if not stacked.is_contiguous():
         raise ValueError(
-            f"a stacked weight of shape {tuple(stacked.shape)} is not contiguous; "
-            "call .contiguous() before the training"
+            f"a stacked weight of shape {tuple(stacked.shape)} is not contiguous; call .contiguous() before the "
+            "training"
         )
     per_channel = granularity == "channel" and stacked.dim() > 2
     return stacked.detach().view(stacked.shape[0] * stacked.shape[1] if per_channel else stacked.shape[0], -1)
