@@ -111,7 +111,7 @@ def is_torch_default(weight: Tensor, fan_in: int | None = None) -> bool:
     """
     if weight.dim() < 2 or weight.numel() == 0:
         return False
-    largest, rms = max(map(abs, map(float, weight.detach().aminmax()))), None
+    largest, rms = max(abs(float(each)) for each in weight.detach().aminmax()), None
     for fan in {math.prod(weight.shape[1:]), fan_in or math.prod(weight.shape[1:])}:
         wanted = 1 / math.sqrt(3 * fan)
         if not largest <= (1 + 2 * torch.finfo(weight.dtype).eps) / math.sqrt(fan):
