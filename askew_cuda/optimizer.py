@@ -617,15 +617,9 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         largest = max((each.max_distance for each in tensors), default=0.0)
         share = sum(each.share_on_level * each.numel for each in tensors) / total if total else 1.0
         hints.warn_of_moves(moves, max((float(group["epsilon"]) for *_, group in found), default=0.0))
-<<<<<<< HEAD
-        ready = [(group, snapping(weight, scale, levels), weight, scale) for _, weight, scale, levels, group in found]
-        with deferred():
-            for group, snap, weight, scale in ready:
-=======
         ready = [(snapping(weight, scale, levels), group, weight, scale) for _, weight, scale, levels, group in found]
         with deferred():
             for snap, group, weight, scale in ready:
->>>>>>> setup-speed
                 snap()
                 self._set_scale(group, weight, scale)
                 if "remainder" in self.state[weight]:
