@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from . import hints
-from .keywords import check
+from .keywords import check_keywords
 from .schedule import (
     SHAPES,
     count_at,
@@ -92,7 +92,7 @@ class Anneal:
             if self.total_steps is None:
                 raise TypeError("total_steps = None; a whole number is needed")
             for group in groups:
-                check(self._plan(group), ("total_steps", "hold", "end", "shape"))
+                check_keywords(self._plan(group), ("total_steps", "hold", "end", "shape"))
                 phase(self._plan(group))
                 self.half_width(group, 0.0)
         except (TypeError, ValueError) as error:

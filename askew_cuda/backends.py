@@ -43,7 +43,7 @@ if extension is not None:
         """Nothing is returned; all results are mutated arguments. What is traced is checked when it is traced."""
 
         def check(*lists: Any, **settings: Any) -> None:
-            checks.check(Call.of(operator, *lists, **settings))
+            checks.check_call(Call.of(operator, *lists, **settings))
 
         return check
 
@@ -217,7 +217,7 @@ def operators(backend: str) -> Operators:
         def checked(*lists: Any, **settings: Any) -> None:
             call = Call.of(name, *lists, **settings)
             if not torch.compiler.is_compiling():  # what is traced is checked by the fake kernel
-                checks.check(call)
+                checks.check_call(call)
             ready(backend, call)()
 
         return checked

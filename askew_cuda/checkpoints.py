@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import hints, reference
-from .keywords import CONSTRAINT, EXECUTION, LAYERS, SCHEDULE, Group, check, counter_dtype
+from .keywords import CONSTRAINT, EXECUTION, LAYERS, SCHEDULE, Group, check_keywords, counter_dtype
 from .quantizer import Quantizer
 from .schedule import count_at, epsilon_at
 
@@ -123,7 +123,7 @@ def _count(saved: dict[str, Any], sources: list[Source], adopted: list[Group]) -
     for source, group in zip(sources, adopted, strict=True):
         origin = saved["param_groups"][source[0][0]] if source else {}
         theirs, mine = origin.get("total_steps"), group["total_steps"]
-        check(group, ("steps_done", "epsilon"))
+        check_keywords(group, ("steps_done", "epsilon"))
         if theirs is not None and theirs != mine and (mine is not None or group["steps_done"] < theirs):
             hints.warn(
                 f"load_state_dict: the checkpoint has total_steps = {theirs}, this optimizer total_steps = {mine}; "
@@ -170,7 +170,7 @@ def _state(kept: dict[str, Any], weight: Tensor, group: Group, name: str) -> dic
         if value is None:  # old versions of torch write a momentum_buffer that is None
             continue
         if key == "step":
-            value = torch.as_tensor(value)
+            value = value if isinstance(value, Tensor) else torch.tensor(value, device="cpu")
             dtype = value.dtype if value.dtype in (torch.float32, torch.float64) else counter_dtype()
             state[key] = value.detach().to(weight.device if group.get("capturable") else "cpu", dtype, copy=True)
         elif not isinstance(value, Tensor):

@@ -19,7 +19,14 @@ STATES = {"sgd_": ("momentum_buffers",), "adamw_": ("exp_avgs", "exp_avg_sqs", "
 OF_RULE = {"sgd_": ("momentum", "dampening", "nesterov"), "adamw_": ("beta1", "beta2", "eps", "amsgrad")}
 OF_BOTH = tuple(name for name in reference.Settings._fields if not any(name in names for names in OF_RULE.values()))
 ROUNDING = ("seed", "streams", "first_elements")
-_KINDS = typing.get_type_hints(reference.Settings)
+_TYPES = {name: typing.get_args(kind) or (kind,) for name, kind in typing.get_type_hints(reference.Settings).items()}
+NUMBERS: dict[str, tuple[Any, ...]] = {
+    **{name: kinds for name, kinds in _TYPES.items() if float in kinds},
+    "found_inf": (float, Tensor, type(None)),
+    "seed": (int, Tensor, type(None)),
+}
+
+PLAIN = (Tensor, torch.nn.Parameter)  # types without a __torch_dispatch__ or __torch_function__ of their own
 
 Names = Callable[[], Sequence[str]]  # of a call's weights, asked for when something is wrong
 
@@ -46,13 +53,14 @@ class Call(NamedTuple):
         return {**self.lists, "levels": self.levels, **self.settings}
 
 
-def check(call: Call, names: Names | None = None) -> None:
+def check_call(call: Call, names: Names | None = None) -> None:
     """Raises ValueError or TypeError, which name the argument, its value and the remedy; the names are those of the
     weights.
     """
     if not call.lists["weights"]:
         return
     subject = Subject(call, names)
+    subject.check_tensors()
     subject.check_weights()
     subject.check_lists()
     subject.check_levels()
@@ -61,7 +69,7 @@ def check(call: Call, names: Names | None = None) -> None:
     subject.check_rule()
     subject.check_constraint()
     subject.check_rounding()
-    subject.check_numbers()
+    check_numbers(call.settings, call.lists["weights"][0].device)
 
 
 class Subject:
@@ -91,6 +99,23 @@ class Subject:
             if torch._debug_has_internal_overlap(weight) == 1:
                 raise ValueError(f"{self.what('weights', i)} of strides {weight.stride()} overlaps itself; clone() it")
 
+    def check_tensors(self) -> None:
+        """What is asked of a tensor whatever it is for."""
+        for name, tensors in self.lists.items():
+            for i, tensor in enumerate(tensors):
+                if not isinstance(tensor, Tensor):
+                    raise TypeError(f"{self.what(name, i)} is {tensor!r}; a tensor is needed")
+                if tensor.layout != torch.strided:
+                    raise ValueError(
+                        f"{self.what(name, i)} is not a dense tensor ({tensor.layout}); make it one: to_dense()"
+                    )
+                if lacks_memory(tensor):
+                    raise ValueError(f"{self.what(name, i)} has no memory: {_FREED}")
+                if name not in ("grads", "scales") and tensor.is_inference() and not torch.is_inference_mode_enabled():
+                    raise RuntimeError(
+                        f"{self.what(name, i)} was made in inference mode, where alone it can be written to; clone() it"
+                    )
+
     def check_lists(self) -> None:
         """Lists that have a tensor for each weight, of its shape."""
         for name in ("grads", *STATES[self.call.operator], "codes", "snapped", "remainders"):
@@ -104,10 +129,6 @@ class Subject:
                         f"{self.what(name, i)} has shape {list(tensor.shape)} but weights[{i}] has {list(weight.shape)}"
                     )
                 self.check_device(name, i, tensor)
-                if tensor.layout != torch.strided:
-                    raise ValueError(
-                        f"{self.what(name, i)} is not a dense tensor ({tensor.layout}); make it one: to_dense()"
-                    )
             self.check_dtypes(name, tensors)
         states = {name: self.lists.get(name, ()) for name in STATES[self.call.operator]}
         kinds = {name: tensors[0].dtype for name, tensors in states.items() if tensors}
@@ -122,7 +143,9 @@ class Subject:
         if tensor.device != self.weights[i].device:
             where = self.weights[i].device
             raise ValueError(
-                f"{self.what(name, i)} is on {tensor.device} but weights[{i}] is on {where}; move it there"
+                f"{self.what(name, i)} is on {tensor.device} but weights[{i}] is on {where}; move it there. "
+                "Where a model was moved after it was stepped, optimizer.load_state_dict(optimizer.state_dict()) moves "
+                "the state"
             )
 
     def check_dtypes(self, name: str, tensors: Sequence[Tensor]) -> None:
@@ -247,30 +270,55 @@ class Subject:
             entries = self.settings.get(name) or ()
             if entries and len(entries) != len(self.weights):
                 raise ValueError(f"askew_cuda: {name} has {len(entries)} entries for {len(self.weights)} weights")
-
-    def check_numbers(self) -> None:
-        there = self.weights[0].device
-        for name in ("lr", "epsilon", "grad_scale", "found_inf"):
-            value = self.settings.get(name)
-            if isinstance(value, Tensor):
-                if value.numel() != 1:
-                    raise ValueError(f"askew_cuda: {name} has shape {list(value.shape)}; one number is needed")
-                if value.device.type != "cpu" and value.device != there:
-                    raise ValueError(
-                        f"askew_cuda: {name} is on {value.device} but weights[0] is on {there}; put it there, or on "
-                        "the CPU"
-                    )
-            elif value is not None or name in ("lr", "epsilon"):
-                _check_number(name, value)
-        for name in (*OF_BOTH, *OF_RULE[self.call.operator]):
-            value, kinds = self.settings.get(name), typing.get_args(_KINDS[name]) or (_KINDS[name],)
-            if float in kinds and Tensor not in kinds and not (value is None and type(None) in kinds):
-                _check_number(name, value)
+            for i, entry in enumerate(entries):
+                if isinstance(entry, bool) or not isinstance(entry, int) or not 0 <= entry < 2**63:
+                    raise TypeError(f"{self.what(name, i)} = {entry!r}; a whole number in [0, 2^63) is needed")
 
 
-def _check_number(name: str, value: Any) -> None:
-    if not isinstance(value, (int, float)):
-        raise TypeError(f"askew_cuda: {name} = {value!r}; a number is needed")
+def check_numbers(settings: Mapping[str, Any], there: torch.device) -> None:
+    """Whether those of the settings that are numbers can go with weights that are there."""
+    for name, value in settings.items():
+        kinds = NUMBERS.get(name)
+        if kinds is None or (value is None and type(None) in kinds):
+            continue
+        if isinstance(value, Tensor) and Tensor in kinds:
+            if value.numel() != 1 or value.layout != torch.strided:
+                raise ValueError(f"askew_cuda: {name} has shape {list(value.shape)}; one number is needed")
+            if value.device.type != "cpu" and value.device != there:
+                raise ValueError(
+                    f"askew_cuda: {name} is on {value.device} but weights[0] is on {there}; put it there, or on the CPU"
+                )
+        elif isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"askew_cuda: {name} = {value!r}; a number is needed")
+
+
+def check_filled(name: str, number: Tensor) -> None:
+    """Whether a number in a tensor can be followed up by a step, in place."""
+    if number.is_inference() and not torch.is_inference_mode_enabled():
+        raise RuntimeError(f"{name} = {number!r} was made in inference mode, where alone it can be filled; clone() it")
+    if name == "epsilon" and not number.is_floating_point():
+        raise TypeError(f"{name} = {number!r} holds whole numbers, and is filled with others; take torch.tensor(1.0)")
+
+
+_FREED = "its storage was freed, or is smaller than the tensor; step where it is whole"
+
+
+def lacks_memory(tensor: Tensor) -> bool:
+    """Whether a tensor's storage ends before the tensor does, as where FSDP has freed it: to touch it
+    would end the process.
+    """
+    if not has_address(tensor) or tensor.layout != torch.strided or tensor.numel() == 0:
+        return False
+    last = tensor.storage_offset() + sum(
+        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
+    return tensor.untyped_storage().nbytes() < (last + 1) * tensor.itemsize
+
+
+def check_memory_of(weight: Tensor, name: str) -> None:
+    """Raises ValueError where a weight, by its name, can't even be read."""
+    if lacks_memory(weight):
+        raise ValueError(f"{name} has no memory: {_FREED}")
 
 
 class Extent(NamedTuple):
@@ -288,6 +336,11 @@ def extent(what: str, tensor: Tensor, written: bool) -> Extent:
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     begin = tensor.data_ptr()
     return Extent(str(tensor.device), begin, begin + (last + 1) * tensor.itemsize, what, tensor, written)
+
+
+def has_address(tensor: Tensor) -> bool:
+    """Whether a tensor lies in memory itself, not in others that its class wraps."""
+    return type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
 
 
 def check_memory(extents: Iterable[Extent]) -> None:

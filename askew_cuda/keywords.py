@@ -1,7 +1,7 @@
 """The keywords of a param group beyond torch.optim's: defaults, ranges, and which of two rates holds."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +26,14 @@ class Keyword(NamedTuple):
 
 def _among(*values: Any) -> Callable[[Any], bool]:
     return lambda value: value in values
+
+
+def is_flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_outputs(outputs: Any) -> bool:
+    return isinstance(outputs, (list, tuple, set, frozenset)) and set(outputs) <= {"codes", "snapped"}
 
 
 def _is_seed(seed: Any) -> bool:
@@ -86,10 +94,8 @@ _OURS = {
     "max_step": Keyword(
         0.5, lambda x: x > 0, "above 0, in units of half the distance between levels; inf for no cap", "number"
     ),
-    "clip": Keyword(True, lambda x: isinstance(x, bool), "True or False"),
-    "outputs": Keyword(
-        (), lambda x: not isinstance(x, str) and set(x) <= {"codes", "snapped"}, "a list of 'codes' and 'snapped'"
-    ),
+    "clip": Keyword(True, is_flag, "True or False"),
+    "outputs": Keyword((), _is_outputs, "a list of 'codes' and 'snapped'"),
     "state_dtype": Keyword(None, _among(None, torch.float32, "float32"), "None (the weight's dtype) or torch.float32"),
     "low_precision": Keyword(
         "nearest", _among("nearest", "remainder", "stochastic"), "'nearest', 'remainder' or 'stochastic'"
@@ -101,7 +107,7 @@ _OURS = {
 _TORCHS = {
     "lr": Keyword(..., lambda x: x >= 0, "a learning rate is at least 0", "number"),
     "weight_decay": Keyword(..., lambda x: x >= 0, "weight decay is at least 0", "number"),
-    "maximize": Keyword(..., lambda x: isinstance(x, bool), "True or False"),
+    "maximize": Keyword(..., is_flag, "True or False"),
     "differentiable": Keyword(..., lambda x: not x, "the step is not differentiable; leave it False"),
 }
 # A scalar of the method without a range of its own: any number, with the default that the reference gives it.
@@ -133,6 +139,8 @@ _PAIRS: tuple[tuple[tuple[str, str], Callable[[Any, Any], bool], str], ...] = (
     (("foreach", "fused"), lambda foreach, fused: not (foreach and fused), "foreach and fused exclude each other"),
 )
 
+_PAIRED = frozenset(name for pair, _, _ in _PAIRS for name in pair)
+
 # These say how a machine computes, not what: a checkpoint does not bring them along.
 EXECUTION = ("backend", "outputs", "foreach", "fused", "capturable", "differentiable")
 # These say what the layers of this model are, and belong to its weights as their names do.
@@ -159,19 +167,34 @@ def resolve_rate(group: dict[str, Any], defaults: dict[str, Any], skew_at: str) 
     return (None, 1.0) if skew_at == "gradient" else (0.5, None)
 
 
-def check(group: dict[str, Any], names: Iterable[str] | None = None) -> None:
+def check_keywords(group: dict[str, Any], names: Iterable[str] | None = None) -> None:
     """Whether keywords of a group are good, by themselves and together; all of them, or those of these names.
 
     Raises: ValueError, TypeError: with the keyword, its value and what is wanted. A tensor that is not on the CPU is
         not read, which would wait for its device.
     """
-    wanted = set(KEYWORDS) | {"foreach", "fused"} if names is None else set(names)
-    for name, keyword in KEYWORDS.items():
-        if name in wanted and not (keyword.optional and group[name] is None):
-            _check_one(name, group[name], keyword)
-    for pair, good, remedy in _PAIRS:
+    check_each(group, KEYWORDS if names is None else {name: KEYWORDS[name] for name in names if name in KEYWORDS})
+    wanted = _PAIRED if names is None else _PAIRED.intersection(names)
+    for pair, good, remedy in _PAIRS if wanted else ():
         if not wanted.isdisjoint(pair) and not good(*(group[name] for name in pair)):
             raise ValueError(f"{pair[0]} = {group[pair[0]]!r}; {remedy}")
+
+
+def check_state_dtype(group: dict[str, Any], weight: Tensor, name: str) -> None:
+    """Raises ValueError where a group asks for wide states of a weight that is wider."""
+    if group["state_dtype"] is not None and weight.dtype == torch.float64:
+        raise ValueError(
+            f"state_dtype = float32, but {name} is float64; it is for 16-bit weights. Set it to None; where a model "
+            "changed its dtype after it was stepped, optimizer.load_state_dict(optimizer.state_dict()) then casts the "
+            "state"
+        )
+
+
+def check_each(group: dict[str, Any], keywords: Mapping[str, Keyword]) -> None:
+    """Whether each of these keywords of a group is good by itself."""
+    for name, keyword in keywords.items():
+        if not (keyword.optional and group[name] is None):
+            _check_one(name, group[name], keyword)
 
 
 def _check_one(name: str, value: Any, keyword: Keyword) -> None:

@@ -25,7 +25,7 @@ class Layout(NamedTuple):
     fan_in: int
 
 
-class Place(NamedTuple):
+class Occurrence(NamedTuple):
     """Where a parameter stands in a network; a tied one has several.
 
     layer: class of the module that owns it. role: "weight", "embedding", "norm", "router", "other" (a bias, say, of a
@@ -46,7 +46,7 @@ class Place(NamedTuple):
 class Survey(NamedTuple):
     """Every parameter of a network with its places, and how many layers there are."""
 
-    places: dict[Tensor, list[Place]]
+    places: dict[Tensor, list[Occurrence]]
     layers: int
 
     def layout(self, weight: Tensor) -> Layout | None:
@@ -243,14 +243,14 @@ def survey(model: nn.Module) -> Survey:
 
     Raises: ValueError: a parameter has no shape yet, as those of lazy layers.
     """
-    places: dict[Tensor, list[Place]] = {}
+    places: dict[Tensor, list[Occurrence]] = {}
     routers, orders, count = _routers(model), dict[nn.Module, int](), 0
     for path, module in model.named_modules(remove_duplicate=False):  # a layer that stands twice is two
         own = {name: weight for name, weight in module._parameters.items() if weight is not None}
         for name, weight in own.items():
             if isinstance(weight, UninitializedParameter):
                 raise ValueError(f"{path}.{name} has no shape yet; call the model once, then ask for its weights")
-        kind, found = _kind(module), dict[str, Place]()
+        kind, found = _kind(module), dict[str, Occurrence]()
         if kind is not None and module in routers:
             kind = kind._replace(role="router")
         for names in [] if kind is None else kind.levels(module):
@@ -273,7 +273,7 @@ def _parametrization(module: nn.Module, name: str) -> nn.Module | None:
     return None if lists is None else lists._modules.get(name)
 
 
-def _level(module: nn.Module, kind: Kind, names: Weights, order: int) -> Iterator[tuple[str, Place]]:
+def _level(module: nn.Module, kind: Kind, names: Weights, order: int) -> Iterator[tuple[str, Occurrence]]:
     """The weights of one layer, under their own names or those that pruning and older parametrizations give them."""
     layer = type(module).__name__
     for name in names:
@@ -282,25 +282,25 @@ def _level(module: nn.Module, kind: Kind, names: Weights, order: int) -> Iterato
         number = None if kind.role == "router" else order
         if weight is not None:
             padding = getattr(module, "padding_idx", None) is not None
-            yield name, Place(layer, kind.role, number, kind.describe(module, weight), padding=padding)
+            yield name, Occurrence(layer, kind.role, number, kind.describe(module, weight), padding=padding)
         elif original is not None and masked:
-            yield f"{name}_orig", Place(layer, kind.role, number, kind.describe(module, original), masked=True)
+            yield f"{name}_orig", Occurrence(layer, kind.role, number, kind.describe(module, original), masked=True)
         elif original is not None:
-            yield f"{name}_orig", Place(layer, "parametrized by spectral_norm", order)
+            yield f"{name}_orig", Occurrence(layer, "parametrized by spectral_norm", order)
         elif f"{name}_g" in own and f"{name}_v" in own:
             for part in ("g", "v"):
-                yield f"{name}_{part}", Place(layer, "weight_norm", order)
+                yield f"{name}_{part}", Occurrence(layer, "weight_norm", order)
 
 
-def _other(module: nn.Module, kind: Kind | None, router: bool, order: int | None) -> Place:
+def _other(module: nn.Module, kind: Kind | None, router: bool, order: int | None) -> Occurrence:
     """Where parameters stand that are no weights of a known layer."""
     layer = type(module).__name__
     if isinstance(module, ParametrizationList):
         kinds = [type(each).__name__.lstrip("_") for each in module]
         role = "weight_norm" if kinds == ["WeightNorm"] else f"parametrized by {', '.join(kinds)}"
-        return Place(layer, role, order)
+        return Occurrence(layer, role, order)
     if is_norm(module):
-        return Place(layer, "norm")
+        return Occurrence(layer, "norm")
     if router:
-        return Place(layer, "router")
-    return Place(layer, "unknown" if kind is None else "other")
+        return Occurrence(layer, "router")
+    return Occurrence(layer, "unknown" if kind is None else "other")

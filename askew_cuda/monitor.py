@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import reference
 from .optimizer import QuantizedOptimizer
 from .quantizer import codes, distance, snap
 from .wrappers import unwrap
@@ -85,7 +86,8 @@ class Monitor:
         away, now = distance(weight, scale, levels), codes(weight, scale, levels)
         before, self._codes[name] = self._codes.get(name), now
         fine = ~away.isnan()
-        wide = weight.detach().double()[fine]
+        both = (reference.with_double(each.detach()) for each in (weight, snap(weight, scale, levels)))
+        wide, snapped = (each[fine.to(each.device)].double() for each in both)
         return {
             "numel": weight.numel(),
             "on_level": int((away == 0).sum()),
@@ -94,7 +96,7 @@ class Monitor:
             "compared": 0 if before is None else weight.numel(),
             "occupancy": torch.bincount(now.flatten().int(), minlength=len(levels)).tolist(),
             "squares": float(wide.square().sum()),
-            "errors": float((wide - snap(weight, scale, levels).double()[fine]).square().sum()),
+            "errors": float((wide - snapped).square().sum()),
             "grads": 0 if weight.grad is None else int((~weight.grad.isfinite()).sum()),
             "nan": int(weight.isnan().sum()),
         }

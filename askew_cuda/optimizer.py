@@ -15,9 +15,11 @@ from torch.optim.optimizer import ParamsT
 from . import backends, checkpoints, checks, hints, scales, schedule
 from .hints import LostSteps
 from .interrupts import deferred
-from .keywords import CONSTRAINT, Group, check, resolve_rate
+from .keywords import CONSTRAINT, Group, check_keywords, check_state_dtype, resolve_rate
 from .plan import Batch, Plan, Traced, parts
 from .quantizer import Quantizer, codes, distance, snap
+
+_CPU = torch.device("cpu")
 
 
 def next_seed(seed: int) -> int:
@@ -80,7 +82,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         self._lent: dict[Tensor, Tensor] = {}  # scales that are not set yet, while quantized() holds them
         self._plan: Plan | None = None
         self._chosen: dict[tuple[str, torch.device, torch.dtype, bool], str] = {}  # backends
-        self._scaled: dict[Tensor, Any] = {}  # the quantizer that a weight's scale was set for
+        self._scaled: dict[Tensor, Quantizer] = {}  # the quantizer that a weight's scale was set for
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -94,13 +96,13 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
-            self._quantizer(group)
         self._plan = None
         self._scaled = {
-            weight: group["quantizer"]
+            weight: quantizer
             for group in self.param_groups
+            if (quantizer := self._quantizer(group)) is not None
             for weight in group["params"]
-            if "scale" in self.state.get(weight, {})
+            if self._scale(weight) is not None
         }
 
     @staticmethod
@@ -124,6 +126,8 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         epsilon = group.setdefault("epsilon", self.defaults["epsilon"])
         if any(epsilon is each["epsilon"] for each in self.param_groups if isinstance(epsilon, Tensor)):
             group["epsilon"] = epsilon.clone()  # the phases of groups differ
+        if annealed and isinstance(group["epsilon"], Tensor):
+            checks.check_filled("epsilon", group["epsilon"])
         group["outputs"] = list(group.get("outputs", self.defaults["outputs"]))
         group["state_dtype"] = None if group.get("state_dtype", self.defaults["state_dtype"]) is None else "float32"
         super().add_param_group(group)
@@ -139,7 +143,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
     def _check(self, group: Group) -> Quantizer | None:
         """Whether the group, and the defaults where it is silent, can be stepped; its quantizer."""
         settings = {**self.defaults, **group}
-        check(settings)
+        check_keywords(settings)
         self._check_rule(settings)
         quantizer = None if settings["quantizer"] is None else Quantizer.parse(settings["quantizer"])
         self._check_weights(settings["params"], settings, quantizer)
@@ -185,8 +189,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
                     f"{name} is {weight.dtype} ({weight.layout}); dense float32, float64, bfloat16 and float16 weights "
                     "can be stepped"
                 )
-            if settings["state_dtype"] is not None and weight.dtype == torch.float64:
-                raise ValueError(f"state_dtype = float32, but {name} is float64; it is for 16-bit weights")
+            check_state_dtype(settings, weight, name)
             if settings.get("capturable") and weight.device.type == "cpu":
                 raise ValueError(
                     f"capturable = True, but {name} is on the CPU; it is for weights on a GPU, in CUDA graphs. Leave "
@@ -223,7 +226,10 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         names = group.get("param_names")
         where = next(i for i, each in enumerate(self.param_groups) if each is group)
         for i, weight in enumerate(group["params"]):
-            yield (names[i] if names else f"param_groups[{where}]['params'][{i}]"), weight
+            yield (names[i] if names and i < len(names) else f"param_groups[{where}]['params'][{i}]"), weight
+
+    def _name_of(self, weight: Tensor) -> str:
+        return next(name for group in self.param_groups for name, each in self._named(group) if each is weight)
 
     def _scale(self, weight: Tensor) -> Tensor | None:
         """The weight's scale, if it is set."""
@@ -254,6 +260,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
 
     def _new_scale(self, group: Group, quantizer: Quantizer, name: str, weight: Tensor) -> Tensor:
         """A weight's scale, to be set for ever; warns when snapping or the first clip would tear a network apart."""
+        checks.check_memory_of(weight, name)
         scale = self._estimate(group, quantizer, name, weight)
         levels = quantizer.codebook.levels
         zeros = 0.0 if 0 in levels else scales.share_of_zeros(weight)
@@ -284,16 +291,18 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         Raises: ValueError: a weight holds NaN, infinity or nothing but zeros; the message names it. No scale has been
             set then.
         """
-        found = {}
+        found = []
         for group in self.param_groups:
             quantizer = self._quantizer(group)
             if quantizer is not None:
                 for name, weight in self._named(group):
-                    if self._scale(weight) is None and not self._left_alone(group, weight):
-                        found[weight] = self._new_scale(group, quantizer, name, weight)
+                    has_scale = self._scale(weight) is not None
+                    self._check_scale(group, weight, has_scale)
+                    if not (has_scale or self._left_alone(group, weight)):
+                        found.append((group, weight, self._new_scale(group, quantizer, name, weight)))
         with deferred():
-            for weight, scale in found.items():
-                self.state[weight]["scale"] = scale
+            for each in found:
+                self._set_scale(*each)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -365,16 +374,21 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             if group["low_precision"] == "stochastic":
                 if isinstance(group["seed"], Tensor):
+                    checks.check_filled("seed", group["seed"])
                     in_place.append(functools.partial(advance_seed, group["seed"]))
                 else:
                     entries.append((group, "seed", next_seed(group["seed"])))
+            done = group["steps_done"]
+            if group["total_steps"] is not None and not (type(done) is int and done >= 0):
+                check_keywords(group, ("steps_done",))
             state = schedule.next_state(group)
             if state is not None:
                 count, epsilon = state
                 entries.append((group, "steps_done", count))
                 if isinstance(group["epsilon"], Tensor):
+                    checks.check_filled("epsilon", group["epsilon"])
                     in_place.append(functools.partial(schedule.put_epsilon, group, epsilon))
-                else:
+                elif epsilon is not group["epsilon"]:
                     entries.append((group, "epsilon", epsilon))
         return entries, in_place
 
@@ -396,8 +410,9 @@ class QuantizedOptimizer(torch.optim.Optimizer):
                 del table[gone]
         for part in plan.parts:
             self._stepped.update(dict.fromkeys(part.batch.weights, True))
-            if part.kept.get("scale"):
-                self._scaled.update(dict.fromkeys(part.batch.weights, part.group["quantizer"]))
+            quantizer = self._quantizer(part.group)
+            if quantizer is not None:
+                self._scaled.update(dict.fromkeys(part.batch.weights, quantizer))
 
     # What a rule brings: the name of its operator; which lists of the operator's signature are which keys of the state;
     # its settings.
@@ -427,33 +442,43 @@ class QuantizedOptimizer(torch.optim.Optimizer):
             return names[weight]
 
         for weight, state in zip(batch.weights, batch.states, strict=True):
-            self._check_scale(group, weight, "scale" in state, name_of)
+            self._check_scale(group, weight, "scale" in state)
         return batch.tensors("scale", lambda weight: self._new_scale(group, quantizer, name_of(weight), weight))
 
-    def _check_scale(self, group: Group, weight: Tensor, has_scale: bool, name_of: Callable[[Tensor], str]) -> None:
+    def _check_scale(self, group: Group, weight: Tensor, has_scale: bool) -> None:
         """Whether a weight's scale is that of its quantizer, and is still there once annealing has begun."""
         before = self._scaled.get(weight)
         if before is None:
             return
-        if has_scale and before != group["quantizer"]:
+        same = before == self._quantizer(group)
+        if has_scale and not same:
             raise ValueError(
-                f"quantizer = {group['quantizer']!r}, but the scale of {name_of(weight)} was set for {before!r}; for "
-                "a new one, remove the old: del optimizer.state[weight]['scale']"
+                f"quantizer = {group['quantizer']!r}, but the scale of {self._name_of(weight)} was set for "
+                f"{before.plain()!r}; for a new one, remove the old: del optimizer.state[weight]['scale']"
             )
-        if not has_scale and before == group["quantizer"] and float(group["epsilon"]) < 1:
+        if not has_scale and same and float(group["epsilon"]) < 1:
             raise ValueError(
-                f"the scale of {name_of(weight)} is gone from optimizer.state in mid-annealing (epsilon = "
+                f"the scale of {self._name_of(weight)} is gone from optimizer.state in mid-annealing (epsilon = "
                 f"{float(group['epsilon']):.3g}): a new one would move every level. Put the state back, or load a "
                 "checkpoint"
             )
+
+    def _set_scale(self, group: Group, weight: Tensor, scale: Tensor) -> None:
+        quantizer = self._quantizer(group)
+        assert quantizer is not None
+        self.state[weight]["scale"] = scale
+        self._scaled[weight] = quantizer
 
     def _overflowed(self, wait: bool = False) -> bool:
         """Whether AMP found an infinity: the step then does nothing. Unless told to, it does not wait for a device to
         know: False.
         """
         found: Tensor | float | None = getattr(self, "found_inf", None)
-        known = wait or not isinstance(found, Tensor) or found.device.type == "cpu"
-        return known and found is not None and bool(found != 0)
+        if found is None:
+            return False
+        checks.check_numbers({"found_inf": found}, getattr(found, "device", _CPU))
+        known = not isinstance(found, Tensor) or found.device.type == "cpu" or (wait and not found.is_meta)
+        return known and bool(found != 0)
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's, of plain values and tensors; of a callable ``shape`` it says "callable" only."""
@@ -501,7 +526,10 @@ class QuantizedOptimizer(torch.optim.Optimizer):
                 for name, weight in self._named(group):
                     if self._left_alone(group, weight):
                         continue
+                    checks.check_memory_of(weight, name)
                     scale = self._scale(weight)
+                    if weight not in self._lent:
+                        self._check_scale(group, weight, scale is not None)
                     scale = self._lent.get(weight) if scale is None else scale
                     if scale is None and scales:
                         scale = self._estimate(group, quantizer, name, weight)
@@ -510,7 +538,8 @@ class QuantizedOptimizer(torch.optim.Optimizer):
     def quantized_parameters(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """(weight, codes, levels, scale) of every quantized weight: the snapped weight is ``scale * levels[codes]``.
 
-        codes: uint8, as the weight. levels: (K,), the scale's dtype. scale: (), or the weight's shape with 1 or a
+        codes: uint8, as the weight; 0 for NaN, which has no level.
+        levels: (K,), the scale's dtype. scale: (), or the weight's shape with 1 or a
         divisor in the dimensions that it covers, or (rows, groups) for ``weight.reshape(rows, groups, -1)``. Nothing is
         mutated. Weights that are frozen and were never stepped are not among them, unless their group says
         quantize_frozen.
@@ -580,7 +609,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
             away = distance(weight, scale, levels)
             if away.isnan().any():
                 raise ValueError(f"finalize: {name} holds {int(away.isnan().sum())} NaN weights; they have no level")
-            largest, share = (float(away.max()), float((away == 0).double().mean())) if away.numel() else (0.0, 1.0)
+            largest, share = (float(away.max()), int((away == 0).sum()) / away.numel()) if away.numel() else (0.0, 1.0)
             tensors.append(TensorReport(name, weight.numel(), largest, share))
             arrived = schedule.near(levels, weight.dtype, group["low_precision"])
             moves.append((name, weight.numel(), int((away > arrived).sum()), largest))
@@ -588,11 +617,11 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         largest = max((each.max_distance for each in tensors), default=0.0)
         share = sum(each.share_on_level * each.numel for each in tensors) / total if total else 1.0
         hints.warn_of_moves(moves, max((float(group["epsilon"]) for *_, group in found), default=0.0))
-        ready = [(weight, snap(weight, scale, levels), scale) for _, weight, scale, levels, _ in found]
+        ready = [(group, weight, snap(weight, scale, levels), scale) for _, weight, scale, levels, group in found]
         with deferred():
-            for weight, snapped, scale in ready:
+            for group, weight, snapped, scale in ready:
                 weight.copy_(snapped)
-                self.state[weight]["scale"] = scale
+                self._set_scale(group, weight, scale)
                 if "remainder" in self.state[weight]:
                     self.state[weight]["remainder"].zero_()
         never = tuple(name for name, weight, *_ in found if weight not in self._stepped)

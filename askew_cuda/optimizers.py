@@ -1,12 +1,13 @@
 """AskewSGD and AskewAdamW: torch.optim.SGD and torch.optim.AdamW whose weights end on a few levels."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .keywords import Group
+from .keywords import Group, Keyword, check_each, is_flag
 from .optimizer import QuantizedOptimizer
 from .plan import Batch
 
@@ -59,6 +60,25 @@ _KEYWORDS = """
     RuntimeError (a backend that is absent) with the argument, its value and the remedy.
     """
 
+# What one rule alone has.
+_SGD = {
+    "momentum": Keyword(..., lambda x: x >= 0, "at least 0", "number"),
+    "dampening": Keyword(..., lambda x: math.isfinite(x), "a finite number", "number"),
+    "nesterov": Keyword(..., is_flag, "True or False"),
+}
+
+
+def _are_betas(betas: Any) -> bool:
+    good = isinstance(betas, (tuple, list)) and len(betas) == 2
+    return good and all(isinstance(beta, (int, float, Tensor)) and 0 <= float(beta) < 1 for beta in betas)
+
+
+_ADAMW = {
+    "betas": Keyword(..., _are_betas, "two numbers in [0, 1)"),
+    "eps": Keyword(..., lambda x: x >= 0, "at least 0", "number"),
+    "amsgrad": Keyword(..., is_flag, "True or False"),
+}
+
 
 class AskewSGD(QuantizedOptimizer):
     __doc__ = f"""torch.optim.SGD, argument for argument, whose quantized weights end on their levels.
@@ -91,8 +111,7 @@ class AskewSGD(QuantizedOptimizer):
 
     @staticmethod
     def _check_rule(group: Group) -> None:
-        if not group["momentum"] >= 0:
-            raise ValueError(f"momentum = {group['momentum']!r}; at least 0")
+        check_each(group, _SGD)
         if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
             raise ValueError(
                 f"nesterov = True with momentum = {group['momentum']}, dampening = {group['dampening']}; it needs "
@@ -155,11 +174,7 @@ class AskewAdamW(QuantizedOptimizer):
 
     @staticmethod
     def _check_rule(group: Group) -> None:
-        betas = tuple(float(beta) for beta in group["betas"])
-        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"betas = {group['betas']!r}; two numbers in [0, 1)")
-        if not group["eps"] >= 0:
-            raise ValueError(f"eps = {group['eps']!r}; at least 0")
+        check_each(group, _ADAMW)
 
     _operator = "adamw_"
 
@@ -168,8 +183,12 @@ class AskewAdamW(QuantizedOptimizer):
         return moments | {"max_exp_avg_sqs": "max_exp_avg_sq"} if group["amsgrad"] else moments
 
     def _rule(self, group: Group) -> dict[str, Any]:
-        beta1, beta2 = group["betas"]
-        return {"beta1": float(beta1), "beta2": float(beta2), "eps": group["eps"], "amsgrad": group["amsgrad"]}
+        try:
+            beta1, beta2 = map(float, group["betas"])
+        except (TypeError, ValueError):
+            self._check_rule(group)  # which says it better
+            raise
+        return {"beta1": beta1, "beta2": beta2, "eps": group["eps"], "amsgrad": group["amsgrad"]}
 
     def _counted_there(self, group: Group) -> bool:
         """A captured graph has to count the steps itself, and with AMP the device alone knows which ones count."""

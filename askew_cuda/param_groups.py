@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .checks import DTYPES
 from .keywords import LAYERS
-from .layers import Layout, Place, Survey, is_norm, survey
+from .layers import Layout, Occurrence, Survey, is_norm, survey
 from .quantizer import Quantizer
 
 Levels = str | Quantizer | Mapping[str, Any]
@@ -44,7 +44,7 @@ def _matches(rule: str, name: str) -> bool:
         ) from error
 
 
-def _obstacle(weight: Tensor, places: list[Place]) -> str | None:
+def _obstacle(weight: Tensor, places: list[Occurrence]) -> str | None:
     """Why a parameter is not the weight of a layer; None where it is, or an embedding's."""
     if weight.dtype not in DTYPES:
         return str(weight.dtype).removeprefix("torch.")
@@ -58,7 +58,7 @@ def _obstacle(weight: Tensor, places: list[Place]) -> str | None:
     return None
 
 
-def _reason(weight: Tensor, places: list[Place], layers: int, quantizer: Quantizer) -> str | None:
+def _reason(weight: Tensor, places: list[Occurrence], layers: int, quantizer: Quantizer) -> str | None:
     """Why one specification leaves a weight as it is; None where it does not."""
     obstacle = _obstacle(weight, places)
     if obstacle is not None:
@@ -254,7 +254,7 @@ def param_groups(
     found = survey(model)
     if given := set(LAYERS) & set(keywords):
         raise ValueError(f"param_groups: {', '.join(given)} is decided layer by layer; use askew_cuda.register_layer")
-    choice = _choose(named, found, weights, include, exclude)
+    choice = _decide(named, found, weights, include, exclude)
     kept = _undecayed(model, named, found) if no_decay else set[str]()
     groups = _quantized_groups(model, named, found, choice, kept, {"pretrained": pretrained, **keywords})
     rest: dict[bool, list[tuple[str, Tensor]]] = {}
@@ -268,7 +268,7 @@ def param_groups(
     return groups
 
 
-def _choose(
+def _decide(
     named: dict[str, Tensor],
     found: Survey,
     weights: Spec | Mapping[str, Spec],

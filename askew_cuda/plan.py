@@ -5,7 +5,8 @@ was made for, hands changed numbers over, and says when it has to be made anew. 
 for all groups together.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from itertools import compress
 from operator import is_, itemgetter
@@ -14,17 +15,24 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends, checks, keywords
+from . import backends, checks, keywords, schedule
 from .checks import Call
-from .keywords import Group, counter_dtype
+from .keywords import Group, check_state_dtype, counter_dtype
 
 if TYPE_CHECKING:
     from .optimizer import QuantizedOptimizer
 
-# Keywords of a group that decide what its calls are. The others are numbers and flags that a call takes.
-STRUCTURE = ("quantizer", "outputs", "state_dtype", "low_precision", "backend")
-SHARED = tuple(name for name in checks.OF_BOTH if name != "grad_scale")  # which AMP sets on the optimizer
-PLAIN = (Tensor, torch.nn.Parameter)  # types without a __torch_dispatch__ or __torch_function__ of their own
+AMP = ("grad_scale", "found_inf")  # set by torch.amp.GradScaler, on its own device
+SHARED = tuple(name for name in checks.OF_BOTH if name not in AMP)
+# Numbers that a plan takes as they come. With another flag, word or None all is checked together, in a new plan.
+FREE = {*AMP, "seed", *(name for name, kinds in checks.NUMBERS.items() if type(None) not in kinds)}
+# Keywords of a group that decide what its calls are, or with which all is checked again: those that a call does not
+# take as a number or a flag, and that no step changes.
+STRUCTURE = tuple(
+    name for name in (*keywords.KEYWORDS, "foreach", "fused") if name not in (*SHARED, "seed", "steps_done")
+)
+_structure_values = itemgetter(*STRUCTURE)
+SCHEDULED = {"lr", "epsilon", "steps_done"}  # what schedules change, and nothing else depends on
 
 
 class Additions:
@@ -156,6 +164,7 @@ def part_of(optimizer: "QuantizedOptimizer", group: Group, batch: Batch, fixed: 
     first, quantizer = batch.weights[0], optimizer._quantizer(group)
     if is_captured([first]):
         check_capture(group, batch)
+    check_state_dtype(group, first, "a weight")
     operator, wide = optimizer._operator, None if group["state_dtype"] is None else torch.float32
     lists: dict[str, list[Tensor]] = {"weights": batch.weights, "grads": batch.grads}
     lists |= {name: [] for name in checks.STATES[operator]}
@@ -173,9 +182,11 @@ def part_of(optimizer: "QuantizedOptimizer", group: Group, batch: Batch, fixed: 
         zeros = partial(torch.zeros_like, dtype=torch.int16, requires_grad=False)
         lists["remainders"] = kept["remainder"] = batch.tensors("remainder", zeros)
 
+    owner = weakref.ref(optimizer)  # or the optimizer would hold its plan, and the plan the optimizer
+
     def names() -> list[str]:
-        here = set(batch.weights)
-        return [name for name, weight in optimizer._named(group) if weight in here]
+        here, alive = set(batch.weights), owner()
+        return [] if alive is None else [name for name, weight in alive._named(group) if weight in here]
 
     levels = () if quantizer is None else quantizer.codebook.levels
     backend = optimizer._choose(group, first.device, first.dtype)
@@ -243,12 +254,11 @@ def check_capture(group: Group, batch: Batch) -> None:
 
 def settings_of(optimizer: "QuantizedOptimizer", group: Group, batch: Batch) -> dict[str, Any]:
     """The numbers and flags of a call as they are now."""
-    settings = {key: group[key] for key in SHARED}
-    settings |= optimizer._rule(group)
+    settings = {key: group[key] for key in SHARED} | optimizer._rule(group)
     device = batch.weights[0].device
-    for key in ("grad_scale", "found_inf"):  # set by torch.amp.GradScaler, on its own device
+    for key in AMP:
         value = getattr(optimizer, key, None)
-        settings[key] = value.to(device) if isinstance(value, Tensor) else value
+        settings[key] = value.to(device) if isinstance(value, Tensor) and not value.is_meta else value
     if group["low_precision"] == "stochastic" and batch.weights[0].dtype.itemsize == 2:
         number = {
             weight: i for i, weight in enumerate(weight for each in optimizer.param_groups for weight in each["params"])
@@ -261,17 +271,16 @@ def settings_of(optimizer: "QuantizedOptimizer", group: Group, batch: Batch) -> 
 
 def changed_settings(now: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
     """Those that are others than before. Another tensor is another setting, whatever it holds."""
-    if all(map(is_, now.values(), before.values())):
-        return {}
-    pairs = ((key, value, before[key]) for key, value in now.items())
+    pairs = [(key, value, before.get(key)) for key, value in now.items()]
+    others = [(key, value, old) for key, value, old in pairs if value is not old]
     return {
         key: value
-        for key, value, old in pairs
-        if value is not old and (isinstance(value, Tensor) or isinstance(old, Tensor) or value != old)
+        for key, value, old in others
+        if isinstance(value, Tensor) or type(value) is not type(old) or value != old
     }
 
 
-def same(values: Sequence[Any], others: Sequence[Any]) -> bool:
+def same(values: Collection[Any], others: Collection[Any]) -> bool:
     """Whether these are the very same objects."""
     return len(values) == len(others) and all(map(is_, values, others))
 
@@ -286,22 +295,28 @@ class Plan:
 
     def __init__(self, optimizer: "QuantizedOptimizer"):
         for group in optimizer.param_groups:
-            keywords.check(group)
+            keywords.check_keywords(group)
             optimizer._check_rule(group)
+            if group["total_steps"] is not None and group["quantizer"] is not None:
+                schedule.phase(group)
         self.on_gpu = [weight for group in optimizer.param_groups for weight in group["params"] if weight.is_cuda][:1]
         captured = is_captured(self.on_gpu)
         self.additions = Additions(captured)
         self.parts = list(parts(optimizer, self.additions))
         for part in self.parts:
-            checks.check(part.call, part.names)
+            checks.check_call(part.call, part.names)
         self.structures = [self._structure(optimizer, group) for group in optimizer.param_groups]
         self.groups = list(optimizer.param_groups)
         self.members = [list(group["params"]) for group in self.groups]
+        self.values = [list(group.values()) for group in self.groups]  # as they were when the last step took them
+        self.scheduled = [[(i, key) for i, key in enumerate(group) if key in SCHEDULED] for group in self.groups]
+        self.amp = [getattr(optimizer, key, None) for key in AMP]
+        self.restless = [group["low_precision"] == "stochastic" for group in self.groups]  # asks outside of its group
         self.idle = [weight for weights in self.members for weight in weights if weight.grad is None]
         weights = [weight for part in self.parts for weight in part.batch.weights]
         # Where something listens to torch's operations, it hears the calls; else they go straight to the kernels.
-        plain = all([type(weight) in PLAIN for weight in weights]) and torch._C._len_torch_dispatch_stack() == 0
-        if plain:
+        plain = all([type(weight) in checks.PLAIN for weight in weights]) and torch._C._len_torch_dispatch_stack() == 0
+        if torch._C._len_torch_dispatch_stack() == 0:
             checks.check_memory(self._extents())
         self.compiled, self.together, self.others = None, [], self.parts
         self.ready: list[Callable[[], None]] = []  # the others, as lay_out() has made them ready
@@ -310,6 +325,7 @@ class Plan:
             self.others = [part for part in self.parts if part.backend not in ("cpu", "cuda")]
             calls = [(part.call.operator, part.call.arguments()) for part in self.together]
             self.compiled = backends.extension.Plan(calls)
+        self.calls = [[i for i, part in enumerate(self.together) if part.group is group] for group in self.groups]
         # A weight that has a gradient and no call waits for its first one; what is fixed holds for this step alone.
         whole = len(weights) + len(self.idle) == sum(map(len, self.members))
         self.lasts = plain and whole and not (self.others or captured or any(part.fixed for part in self.parts))
@@ -320,53 +336,87 @@ class Plan:
                 if name != "grads":
                     names = part.names()
                     for i, tensor in enumerate(tensors):
-                        yield checks.extent(f"{name}[{i}] ({names[i]})", tensor, name != "scales")
+                        if checks.has_address(tensor):
+                            yield checks.extent(f"{name}[{i}] ({names[i]})", tensor, name != "scales")
 
     @staticmethod
     def _structure(optimizer: "QuantizedOptimizer", group: Group) -> tuple[Any, ...]:
         """What decides which calls a group needs."""
-        return itemgetter(*STRUCTURE)(group), optimizer._moments(group), optimizer._counted_there(group)
+        return _structure_values(group), optimizer._moments(group), optimizer._counted_there(group)
 
     def holds(self, optimizer: "QuantizedOptimizer") -> bool:
         """Whether the next step is still this plan's; it then has the gradients and the numbers of that step."""
-        groups = optimizer.param_groups
-        if not self.lasts or not same(groups, self.groups) or is_captured(self.on_gpu):
-            return False  # whether a capture would do is looked at where a plan is made
-        for group, members, structure in zip(groups, self.members, self.structures, strict=True):
-            if not same(group["params"], members) or self._structure(optimizer, group) != structure:
-                return False
+        groups, compiled = optimizer.param_groups, self.compiled
+        if not self.lasts or compiled is None or not same(groups, self.groups):
+            return False
+        if is_captured(self.on_gpu):  # whether a capture would do is looked at where a plan is made
+            return False
         if torch._C._len_torch_dispatch_stack() > 0 or any([weight.grad is not None for weight in self.idle]):
             return False
-        return all([self._is_current(optimizer, part) for part in self.together]) and self._take(optimizer)
+        amp = [getattr(optimizer, key, None) for key in AMP]
+        scaled = not same(amp, self.amp)
+        for k, group in enumerate(groups):
+            if not same(group["params"], self.members[k]):
+                return False
+            if scaled or self.restless[k] or not same(group.values(), self.values[k]):
+                if not self._take(optimizer, k, scaled):
+                    return False
+                self.values[k] = list(group.values())
+        self.amp = amp
+        return all([self._is_current(optimizer, part) for part in self.together]) and compiled.take_gradients()
+
+    def _take(self, optimizer: "QuantizedOptimizer", k: int, scaled: bool) -> bool:
+        """Hands over what has changed in a group. False where a new plan is needed."""
+        group, before = self.groups[k], self.values[k]
+        if not scaled and not self.restless[k] and len(group) == len(before):
+            now = list(before)
+            for place, key in self.scheduled[k]:
+                now[place] = group.get(key)
+            if same(group.values(), now):  # only what schedules change
+                pairs = [(key, now[place]) for place, key in self.scheduled[k] if now[place] is not before[place]]
+                changed = {key: value for key, value in pairs if key != "steps_done"}
+                return all([self._set(optimizer, i, changed) for i in self.calls[k]])
+        if self._structure(optimizer, group) != self.structures[k]:
+            return False
+        for i in self.calls[k]:
+            part = self.together[i]
+            settings = settings_of(optimizer, group, part.batch)
+            if not self._set(optimizer, i, changed_settings(settings, part.call.settings)):
+                return False
+        return True
+
+    def _set(self, optimizer: "QuantizedOptimizer", i: int, changed: dict[str, Any]) -> bool:
+        """Other numbers for a call. False for flags and words, which a new plan checks together."""
+        if not changed:
+            return True
+        part = self.together[i]
+        if not changed.keys() <= FREE or self.compiled is None:
+            return False
+        keywords.check_keywords(part.group, changed)
+        if not changed.keys() <= keywords.KEYWORDS.keys():
+            optimizer._check_rule(part.group)
+        checks.check_numbers(changed, part.batch.weights[0].device)
+        self.compiled.set(i, changed)
+        part.call.settings.update(changed)
+        return True
 
     def _is_current(self, optimizer: "QuantizedOptimizer", part: Part) -> bool:
         """Whether the optimizer still has the state that a part was made with."""
         weights, _, states, _ = part.batch
         if not all(map(is_, map(optimizer.state.get, weights), states)):
             return False
-        for key, tensors in part.kept.items():
-            if not all(map(is_, [state.get(key) for state in states], tensors)):
-                return False
+        try:
+            for key, tensors in part.kept.items():
+                if not all(map(is_, map(itemgetter(key), states), tensors)):
+                    return False
+        except KeyError:
+            return False
         if part.group["outputs"]:
             outputs = [optimizer.outputs.get(weight, {}) for weight in weights]
             for name in part.group["outputs"]:
                 if not all(map(is_, [each.get(name) for each in outputs], part.call.lists[name])):
                     return False
         return True
-
-    def _take(self, optimizer: "QuantizedOptimizer") -> bool:
-        """Hands over what changes from step to step."""
-        assert self.compiled is not None
-        for i, part in enumerate(self.together):
-            before = part.call.settings
-            now = settings_of(optimizer, part.group, part.batch)
-            changed = changed_settings(now, before)
-            if changed:
-                keywords.check(part.group, changed)
-                optimizer._check_rule(part.group)
-                self.compiled.set(i, changed)
-                before.update(changed)
-        return self.compiled.take_gradients()
 
     def lay_out(self) -> None:
         """What is left that can fail: numbers that lie in tensors, copies of tensors that lie in another order than

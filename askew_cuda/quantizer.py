@@ -69,7 +69,8 @@ class Codebook:
                 raise ValueError(
                     f"Codebook: levels[{index}] = {level}; levels are finite and at most {_LARGEST_LEVEL:.3g} in size"
                 )
-        rounded = torch.tensor([float(level) for level in given], dtype=torch.float64).float().tolist()
+        exact = torch.tensor([float(level) for level in given], dtype=torch.float64, device="cpu")
+        rounded = exact.float().tolist()
         for index, (lower, upper) in enumerate(itertools.pairwise(rounded)):
             if not lower < upper:
                 raise ValueError(
@@ -250,7 +251,7 @@ class Quantizer:
                         f"(shape {tuple(weight.shape)}); take a divisor of {length}, or granularity 'channel'"
                     )
         if isinstance(self.scale, tuple):
-            given, wanted = tuple(torch.tensor(self.scale).shape), self.scale_shape(weight, channel_dim)
+            given, wanted = tuple(torch.tensor(self.scale, device="cpu").shape), self.scale_shape(weight, channel_dim)
             if given not in (wanted, tuple(size for size in wanted if size != 1)):
                 raise ValueError(
                     f"scale has shape {given}, but {name} of shape {tuple(weight.shape)} needs {wanted}, or one number"

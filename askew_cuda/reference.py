@@ -25,7 +25,8 @@ levels only.
                        never past it. Else d
 (E4)  base rule        SGD (momentum, dampening, nesterov, weight decay) or AdamW, by torch's formulas
 (E5)  move             w + d, kept within the outermost levels (``clip``)
-(E6)  code             index of the level nearest to the new weight; a tie goes to the lower one, NaN to 0
+(E6)  code             index of the level nearest to the new weight; a tie goes to the lower one, NaN to 0. The snapped
+                       weight is that level; NaN of NaN, so that a network that diverged does not look well
 
 ``interval`` is the paper's annealing: Leconte, Schechtman, Moulines, "ASkewSGD: an annealed interval-constrained
 optimisation method to train quantized neural networks", AISTATS 2023, with the velocity constraint of Muehlebach &
@@ -106,6 +107,11 @@ def rounded(x: Number, dtype: torch.dtype, device: torch.device) -> Tensor:
     if isinstance(x, Tensor):
         return x.reshape(()).to(device, dtype)
     return torch.tensor(x, dtype=dtype, device=device)
+
+
+def with_double(x: Tensor) -> Tensor:
+    """The tensor where there is float64: on the CPU, if its own device has none. No other place knows which have."""
+    return x.cpu() if x.device.type == "mps" else x
 
 
 def in_double(x: Number) -> Number:
@@ -441,11 +447,12 @@ def write_outputs(
     """(E6), from what its storage made of the weight: codes and snapped weights where wanted."""
     if grid is None or (codes is None and snapped is None):
         return
-    index = grid.book.nearest(weight.to(arithmetic(weight.dtype)) * grid.unit.reciprocal())
+    w = weight.to(arithmetic(weight.dtype))
+    index = grid.book.nearest(w * grid.unit.reciprocal())
     if codes is not None:
         storage.write(codes, index)
     if snapped is not None:
-        storage.write(snapped, grid.unit * grid.book.level(index))
+        storage.write(snapped, torch.where(w.isnan(), w, grid.unit * grid.book.level(index)))
 
 
 @torch.no_grad()

@@ -57,21 +57,22 @@ def estimate(
     tensor(2.2361)
     """
     quantizer.check(weight, name, channel_dim)
+    there, weight = weight.device, reference.with_double(weight.detach())
     shape, dtype = quantizer.scale_shape(weight, channel_dim), reference.arithmetic(weight.dtype)
     if not isinstance(quantizer.scale, str):
-        given = torch.tensor(quantizer.scale, dtype=torch.float64)
+        given = torch.tensor(quantizer.scale, dtype=torch.float64, device="cpu")
         _check_range(given, dtype, f"scale of {name}", "give another")
-        given = given.to(weight.device, dtype)
+        given = given.to(there, dtype)
         return given.expand(shape).clone() if given.dim() == 0 else given.reshape(shape)
     if weight.numel() == 0:
-        return torch.ones(shape, dtype=dtype, device=weight.device)
+        return torch.ones(shape, dtype=dtype, device=there)
     if not weight.isfinite().all():
         bad = int((~weight.isfinite()).sum())
         raise ValueError(
             f"{name} holds {bad} NaN or infinite weights: no scale can be estimated; repair them, or give "
             "Quantizer(scale=..)"
         )
-    rows = reference.blocks(weight.detach(), shape).to(dtype)  # in logical order, whatever the layout
+    rows = reference.blocks(weight, shape).to(dtype)  # in logical order, whatever the layout
     if quantizer.scale == "auto":
         fans = _fans(weight, channel_dim, fan_in)
         scale = _auto(rows, weight, quantizer.codebook, pretrained, normalized, fans, fan_in is not None)
@@ -91,7 +92,7 @@ def estimate(
         f"scale = {quantizer.scale!r} of {name}",
         "take levels of about the size of the weights, or give a scale",
     )
-    return scale.to(dtype).reshape(shape)
+    return scale.to(dtype).reshape(shape).to(there)
 
 
 def _check_range(scale: Tensor, dtype: torch.dtype, what: str, remedy: str) -> None:
@@ -111,7 +112,7 @@ def is_torch_default(weight: Tensor, fan_in: int | None = None) -> bool:
     """
     if weight.dim() < 2 or weight.numel() == 0:
         return False
-    values = weight.detach().to(reference.arithmetic(weight.dtype)).reshape(1, -1)
+    values = reference.with_double(weight.detach()).to(reference.arithmetic(weight.dtype)).reshape(1, -1)
     largest, rms = _largest(values).item(), _rms(values).item()
     for fan in {math.prod(weight.shape[1:]), fan_in or math.prod(weight.shape[1:])}:
         wanted = 1 / math.sqrt(3 * fan)
@@ -126,12 +127,12 @@ def share_outside(weight: Tensor, scale: Tensor, levels: Sequence[float]) -> flo
     if weight.numel() == 0:
         return 0.0
     w, wide = weight.detach().to(scale.dtype), reference.spread(scale, weight)
-    return float(((w < wide * levels[0]) | (w > wide * levels[-1])).double().mean())
+    return int(((w < wide * levels[0]) | (w > wide * levels[-1])).sum()) / weight.numel()
 
 
 def share_of_zeros(weight: Tensor) -> float:
     """Share of weights that are exactly 0, of either sign. 0 for an empty tensor."""
-    return float((weight.detach() == 0).double().mean()) if weight.numel() else 0.0
+    return int((weight.detach() == 0).sum()) / weight.numel() if weight.numel() else 0.0
 
 
 def _auto(

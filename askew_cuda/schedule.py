@@ -3,6 +3,7 @@
 A param group with ``total_steps`` anneals itself: ``steps_done`` counts, ``hold``, ``end`` and ``shape`` say how.
 """
 
+import contextlib
 import functools
 import itertools
 import math
@@ -113,9 +114,11 @@ def half_width(group: dict[str, Any], progress: float) -> float:
     """
     shape = group["shape"]
     if callable(shape):
-        r = float(shape(progress))
-        if not 0 <= r <= 1:
-            raise ValueError(f"shape({progress}) = {r}; a half-width in [0, 1] is needed")
+        r = shape(progress)
+        with contextlib.suppress(TypeError, ValueError):
+            r = float(r)
+        if not (isinstance(r, float) and 0 <= r <= 1):
+            raise ValueError(f"shape({progress}) = {r!r}; a half-width in [0, 1] is needed")
         return r
     hold, end = group["hold"], group["end"]
     if hold is None or end is None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from askew_cuda import reference, rounding
-from askew_cuda.checks import Call, check
+from askew_cuda.checks import Call, check_call
 from tests.tensors import Guarded, draw_gradient, draw_weight, guarded, same_layout
 
 # Tests of the compiled operators need them: no extension is an error, unless the build was told to make none.
@@ -408,7 +408,7 @@ def _planned(operator: str) -> Callable[..., None]:
 
     def call(*lists, **settings) -> None:
         given = Call.of(operator, *lists, **settings)
-        check(given)
+        check_call(given)
         plan = EXTENSION.Plan([(operator, given.arguments())])
         plan.lay_out()
         plan.run()

@@ -23,14 +23,14 @@ from typing import BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-DTYPES = {
+_STORED = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16,
     "I8": torch.int8, "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
     "BOOL": torch.bool,
 }  # fmt: skip
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in _STORED.items()}
 _LONGEST_HEADER = 100_000_000  # bytes; the limit of the package
 _PIECE = 2**24  # bytes that are copied and hashed at a time
 _NO_DIGEST = "0" * 64
@@ -228,9 +228,9 @@ class TensorReader:
 
         if not isinstance(raw, dict) or set(raw) != {"dtype", "shape", "data_offsets"}:
             raise self.error(f"{name!r} is described by {reprlib.repr(raw)}; dtype, shape and data_offsets are needed")
-        dtype = DTYPES.get(raw["dtype"]) if isinstance(raw["dtype"], str) else None
+        dtype = _STORED.get(raw["dtype"]) if isinstance(raw["dtype"], str) else None
         if dtype is None:
-            raise self.error(f"{name!r} has dtype {reprlib.repr(raw['dtype'])}; one of {', '.join(DTYPES)} is needed")
+            raise self.error(f"{name!r} has dtype {reprlib.repr(raw['dtype'])}; one of {', '.join(_STORED)} is needed")
         if not sizes(raw["shape"]) or len(raw["shape"]) > 64:
             raise self.error(f"{name!r} has shape {reprlib.repr(raw['shape'])}; a list of sizes is needed")
         if not sizes(raw["data_offsets"]) or len(raw["data_offsets"]) != 2:
@@ -256,7 +256,7 @@ class TensorReader:
             )
         digest = hashlib.sha256(raw).hexdigest()
         if not raw:
-            return torch.empty(entry.shape, dtype=entry.dtype), digest
+            return torch.empty(entry.shape, dtype=entry.dtype, device="cpu"), digest
         values = torch.frombuffer(raw, dtype=torch.uint8)
         if entry.dtype == torch.bool and int(values.max()) > 1:
             raise self.error(f"{name!r} holds the truth value {int(values.max())}; 0 or 1 is needed")

@@ -337,11 +337,13 @@ def step_block(
     stored = narrow(tl.where(lr != 0, moved, w), WEIGHT_TYPE)
     write(weights, stored, mask, WHOLE)
     if CODED or SNAPPED_TYPE is not None:  # (E6), from what the storage made of the weight
-        index = nearest(widen(stored) * grid[1], book, CAPACITY)
+        kept = widen(stored)
+        index = nearest(kept * grid[1], book, CAPACITY)
         if CODED:
             write(place(row, CODES, start, lane, tl.uint8, WHOLE), index.to(tl.uint8), mask, WHOLE)
         if SNAPPED_TYPE is not None:
-            snapped = narrow(grid[0] * level_of(index, book, CAPACITY), SNAPPED_TYPE)
+            level = grid[0] * level_of(index, book, CAPACITY)
+            snapped = narrow(tl.where(kept == kept, level, kept), SNAPPED_TYPE)  # NaN has none
             write(place(row, SNAPPED, start, lane, SNAPPED_TYPE, WHOLE), snapped, mask, WHOLE)
 
 

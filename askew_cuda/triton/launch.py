@@ -155,10 +155,10 @@ def make_layout(lists: Lists) -> BlockMap:
     refuse_capture(lists.weights[0].device)
     scales = zip(lists.weights, lists.scales, strict=True) if lists.scales else ()
     runs = [scale_order(weight, scale)[1:] for weight, scale in scales] or [(1, 1, 1, 1)] * len(lists.weights)
-    sizes = torch.tensor([weight.numel() for weight in lists.weights])
+    sizes = torch.tensor([weight.numel() for weight in lists.weights], device="cpu")
     blocks = (sizes + (BLOCK - 1)) // BLOCK
-    owner = torch.repeat_interleave(torch.arange(len(sizes), dtype=torch.int32), blocks)
-    columns = torch.cat([sizes[:, None], torch.tensor(runs), (blocks.cumsum(0) - blocks)[:, None]], 1)
+    owner = torch.repeat_interleave(torch.arange(len(sizes), dtype=torch.int32, device="cpu"), blocks)
+    columns = torch.cat([sizes[:, None], torch.tensor(runs, device="cpu"), (blocks.cumsum(0) - blocks)[:, None]], 1)
     return BlockMap(owner.to(lists.weights[0].device), columns, all(count == 1 for _, count, *_ in runs), Latest(8))
 
 
@@ -175,7 +175,7 @@ def make_table(addresses: tuple[tuple[int, ...], ...], layout: BlockMap) -> Tens
     it.
     """
     refuse_capture(layout.owner.device)
-    columns = torch.tensor(addresses).t()
+    columns = torch.tensor(addresses, device="cpu").t()
     aligned = (columns[:, :-1] % 16 == 0).all(1, keepdim=True)
     return torch.cat([columns, layout.columns, aligned], 1).to(layout.owner.device)
 
@@ -240,14 +240,14 @@ def codebook(levels: tuple[float, ...], device: torch.device) -> tuple[tuple[flo
     """(book, capacity) as the kernel takes them; capacity 0: no table is needed."""
     if not levels:
         return (0.0, 0.0, 0.0, 0.0), 0
-    like = torch.zeros((), dtype=torch.float32)
+    like = torch.zeros((), dtype=torch.float32, device="cpu")
     book = reference.codebook(levels, like)
     ends = (float(book.unit), float(book.lowest), float(book.highest))
     if isinstance(book, reference.UniformCodebook):
         return (*ends, float(book.top)), 0
     capacity = 16 if len(levels) <= 16 else 256
     rows = (book.levels, book.midpoints, book.below, book.above, book.below.reciprocal(), book.above.reciprocal())
-    table = torch.full((len(rows), capacity), math.inf)
+    table = torch.full((len(rows), capacity), math.inf, device="cpu")
     for row, values in zip(table, rows, strict=True):
         row[: len(values)] = values
     return (*ends, table.to(device)), capacity
@@ -294,7 +294,8 @@ def bias_corrections(
     if len(set(counts)) == 1:
         return pairs[0]
     first, second = (
-        torch.tensor(each, dtype=torch.float32).to(device, non_blocking=True) for each in zip(*pairs, strict=True)
+        torch.tensor(each, dtype=torch.float32, device="cpu").to(device, non_blocking=True)
+        for each in zip(*pairs, strict=True)
     )
     return first, second
 

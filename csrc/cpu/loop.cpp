@@ -181,7 +181,8 @@ struct Loop {
     const auto index = codebook.nearest(w * grid.inverse);
     if (span.codes) store_codes(span.codes + i, index);
     if (!span.snapped) return;
-    const P snapped = grid.unit * codebook.level(index);
+    const P level = grid.unit * codebook.level(index);
+    const P snapped = w == w ? level : w;  // NaN has none
     if (snapped_dtype == Dtype::float64)
       return store(at<double>(span.snapped, i), __builtin_convertvector(snapped, Pack<double, width>));
     const auto single = __builtin_convertvector(snapped, Pack<float, width>);

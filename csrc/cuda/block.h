@@ -275,9 +275,11 @@ struct Worker {
     T snapped[count];
 #pragma unroll
     for (int k = 0; k < count; ++k) {
-      const auto index = codebook.nearest(widen(w[k]) * grid.inverse);
+      const T wide = widen(w[k]);
+      const auto index = codebook.nearest(wide * grid.inverse);
       codes[k] = static_cast<uint8_t>(index);
-      snapped[k] = grid.unit * codebook.level(index);
+      const T level = grid.unit * codebook.level(index);
+      snapped[k] = wide == wide ? level : wide;  // NaN has none
     }
     if (block.span.codes) write(block.span.codes, i, codes);
     void* to = block.span.snapped;

@@ -60,16 +60,12 @@ void Arguments::set(const std::string& name, const IValue& value) {
     first_elements = value.toIntVector();
   } else if (name == "seed") {
     seed.reset();
-    device_seed = Tensor();
+    seed_tensor = Tensor();
     if (value.isInt()) seed = value.toInt();
     if (value.isTensor()) {
-      const Tensor& tensor = value.toTensor();
-      TORCH_CHECK_TYPE(tensor.numel() == 1 && tensor.scalar_type() == at::kLong, "askew_cuda: seed is ",
-                       tensor.toString(), " of shape ", tensor.sizes(), "; one int64 number is needed");
-      if (tensor.is_cpu())
-        seed = tensor.item<int64_t>();
-      else
-        device_seed = tensor;
+      seed_tensor = value.toTensor();
+      TORCH_CHECK_TYPE(seed_tensor.numel() == 1 && seed_tensor.scalar_type() == at::kLong, "askew_cuda: seed is ",
+                       seed_tensor.toString(), " of shape ", seed_tensor.sizes(), "; one int64 number is needed");
     }
   } else if (name == "anneal") {
     settings.interval = one_of(name, value.toStringRef(), "interval", "capture");
@@ -99,6 +95,8 @@ void Arguments::check_list(const char* name, const std::vector<Tensor>& list, bo
         tensor.sizes() == weight.sizes() && tensor.device() == weight.device() && tensor.layout() == at::kStrided,
         "askew_cuda: ", name, "[", i, "] is ", tensor.toString(), " of shape ", tensor.sizes(), " on ", tensor.device(),
         " but weights[", i, "] is ", weight.toString(), " of shape ", weight.sizes(), " on ", weight.device());
+    TORCH_CHECK_VALUE(tensor.numel() == 0 || tensor.const_data_ptr(), "askew_cuda: ", name, "[", i,
+                      "] has no memory: its storage was freed");
     TORCH_CHECK_TYPE(tensor.scalar_type() == list[0].scalar_type(), "askew_cuda: ", name, "[", i, "] is ",
                      tensor.scalar_type(), " but ", name, "[0] is ", list[0].scalar_type());
   }
@@ -152,7 +150,7 @@ void Arguments::check() const {
                     "askew_cuda: give recovery or alpha, not both and not neither");
   TORCH_CHECK_VALUE(!settings.skew_gradient || (settings.interval && alpha),
                     "askew_cuda: skew_at = 'gradient' needs alpha and anneal = 'interval'");
-  const bool stochastic = seed || device_seed.defined();
+  const bool stochastic = seed || seed_tensor.defined();
   TORCH_CHECK_VALUE(
       weights[0].element_size() == 2 ? !stochastic || remainders.empty() : !stochastic && remainders.empty(),
       "askew_cuda: remainders or a seed are for bfloat16 and float16, one of them, and weights[0] is ", kind);

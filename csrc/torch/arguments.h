@@ -35,7 +35,7 @@ struct Arguments {
   std::optional<double> recovery, alpha;
   Scalar lr{0, {}}, epsilon{1, {}}, grad_scale{1, {}}, found_inf{0, {}};
   std::optional<int64_t> seed;
-  at::Tensor device_seed;
+  at::Tensor seed_tensor;  // instead of it; read at each step
   std::vector<int64_t> streams, first_elements;
 
  private:

@@ -186,7 +186,8 @@ bool PreparedCall::take_gradients() {
     const Tensor &weight = arguments_.weights[i], &grad = weight.grad();
     arguments_.grads[i] = grad;
     if (grad.defined() && !(grad.sizes() == weight.sizes() && grad.scalar_type() == weight.scalar_type() &&
-                            grad.device() == device_ && grad.layout() == at::kStrided))
+                            grad.device() == device_ && grad.layout() == at::kStrided &&
+                            (grad.numel() == 0 || grad.const_data_ptr())))
       return false;
   }
   return true;
@@ -225,11 +226,13 @@ void PreparedCall::take_numbers() {
       " but steps[0] on the CPU, where nothing knows whether this step counts; keep the steps with the weights");
   settings.rate_is_alpha = arguments_.alpha.has_value();
   settings.rate = settings.rate_is_alpha ? *arguments_.alpha : *arguments_.recovery;
-  settings.seed = static_cast<uint64_t>(arguments_.seed.value_or(0));
-  const Tensor& seed = arguments_.device_seed;
-  TORCH_CHECK_VALUE(!seed.defined() || seed.device() == device_, "askew_cuda: seed is on ", seed.device(),
-                    " but weights[0] is on ", device_);
-  numbers_.seed = seed.defined() ? seed.const_data_ptr<int64_t>() : nullptr;
+  const Tensor& seed = arguments_.seed_tensor;
+  const bool here = !seed.defined() || seed.is_cpu();
+  TORCH_CHECK_VALUE(here || seed.device() == device_, "askew_cuda: seed is on ", seed.device(), " but weights[0] is on ",
+                    device_);
+  const int64_t number = seed.defined() && here ? seed.item<int64_t>() : arguments_.seed.value_or(0);
+  settings.seed = static_cast<uint64_t>(number);
+  numbers_.seed = here ? nullptr : seed.const_data_ptr<int64_t>();
 }
 
 void PreparedCall::make_spans() {
@@ -240,7 +243,7 @@ void PreparedCall::make_spans() {
   launch_.dtype = dtype_of(a.weights[0], "weights[0]");
   launch_.wide_state = !a.state[0].empty() && a.state[0][0].scalar_type() != a.weights[0].scalar_type();
   launch_.snapped_dtype = a.snapped.empty() ? Dtype::float32 : dtype_of(a.snapped[0], "snapped[0]");
-  launch_.rounding = a.seed || a.device_seed.defined() ? Rounding::stochastic
+  launch_.rounding = a.seed || a.seed_tensor.defined() ? Rounding::stochastic
                      : !a.remainders.empty()           ? Rounding::remainder
                                                        : Rounding::nearest;
   if (counts_there_) numbers_.step_is_double = a.steps[0].scalar_type() == at::kDouble;

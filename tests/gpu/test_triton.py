@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from askew_cuda import backends, doctor
-from askew_cuda.checks import Call, check
+from askew_cuda.checks import Call, check_call
 from tests.cases import BACKENDS, CASES, PLAIN, REFERENCE, Backend, Case, build, call, case_id, run
 from tests.compare import assert_close, assert_same_bits
 from tests.gpu.triton_copies import Recorder, load, on_gpu, triton
@@ -26,7 +26,7 @@ def checked(name, operator):
 
     def call(*lists, **settings) -> None:
         given = Call.of(name, *lists, **settings)
-        check(given)
+        check_call(given)
         operator(**given.arguments())
 
     return call

@@ -199,6 +199,37 @@ def test_the_scaler_sees_what_torch_lets_it_see(rule, fused):
 
 
 @rules
+@pytest.mark.parametrize("fused", [None, False, True])
+def test_lightning_clips_and_steps_where_the_scaler_unscales(rule, fused):
+    """Its MixedPrecision plugin: unscale, refuse to clip where the optimizer would unscale by itself, clip, step."""
+
+    def lightning_step(model, optimizer, scaler) -> None:
+        scaler.unscale_(optimizer)
+        if getattr(optimizer, "_step_supports_amp_scaling", False):  # as in its clip_gradients
+            raise RuntimeError("The current optimizer does not allow for gradient clipping")
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        scaler.step(optimizer)
+        scaler.update()
+
+    ours, keywords = RULES[rule]
+    models = [network(), network()]
+    plain, scaled = (
+        ours(each.parameters(), quantizer="4bit", pretrained=True, fused=fused, **keywords) for each in models
+    )
+    scaler = scaler_of(SCALE)
+    fill(models[1], 0, SCALE)
+    if fused:
+        with pytest.raises(RuntimeError, match="does not allow for gradient clipping"):
+            lightning_step(models[1], scaled, scaler)
+        return
+    lightning_step(models[1], scaled, scaler)
+    fill(models[0], 0, 1.0)
+    torch.nn.utils.clip_grad_norm_(models[0].parameters(), 0.5)
+    plain.step()
+    assert everything(models[0], plain) == everything(models[1], scaled)
+
+
+@rules
 def test_without_fused_the_scaler_unscales_and_skips(rule):
     ours, keywords = RULES[rule]
     plain, scaled = network(), network()

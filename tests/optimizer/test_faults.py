@@ -1,10 +1,12 @@
 """Faults: what goes wrong leaves the state from before, or the one from after, never one between."""
 
+import copy
 import itertools
 import math
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,8 +25,8 @@ RULES = {
 rules = pytest.mark.parametrize("rule", RULES)
 
 
-def made(rule: str, **more):
-    """Two groups, two dtypes: three calls. The same numbers at each call."""
+def made(rule: str, rounds: tuple[str, Any] = ("nearest", 0), **more):
+    """Two groups, two dtypes: three calls. The same numbers at each call. rounds: how b is, low_precision and seed."""
     generator = torch.Generator().manual_seed(0)
     weights = [nn.Parameter(torch.randn(2, 3, generator=generator)) for _ in range(3)]
     weights[1] = nn.Parameter(weights[1].detach().bfloat16())
@@ -34,6 +36,8 @@ def made(rule: str, **more):
             "params": [("a", weights[0]), ("b", weights[1])],
             "quantizer": "ternary/channel",
             "outputs": ["codes", "snapped"],
+            "low_precision": rounds[0],
+            "seed": copy.deepcopy(rounds[1]),
         },
         {"params": [("c", weights[2])], "quantizer": None},
     ]
@@ -92,14 +96,15 @@ def test_bad_gradients_stay_with_their_weights(rule, anneal, bad, first, many):
             assert other[spoilt].isnan().all()
 
 
-def stepped(rule, backend, done):
-    optimizer, weights = made(rule, backend=backend)
+def stepped(rule, backend, done, **more):
+    optimizer, weights = made(rule, backend=backend, **more)
     for k in range(done):
         fill(weights, k)
         optimizer.step()
     fill(weights, done)
-    for group in optimizer.param_groups:
-        group["epsilon"] = 0.0
+    if "total_steps" not in more:
+        for group in optimizer.param_groups:
+            group["epsilon"] = 0.0
     return optimizer, weights
 
 
@@ -248,9 +253,12 @@ def ctrl_c_raises():
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.skipif(
+untraced = pytest.mark.skipif(
     sys.gettrace() is not None, reason="a debugger or coverage traces this run; the test needs sys.settrace"
 )
+
+
+@untraced
 @pytest.mark.parametrize(
     ("name", "backend", "done"),
     [
@@ -260,14 +268,43 @@ def ctrl_c_raises():
 )
 def test_ctrl_c_at_any_line(name, backend, done, ctrl_c_raises):
     """Before or after, never between; and the next attempt does all of it."""
-    action = ACTIONS[name]
-    optimizer, weights = stepped("dampening", backend, done)
+    everywhere(ACTIONS[name], lambda: stepped("dampening", backend, done), 5 if backend == "reference" else 1)
+
+
+COUNTED = {
+    "numbers": {"rounds": ("stochastic", 7)},
+    "tensors": {"rounds": ("stochastic", torch.tensor(7)), "epsilon": torch.tensor(1.0)},
+    "remainders": {"rounds": ("remainder", 0)},
+}
+
+
+@untraced
+@pytest.mark.parametrize("rule", ["sgd", "amsgrad"])
+@pytest.mark.parametrize("counted", COUNTED)
+@pytest.mark.parametrize(("backend", "done", "every"), [("auto", 0, 11), ("auto", 2, 1), ("reference", 1, 37)])
+@pytest.mark.filterwarnings("ignore:.*did not move in the first step")
+def test_ctrl_c_leaves_no_count_behind(rule, counted, backend, done, every, ctrl_c_raises):
+    """Counts, epsilon and seeds belong to the step: where a plan is kept, where it is new, and without any."""
+
+    def start():
+        return stepped(rule, backend, done, total_steps=9, hold=0.0, **copy.deepcopy(COUNTED[counted]))
+
+    optimizer, _ = start()
+    assert (optimizer._plan is not None) == (backend == "auto" and done > 0)
+    everywhere(ACTIONS["step"], start, every)
+
+
+def everywhere(action, start, every: int) -> None:
+    """Interrupts an action at every such line: nothing has happened, or all of it."""
+    optimizer, weights = start()
     states = [everything(optimizer, weights)]
     action(optimizer)
     states.append(everything(optimizer, weights))
+    counts = [[group["steps_done"] for group in state[1]["param_groups"]] for state in states]
+    assert counts[0] == counts[1] or [count + 1 for count in counts[0]] == counts[1]
     seen = set()
-    for at in itertools.count(1, 5 if backend == "reference" else 1):  # its lines are many
-        optimizer, weights = stepped("dampening", backend, done)
+    for at in itertools.count(1, every):
+        optimizer, weights = start()
         if not interrupted(lambda optimizer=optimizer: action(optimizer), at):
             break
         state = everything(optimizer, weights)

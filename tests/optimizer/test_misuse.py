@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import askew_cuda as askew
-from askew_cuda.keywords import CONSTRAINT, KEYWORDS, check
+from askew_cuda.keywords import CONSTRAINT, KEYWORDS, check_keywords
 
 
 def weight(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
@@ -80,21 +80,21 @@ def test_wrong_keywords(keywords, error, message):
 
 def test_one_changed_keyword_is_checked_alone_and_with_those_that_it_depends_on():
     group = askew.AskewSGD([weight(2)], lr=0.1, quantizer="ternary").param_groups[0]
-    check(group)
+    check_keywords(group)
     group.update(lr=-1.0, max_step=0.0)
-    check(group, ("epsilon", "clip"))
+    check_keywords(group, ("epsilon", "clip"))
     with pytest.raises(ValueError, match=r"^max_step = 0.0; above 0"):
-        check(group, ("epsilon", "max_step"))
+        check_keywords(group, ("epsilon", "max_step"))
     group.update(skew_at="gradient")
     with pytest.raises(ValueError, match=r"recovery = 0.5; with skew_at = 'gradient' give alpha"):
-        check(group, ("skew_at",))
+        check_keywords(group, ("skew_at",))
     with pytest.raises(ValueError, match=r"lr = -1.0"):
-        check(group)
+        check_keywords(group)
 
 
 def test_every_keyword_has_a_default_that_is_good():
     assert set(CONSTRAINT) == set(KEYWORDS) - {"lr", "weight_decay", "maximize", "differentiable"}
-    check({**CONSTRAINT, "foreach": None, "fused": None}, CONSTRAINT)
+    check_keywords({**CONSTRAINT, "foreach": None, "fused": None}, CONSTRAINT)
 
 
 @pytest.mark.parametrize(

@@ -222,9 +222,11 @@ def test_a_nan_gradient_spoils_its_own_weight_and_its_code_is_zero(name):
         call(case, spoilt, backend)
         assert spoilt["weights"][0][at].isnan().all()
         assert not spoilt["codes"][0][at].any()
+        assert spoilt["snapped"][0][at].isnan().all()
         clean["weights"][0][at] = float("nan")
         clean["codes"][0][at] = 0
-        for key in ("weights", "codes"):
+        clean["snapped"][0][at] = float("nan")
+        for key in ("weights", "codes", "snapped"):
             for i in range(3):
                 assert_same_bits(spoilt[key][i], clean[key][i], f"{rule} {annealing}: {key}[{i}]")
 

@@ -205,7 +205,7 @@ def test_one_step(row, name, dtype):
     ],
 )
 def test_codes_and_snapped_weights(levels, scale, weights, codes, name, dtype):
-    """(E6), of weights that don't move: ties go to the lower level, NaN to code 0."""
+    """(E6), of weights that don't move: ties go to the lower level; NaN has code 0, and stays NaN."""
     weight, code, snapped = (
         torch.tensor(weights, dtype=dtype),
         torch.full((len(weights),), 9, dtype=torch.uint8),
@@ -215,7 +215,8 @@ def test_codes_and_snapped_weights(levels, scale, weights, codes, name, dtype):
     settings = SGD | CONSTRAINT | {"lr": 0.0, "epsilon": 0.0}
     BACKENDS[name].sgd_([weight], [torch.ones_like(weight)], [], scales, levels, [code], [snapped], **settings)
     assert code.tolist() == codes
-    assert snapped.tolist() == [scale * levels[k] for k in codes]
+    wanted = [NAN if math.isnan(weight) else scale * levels[k] for weight, k in zip(weights, codes, strict=True)]
+    torch.testing.assert_close(snapped, torch.tensor(wanted), rtol=0, atol=0, equal_nan=True)
 
 
 @in_all
