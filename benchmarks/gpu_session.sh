@@ -100,7 +100,7 @@ set -m
 sanitizer memcheck 120 memcheck &
 sanitizer racecheck 120 racecheck &
 sanitizer initcheck 120 initcheck &
-check triton 120 4 tests/gpu/test_triton.py -k cuda &
+check triton 150 6 tests/gpu/test_triton.py &
 check tests 150 6 tests --ignore tests/gpu &
 wait
 set +m
