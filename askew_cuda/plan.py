@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 AMP = ("grad_scale", "found_inf")  # set by torch.amp.GradScaler, on its own device
 SHARED = tuple(name for name in checks.OF_BOTH if name not in AMP)
-_shared_values = itemgetter(*SHARED)
 # Numbers that a plan takes as they come. With another flag, word or None all is checked together, in a new plan.
 FREE = {*AMP, "seed", *(name for name, kinds in checks.NUMBERS.items() if type(None) not in kinds)}
 # Keywords of a group that decide what its calls are, or with which all is checked again: those that a call does not
@@ -255,7 +254,7 @@ def check_capture(group: Group, batch: Batch) -> None:
 
 def settings_of(optimizer: "QuantizedOptimizer", group: Group, batch: Batch) -> dict[str, Any]:
     """The numbers and flags of a call as they are now."""
-    settings = dict(zip(SHARED, _shared_values(group), strict=True)) | optimizer._rule(group)
+    settings = {key: group[key] for key in SHARED} | optimizer._rule(group)
     device = batch.weights[0].device
     for key in AMP:
         value = getattr(optimizer, key, None)

@@ -1,5 +1,6 @@
 """The machine and the versions that a measurement belongs to."""
 
+import functools
 import os
 import platform
 import subprocess
@@ -25,9 +26,13 @@ def last_level_cache() -> int:
 
 
 def _git(*arguments: str) -> str:
-    return subprocess.run(
-        ["git", *arguments], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
-    ).stdout.strip()
+    """What git says; nothing where there is none, or no repository."""
+    command = ["git", *arguments]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return said.stdout.strip()
 
 
 def _processor() -> str:
@@ -57,16 +62,23 @@ def gpu() -> dict[str, object] | None:
     return {"name": properties.name, "bytes": properties.total_memory, "l2_bytes": properties.L2_cache_size, **known}
 
 
-def environment() -> dict[str, object]:
-    """Commit, hardware, clocks and versions that the figures belong to."""
+def _commit() -> str:
+    """Of the checkout; where it is a copy without its history, as ASKEW_COMMIT says."""
     changed = [
         line
         for line in _git("status", "--porcelain", "--untracked-files=no").splitlines()
         if "benchmarks/results" not in line
     ]
+    commit = _git("rev-parse", "HEAD") or os.environ.get("ASKEW_COMMIT") or "unknown"
+    return commit + (" with uncommitted changes" if changed else "")
+
+
+@functools.cache
+def environment() -> dict[str, object]:
+    """Commit, hardware, clocks and versions that the figures belong to; as they were when it was asked for first."""
     frequency = psutil.cpu_freq()
     return {
-        "commit": _git("rev-parse", "HEAD") + (" with uncommitted changes" if changed else ""),
+        "commit": _commit(),
         "date": time.strftime("%Y-%m-%d"),
         "processor": _processor(),
         "cores": cores(),

@@ -16,9 +16,9 @@ RESULTS = Path(__file__).parent / "results"
 def save(name: str, data: dict[str, object], folder: Path = RESULTS) -> Path:
     """Writes the data and the environment to <folder>/<name>.json."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.json"
-    path.write_text(json.dumps({"environment": environment(), **data}, indent=1, default=dataclasses.asdict) + "\n")
-    return path
+    path, new = folder / f"{name}.json", folder / f"{name}.new"
+    new.write_text(json.dumps({"environment": environment(), **data}, indent=1, default=dataclasses.asdict) + "\n")
+    return new.replace(path)  # what is stopped meanwhile leaves the file from before
 
 
 def load(name: str) -> dict[str, Any] | None:

@@ -45,11 +45,13 @@ def main(name: str, measure: Callable[[Effort], Iterable[Section]], description:
     arguments = parser.parse_args()
     # Weights are random here, and nothing is learned.
     warnings.filterwarnings("ignore", ".*(clipping to the outermost levels|did not move in the first step)")
-    sections = []
+    mode, sections = "full" if arguments.full else "short", []
+    data = {"device": arguments.device.type, "mode": mode, "pinned": bool(harness.ALLOWED), "sections": sections}
+    path = None
     for section in measure(Effort(arguments.full, arguments.device)):
         print(as_text(section), end="\n\n", flush=True)
         sections.append(section)
-    if arguments.save is not None:
-        mode = "full" if arguments.full else "short"
-        data = {"device": arguments.device.type, "mode": mode, "pinned": bool(harness.ALLOWED), "sections": sections}
-        print("written to", results.save(f"{name}-{arguments.device.type}", data, arguments.save))
+        if arguments.save is not None:  # after each: what is stopped leaves what it has found
+            path = results.save(f"{name}-{arguments.device.type}", data, arguments.save)
+    if path is not None:
+        print("written to", path)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import gc
+import json
 import types
 import weakref
 
@@ -14,7 +15,7 @@ pytest.importorskip("scipy", reason="the benchmarks' extra is not installed: pip
 pytest.importorskip("psutil", reason="the benchmarks' extra is not installed: pip install '.[bench]'")
 
 import askew_cuda as askew
-from benchmarks import results
+from benchmarks import machine, results
 from benchmarks.speed import harness, instructions, script, section, tensors, timing_tables, workloads
 from benchmarks.speed.harness import COPY, Variant
 from benchmarks.speed.peers import binary_relax_eager, straight_through
@@ -136,6 +137,30 @@ def test_kinds_of_instructions():
 def test_short_and_full():
     short = script.Effort(False, CPU)
     assert (short.pick(1, 2), dataclasses.replace(short, full=True).pick(1, 2)) == (1, 2)
+
+
+def test_what_was_measured_is_saved_section_by_section(monkeypatch, tmp_path):
+    """A benchmark that is stopped leaves what it has found."""
+
+    def measure(effort):
+        for title in ("first", "second"):
+            yield section.Section(title, {}, "base", [], memory={"base": {"peak": 1.0}})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sys.argv", ["tried", "--save", str(tmp_path), "--device", "cpu"])
+    with pytest.raises(KeyboardInterrupt):
+        script.main("tried", measure, "Nothing.")
+    assert [path.name for path in tmp_path.iterdir()] == ["tried-cpu.json"]
+    found = json.loads((tmp_path / "tried-cpu.json").read_text())
+    assert [each["title"] for each in found["sections"]] == ["first", "second"]
+
+
+def test_without_git_the_commit_is_what_we_are_told(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("ASKEW_COMMIT", "abc")
+    assert machine._commit() == "abc"
+    monkeypatch.delenv("ASKEW_COMMIT")
+    assert machine._commit() == "unknown"
 
 
 @needs_extension
