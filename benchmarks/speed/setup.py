@@ -30,17 +30,19 @@ SCALES: dict[str, tuple[str, str, int | None]] = {
 }
 
 
-def optimizer_of(size: int, device: torch.device, quantizer: askew.Quantizer) -> askew.AskewAdamW:
+def optimizer_of(
+    size: int, device: torch.device, quantizer: askew.Quantizer, epsilon: float = workloads.MIDWAY
+) -> askew.AskewAdamW:
     """Of one weight, with a gradient."""
     return askew.AskewAdamW(
-        [workloads.parameter(size, device, columns=COLUMNS)], lr=LR, quantizer=quantizer, epsilon=workloads.MIDWAY
+        [workloads.parameter(size, device, columns=COLUMNS)], lr=LR, quantizer=quantizer, epsilon=epsilon
     )
 
 
 def estimating(size: int, device: torch.device, name: str) -> Callable[[], None]:
     """prepare(), as often as it is called."""
     codebook, granularity, group = SCALES[name]
-    optimizer = optimizer_of(size, device, askew.Quantizer(codebook, "mse", granularity, group))
+    optimizer = optimizer_of(size, device, askew.Quantizer(codebook, "mse", granularity, group), 1.0)
 
     def run() -> None:
         optimizer.state.clear()
