@@ -107,6 +107,7 @@ set +m
 said memcheck racecheck initcheck triton tests
 bench train 40
 bench memory 30
+bench setup 30
 
 for name in "${failed[@]}"; do
   printf '\n===== %s failed; the end of its log:\n' "$name"
