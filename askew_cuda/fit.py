@@ -17,7 +17,7 @@ LANES, STEPS, BLOCKS = 16, 80, 16  # of a sum; steps of a block, blocks of a chu
 BLOCK = LANES * STEPS
 CHUNK = BLOCKS * BLOCK
 PHASES = 5  # the largest weight on the outermost level; two grids; least squares, twice
-_AT_ONCE = 2**20  # weights that are worked on at a time: 8 MiB per float64 temporary
+AT_ONCE = 2**20  # weights that PyTorch works on at a time, whole chunks of sums: 8 MiB per float64 temporary
 
 
 class Grids(NamedTuple):
@@ -84,7 +84,7 @@ def fit_scales(rows: Tensor, levels: Sequence[float]) -> Tensor:
     """
     if not rows.numel():
         return rows.new_zeros(len(rows), dtype=torch.float64)
-    found = [_Search(part, levels).run() for part in rows.split(max(1, _AT_ONCE // rows.shape[1]))]
+    found = [_Search(part, levels).run() for part in rows.split(max(1, AT_ONCE // rows.shape[1]))]
     return torch.cat(found)
 
 
@@ -114,7 +114,7 @@ class _Search:
 
     def _pieces(self) -> list[Tensor]:
         """Columns that are worked on at a time, whole chunks of them."""
-        return list(self.rows.split(max(CHUNK, _AT_ONCE // CHUNK * CHUNK), dim=1))
+        return list(self.rows.split(max(CHUNK, AT_ONCE // CHUNK * CHUNK), dim=1))
 
     def _range(self) -> tuple[Tensor, Tensor, Tensor]:
         """The largest weight and the largest -weight, at least 0, and the sum of all |w|."""

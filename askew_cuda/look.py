@@ -13,8 +13,6 @@ from torch import Tensor
 
 from . import backends, fit, reference
 
-_AT_ONCE = 2**20  # weights that PyTorch works on at a time, whole chunks of sums
-
 
 class Runs(NamedTuple):
     """A weight in memory order, and its scales: weight i has ``scale[i // run % len(scale)]``."""
@@ -95,7 +93,7 @@ def _compiled(weight: Tensor) -> bool:
 
 def _parts(laid: Runs) -> Iterator[tuple[Tensor, Tensor]]:
     """(weights, the scale of each) a part at a time."""
-    step = _AT_ONCE // fit.CHUNK * fit.CHUNK
+    step = fit.AT_ONCE // fit.CHUNK * fit.CHUNK
     for first in range(0, len(laid.weight), step):
         part = laid.weight[first : first + step]
         index = torch.arange(first, first + len(part), device=part.device) // laid.run % len(laid.scale)

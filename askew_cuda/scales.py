@@ -18,7 +18,6 @@ _SAWB = {
     2: (0.0, -1.0), 3: (2.6, 1.71), 4: (3.12, 2.064), 8: (7.509, 6.892), 15: (12.035, 12.03), 16: (12.68, 12.80),
     17: (12.1, 12.2), 32: (17.74, 18.64), 127: (28.24, 30.81), 255: (31.76, 35.04), 256: (31.76, 35.04),
 }  # fmt: skip
-_AT_ONCE = 2**20  # weights that other devices send to the CPU at a time, at least one row
 
 
 def estimate(
@@ -253,5 +252,5 @@ def min_mse(rows: Tensor, codebook: Codebook) -> Tensor:
     search = fit.fit_scales if backends.extension is None else torch.ops.askew_cuda.fit_scales
     if rows.device.type == "cpu" or not rows.numel():
         return search(rows.cpu(), codebook.levels).to(rows.device)
-    blocks = rows.split(max(1, _AT_ONCE // rows.shape[1]))
+    blocks = rows.split(max(1, fit.AT_ONCE // rows.shape[1]))
     return torch.cat([search(block.cpu(), codebook.levels) for block in blocks]).to(rows.device)

@@ -236,7 +236,9 @@ def layout_of(lists: Lists) -> BlockMap | None:
 
 
 @functools.lru_cache(maxsize=64)
-def codebook(levels: tuple[float, ...], device: torch.device) -> tuple[tuple[float, float, float, float | Tensor], int]:
+def kernel_book(
+    levels: tuple[float, ...], device: torch.device
+) -> tuple[tuple[float, float, float, float | Tensor], int]:
     """(book, capacity) as the kernel takes them; capacity 0: no table is needed."""
     if not levels:
         return (0.0, 0.0, 0.0, 0.0), 0
@@ -306,7 +308,7 @@ def device_bias_corrections(steps: Tensor, beta1: float, beta2: float) -> tuple[
     return (1 / (1 - beta1**count)).float(), (1 / (1 - beta2**count).sqrt()).float()
 
 
-def advance(steps: Tensors, infinite: float | Tensor) -> None:
+def count_steps(steps: Tensors, infinite: float | Tensor) -> None:
     """One step more, but where AMP found an infinity: on a device that is known there alone."""
     if isinstance(infinite, float):
         torch._foreach_add_(list(steps), 1)
@@ -315,7 +317,7 @@ def advance(steps: Tensors, infinite: float | Tensor) -> None:
 
 
 @contextlib.contextmanager
-def ready(device: torch.device) -> Iterator[None]:
+def on_device(device: torch.device) -> Iterator[None]:
     """Where Triton launches: on the current device. NumPy, which interprets, is to compute with infinities and NaN
     without a word.
     """
@@ -341,7 +343,7 @@ def launch(
     device, dtype, quantized = lists.weights[0].device, lists.weights[0].dtype, bool(lists.levels)
     addresses = addresses_of(lists)
     table = layout.tables.make(addresses, functools.partial(make_table, addresses, layout))
-    book, capacity = codebook(lists.levels, device)
+    book, capacity = kernel_book(lists.levels, device)
     in_use([each for each in (table, layout.owner, *book) if isinstance(each, Tensor)], device)
     if capturing(device):
         captured.append((table, layout.owner, book))
@@ -363,7 +365,7 @@ def launch(
         "SKEW_GRADIENT": quantized and settings.skew_at == "gradient", "CLIP": quantized and bool(settings.clip),
     }  # fmt: skip
     if len(layout.owner):
-        with ready(device):
+        with on_device(device):
             step_kernel[(len(layout.owner),)](
                 table, layout.owner, *numbers, found_inf, pull, book, rule, num_warps=WARPS, enable_fp_fusion=False,
                 **constants,
@@ -439,4 +441,4 @@ def adamw_(
     moments = (float(s.beta1), 1.0 - s.beta1, float(s.beta2), 1.0 - s.beta2)
     rule = (*moments, float(s.eps), float(s.weight_decay), *corrections)
     launch(lists, s, rule, infinite, True, True, False)
-    advance(steps, infinite)
+    count_steps(steps, infinite)

@@ -17,7 +17,7 @@ template <typename V> struct ListArgument {
 
 // The arguments of one launch; first_chunk counts chunks of block_chunk weights.
 template <typename V>
-struct Arguments {
+struct KernelArguments {
   using T = typename V::T;
   using Argument = std::conditional_t<V::is_table, ListArgument<V>,
                                       std::conditional_t<V::book == Book::none, NoCodebook, UniformCodebook<T>>>;
@@ -37,8 +37,8 @@ struct Arguments {
 
 // The arguments of a launch, but for its spans.
 template <typename V>
-ASKEW_HOST_FN Arguments<V> arguments_of(const Launch& launch, const CudaCall& call) {
-  Arguments<V> arguments{};
+ASKEW_HOST_FN KernelArguments<V> arguments_of(const Launch& launch, const CudaCall& call) {
+  KernelArguments<V> arguments{};
   arguments.h = hyper<typename V::T>(launch.settings);
   arguments.settings = launch.settings;
   arguments.numbers = call.numbers;
@@ -65,7 +65,7 @@ ASKEW_HOST_FN int64_t spans_at_a_time(const Launch& launch, const CudaCall& call
 // Spans [begin, end) into the arguments; all are in device memory already, or these become arguments. The number of
 // blocks comes back.
 template <typename V>
-ASKEW_HOST_FN int64_t set_spans(Arguments<V>& arguments, const Launch& launch, int64_t begin, int64_t end) {
+ASKEW_HOST_FN int64_t set_spans(KernelArguments<V>& arguments, const Launch& launch, int64_t begin, int64_t end) {
   int64_t blocks = 0;
   for (int64_t i = begin; i < end; ++i) {
     if (!arguments.spans) {
@@ -122,7 +122,7 @@ struct Block {
 
 // First all threads of a block do this ..
 template <typename V>
-ASKEW_FN void prepare(Block<V>& block, const Arguments<V>& arguments, int64_t number, int thread) {
+ASKEW_FN void prepare(Block<V>& block, const KernelArguments<V>& arguments, int64_t number, int thread) {
   if constexpr (V::is_table) {
     for (int k = thread; k < V::capacity; k += block_threads)
       fill_entry(block.table, arguments.levels.values, arguments.levels.count, k);
@@ -160,7 +160,7 @@ struct Worker {
   template <typename State> static constexpr int vector = 16 / static_cast<int>(sizeof(State));
 
   const Block<V>& block;
-  const Arguments<V>& arguments;
+  const KernelArguments<V>& arguments;
   const Codebook& codebook;
   Hyper<T> h;
 
@@ -335,7 +335,7 @@ struct Worker {
 
 // .. then, when all have done that, this. Threads touch disjoint memory.
 template <typename V>
-ASKEW_FN void run(const Block<V>& block, const Arguments<V>& arguments, int thread) {
+ASKEW_FN void run(const Block<V>& block, const KernelArguments<V>& arguments, int thread) {
   if (block.skipped) return;
   const auto& codebook = [&]() -> const auto& {
     if constexpr (V::is_table)

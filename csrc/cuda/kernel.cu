@@ -21,8 +21,8 @@ constexpr int resident_blocks() {
 
 template <typename V>
 __global__ void __launch_bounds__(block_threads, resident_blocks<V>())
-    step_kernel(const __grid_constant__ Arguments<V> arguments) {
-  static_assert(sizeof(Arguments<V>) <= 4096, "what every launch may pass");
+    step_kernel(const __grid_constant__ KernelArguments<V> arguments) {
+  static_assert(sizeof(KernelArguments<V>) <= 4096, "what every launch may pass");
   __shared__ Block<V> block;
   prepare(block, arguments, blockIdx.x, threadIdx.x);
   __syncthreads();
@@ -57,7 +57,7 @@ cudaError_t start(void (*kernel)(Argument), int64_t blocks, const Argument& argu
 
 template <typename V>
 cudaError_t step_variant(const Launch& launch, const CudaCall& call) {
-  Arguments<V> arguments = arguments_of<V>(launch, call);
+  KernelArguments<V> arguments = arguments_of<V>(launch, call);
   const int64_t at_a_time = spans_at_a_time(launch, call);
   for (int64_t begin = 0; begin < launch.span_count; begin += at_a_time) {
     const int64_t end = std::min(launch.span_count, begin + at_a_time),

@@ -223,7 +223,7 @@ template <typename V> constexpr bool built() {
 template <typename V>
 void run_blocks(const Launch& launch, const CudaCall& call) {
   if constexpr (built<V>()) {
-    Arguments<V> arguments = arguments_of<V>(launch, call);
+    KernelArguments<V> arguments = arguments_of<V>(launch, call);
     const int64_t at_a_time = spans_at_a_time(launch, call);
     for (int64_t begin = 0; begin < launch.span_count; begin += at_a_time) {
       const int64_t end = std::min(launch.span_count, begin + at_a_time), blocks = set_spans(arguments, launch, begin, end);
@@ -347,7 +347,7 @@ void check_chunk_map() {
       call.spans = spans.data();
       call.first_chunk = first.data();
     }
-    Arguments<V> arguments = arguments_of<V>(launch, call);
+    KernelArguments<V> arguments = arguments_of<V>(launch, call);
     const int64_t blocks = set_spans(arguments, launch, 0, launch.span_count);
     size_t which = 0;
     int64_t upto = 0;  // weights of the span that are covered

@@ -335,7 +335,7 @@ def test_steps_on_a_device_stand_still_where_an_infinity_was_found(dtype):
         (torch.tensor(0.0), [2, 9]),
         (torch.tensor(float("nan")), [2, 9]),
     ):
-        LAUNCHER.advance(steps, infinite)
+        LAUNCHER.count_steps(steps, infinite)
         assert [step.item() for step in steps] == expected
 
 

@@ -173,3 +173,19 @@ def test_the_kernel_compiles_for_arm(tmp_path):
     subprocess.run(
         [compiler, *flags, *warnings, "-c", ROOT / "csrc/cpu/loop.cpp", "-o", tmp_path / "loop.o"], check=True
     )
+
+
+def test_no_name_of_the_package_means_two_things():
+    """But for what is stated twice on purpose: the method, in PyTorch and in Triton."""
+    where = collections.defaultdict(set)
+    for path in MODULES:
+        for node in ast.parse(path.read_text()).body:
+            targets = node.targets if isinstance(node, ast.Assign) else []
+            names = [target.id for target in targets if isinstance(target, ast.Name)]
+            names += [node.name] if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else []
+            for name in names:
+                where[name].add(str(path.relative_to(ROOT / "askew_cuda")))
+    twins = [{"reference.py", f"triton/{name}.py"} for name in ("kernel", "launch")]
+    assert {name: files for name, files in where.items() if len(files) > 1 and files not in twins} == {
+        "__all__": where["__all__"]
+    }

@@ -108,7 +108,9 @@ def keyword(key: str, value: Any, which: int = 0, named: str = "") -> Breakage:
         group[key] = value() if isinstance(value, type(lambda: 0)) and key != "shape" else value
         return lambda: group.update({key: before})
 
-    return Breakage(f"{key}={value!r}"[:40] + f" of group {which}", do, named or NAMES.get(key, key), (which, key))
+    # No recovery and an alpha are wrong by themselves, and right together: two that are never broken at once.
+    where = "rate" if key in ("recovery", "alpha") else key
+    return Breakage(f"{key}={value!r}"[:40] + f" of group {which}", do, named or NAMES.get(key, key), (which, where))
 
 
 def entry(find: Callable[[Any], dict[Any, Any] | None], key: str, change: Callable[[Any], Any], name: str) -> Breakage:

@@ -255,7 +255,9 @@ def test_symmetric_codebooks_have_no_sign(dtype, case, r, anneal, clip):
 )
 def test_powers_of_two_scale_through(dtype, case, r, anneal, power, decay):
     """Weight, scale and gradient in other units: the same step in other units, to the last bit."""
-    w, g, factor = case.weights(dtype), case.gradient(dtype), 2.0**power
+    # Smaller numbers would become subnormal on the way, and those have no last bits to keep.
+    w, g = (torch.where(each.abs() < 2.0**-60, 0, each) for each in (case.weights(dtype), case.gradient(dtype)))
+    factor = 2.0**power
     scale = torch.tensor(case.scale, dtype=torch.float32).item()
     options = {
         "epsilon": epsilon_of(r),
