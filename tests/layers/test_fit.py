@@ -99,5 +99,5 @@ def test_without_a_kernel_the_reference_is_taken(monkeypatch):
     rows = draw("normal", 5, 40)
     found = scales.min_mse(rows, Codebook.named("4bit"))
     monkeypatch.setattr("askew_cuda.backends.extension", None)
-    monkeypatch.setattr(fit, "_AT_ONCE", 80)
+    monkeypatch.setattr(fit, "AT_ONCE", 80)
     assert_same_bits(scales.min_mse(rows, Codebook.named("4bit")), found, "scales")

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from askew_cuda import backends, look, reference
+from askew_cuda import backends, fit, look, reference
 from askew_cuda.packed.bits import PACKINGS, pack, width
 from askew_cuda.quantizer import Codebook, Quantizer
 from tests.cases import EXTENSION
@@ -103,7 +103,7 @@ def test_neither_threads_nor_parts_matter(monkeypatch):
     finally:
         torch.set_num_threads(threads)
     monkeypatch.setattr(backends, "extension", None)
-    monkeypatch.setattr(look, "_AT_ONCE", 2 * 20480)
+    monkeypatch.setattr(fit, "AT_ONCE", 2 * 20480)
     assert found[0] == found[1] == look.measure(weight, scale, levels, 0.1)
 
 
