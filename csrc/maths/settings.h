@@ -1,5 +1,5 @@
-// What a step can be told. THE TABLE below is the only list of it in C++: structs, operators and Python's plan follow
-// from it. A number or a flag that is added there is h.<name> in step.h.
+// What a step can be told. THE TABLE below is the only list of it in C++: structs and schemas follow from it, as
+// Python's lists do from Settings in askew_cuda/reference.py. A number or a flag that is added is h.<name> in step.h.
 #pragma once
 
 #include "codebook.h"

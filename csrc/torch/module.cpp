@@ -1,5 +1,4 @@
-// The Python module: what it was built with, which instruction sets there are, and the operators without the
-// dispatcher.
+// The Python module: the plan, what the extension was built with, and which instruction sets there are.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

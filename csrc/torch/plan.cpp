@@ -85,8 +85,7 @@ void bind_plan(py::module_& m) {
            "Other values for arguments of one call.")
       .def("take_gradients", torch::wrap_pybind_function_no_gil(&Plan::take_gradients),
            "The weights' gradients as they are now. False where a tensor, or a gradient, is not of the kind or in the "
-           "place that the "
-           "calls were made for: then they must not be run.")
+           "place that the calls were made for: then they must not be run.")
       .def("lay_out", torch::wrap_pybind_function_no_gil(&Plan::lay_out), "All that can fail, before run().")
       .def("run", torch::wrap_pybind_function(&Plan::run), py::arg("entries") = py::list(),
            "All calls, and then entries of dictionaries: [(dictionary, key, value)].");

@@ -9,7 +9,7 @@ import torch
 
 import askew_cuda as askew
 from askew_cuda import backends
-from tests.cases import CASES, CUDA, PLAIN, REFERENCE, RULES, Backend, build, call, case_id, run
+from tests.cases import ANNEALINGS, CASES, CUDA, PLAIN, REFERENCE, RULES, Backend, build, call, case_id, run
 from tests.compare import assert_close, assert_same_bits
 
 if not CUDA:
@@ -315,22 +315,7 @@ def test_more_than_two_to_the_31_weights():
     grad[-3:] = -1.0
     codes = torch.zeros(size, dtype=torch.uint8, device="cuda")
     scale = torch.ones((), device="cuda")
-    settings = {
-        "momentum": 0.0,
-        "dampening": 0.0,
-        "weight_decay": 0.0,
-        "nesterov": False,
-        "maximize": False,
-        "epsilon": 1.0,
-    }
-    settings |= {
-        "anneal": "capture",
-        "skew_at": "velocity",
-        "recovery": 0.5,
-        "alpha": None,
-        "max_step": math.inf,
-        "clip": True,
-    }
+    settings = RULES["sgd"] | ANNEALINGS["capture"] | {"epsilon": 1.0, "max_step": math.inf, "clip": True}
     backends.operators("cuda").sgd_([weight], [grad], [], [scale], [-1.0, 0.0, 1.0], [codes], [], lr=1.0, **settings)
     assert weight[-4:].tolist() == [0.0, 1.0, 1.0, 1.0]
     assert codes[-4:].tolist() == [1, 2, 2, 2]

@@ -11,6 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import askew_cuda as askew
 from askew_cuda import backends
+from tests import cases
 
 pytestmark = [
     pytest.mark.skipif(backends.extension is None, reason="the compiled extension is not built"),
@@ -215,17 +216,7 @@ def test_another_backend_elsewhere_does_not_compile_the_step_again(other, monkey
 def test_the_operator_alone(rule, backend):
     counter = CompileCounterWithBackend(backend)
     operator = getattr(torch.ops.askew_cuda, rule).default
-    constraint = {
-        "anneal": "capture",
-        "skew_at": "velocity",
-        "recovery": 0.5,
-        "alpha": None,
-        "max_step": 0.5,
-        "clip": True,
-    }
-    sgd = {"momentum": 0.9, "dampening": 0.0, "nesterov": False}
-    rest = constraint | {"weight_decay": 0.0, "maximize": False} | (sgd if rule == "sgd_" else {})
-    rest |= {} if rule == "sgd_" else {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "amsgrad": False}
+    rest = cases.RULES["momentum" if rule == "sgd_" else "adamw"] | cases.ANNEALINGS["capture"] | {"clip": True}
 
     def call(weights, grads, states, steps, scales, codes, lr, epsilon) -> None:
         lists = [states[0]] if rule == "sgd_" else [*states, [], steps]

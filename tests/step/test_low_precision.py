@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import askew_cuda as askew
 from askew_cuda import backends, rounding
+from tests import cases
 from tests.compare import assert_same_bits
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -246,23 +247,7 @@ def test_wrong_keywords(keywords, message):
 
 @pytest.mark.skipif(backends.extension is None, reason="ASKEW_BUILD=none: nothing is compiled")
 def test_the_operator_refuses_what_does_not_go_together():
-    settings = {
-        "momentum": 0.0,
-        "dampening": 0.0,
-        "weight_decay": 0.0,
-        "nesterov": False,
-        "maximize": False,
-        "lr": 0.1,
-        "epsilon": 1.0,
-    }
-    settings |= {
-        "anneal": "capture",
-        "skew_at": "velocity",
-        "recovery": 0.5,
-        "alpha": None,
-        "max_step": 0.5,
-        "clip": True,
-    }
+    settings = cases.RULES["sgd"] | cases.ANNEALINGS["capture"] | {"lr": 0.1, "epsilon": 1.0, "clip": True}
     half, remainder = torch.ones(3, dtype=torch.bfloat16), torch.zeros(3, dtype=torch.int16)
     wrong = [
         (torch.ones(3), {"remainders": [remainder]}, ValueError, "remainders and seed are for bfloat16 and float16"),
