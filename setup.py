@@ -19,7 +19,10 @@ MODES = ("auto", "cuda", "cpu", "none")
 CUDA_SOURCES = ["csrc/cuda/kernel.cu", "csrc/torch/stream.cpp"]
 SOURCES = [
     *(f"csrc/cpu/{name}.cpp" for name in ("avx512", "loop", "avx2", "look", "fit")),
-    *(f"csrc/torch/{name}.cpp" for name in ("plan", "operators", "setup", "prepared", "arguments", "module")),
+    *(
+        f"csrc/torch/{name}.cpp"
+        for name in ("plan", "operators", "setup", "prepared", "arguments", "radial", "learn", "module")
+    ),
 ]
 # at::parallel_for is a plain call in a file that is compiled without OpenMP. On Linux torch brings the same libgomp
 # under its own name.

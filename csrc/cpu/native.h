@@ -101,6 +101,12 @@ struct LaneSums {
     sums[at] = plus_product<Lane<P>>(sums[at], widened<0>(x), widened<0>(y));
     if constexpr (lanes<P>() > width) sums[at + 1] = plus_product<Lane<P>>(sums[at + 1], widened<1>(x), widened<1>(y));
   }
+  // Adds the numbers of a pack times a factor.
+  template <typename P> ASKEW_FN void add_times(int first, P x, double factor) {
+    const int at = first / width;
+    sums[at] = sums[at] + widened<0>(x) * factor;
+    if constexpr (lanes<P>() > width) sums[at + 1] = sums[at + 1] + widened<1>(x) * factor;
+  }
   ASKEW_FN double total() {  // add_lanes(), by packs as long as they are whole
 #pragma GCC unroll 8
     for (int half = packs / 2; half > 0; half /= 2) {

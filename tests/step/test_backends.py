@@ -291,13 +291,17 @@ def test_autograd_sees_that_weights_and_outputs_changed(rule, name):
 @pytest.mark.parametrize("rule", ["momentum", "amsgrad"])
 def test_opcheck(rule, rounding, utility):
     case = PLAIN._replace(
-        rule=rule, rounding=rounding, dtype=torch.float32 if rounding == "nearest" else torch.bfloat16
+        rule=rule,
+        rounding=rounding,
+        dtype=torch.float32 if rounding == "nearest" else torch.bfloat16,
+        learns=rounding != "stochastic",
     )
 
-    def check(*lists, lr, epsilon, grad_scale, remainders=(), **settings) -> None:
+    def check(*lists, lr, epsilon, grad_scale, remainders=(), growths=(), sums=(), **settings) -> None:
         scalars = {key: torch.tensor(value, dtype=torch.float64) for key, value in (("lr", lr), ("epsilon", epsilon))}
         operator = getattr(torch.ops.askew_cuda, "adamw_" if case.is_adamw else "sgd_").default
-        torch.library.opcheck(operator, (*lists, list(remainders)), settings | scalars, test_utils=utility)
+        lists = (*lists, *map(list, (remainders, growths, sums)))
+        torch.library.opcheck(operator, lists, settings | scalars, test_utils=utility)
 
     call(case, build(case).lists, REFERENCE._replace(sgd_=check, adamw_=check))
 
