@@ -221,6 +221,7 @@ KEYWORDS = [
     ("trained_norms", "some"),
     *(("channel_dim", value) for value in ("x", -1.5)),
     *(("fan_in", value) for value in ("x", -1)),
+    *(("init_bound", value) for value in ("x", 0.0, math.inf)),
     *(("total_steps", value) for value in (0, -3, "many", 2.5, True)),
     *(("hold", value) for value in (2.0, "x", 1.0)),
     *(("end", value) for value in (-1.0, "x", 0.0)),
