@@ -58,7 +58,8 @@ _KEYWORDS = """
         tells where p begins when it is a part of a larger weight.
     backend: "auto", "cuda", "triton", "cpu" or "reference".
     fused, foreach: accepted as torch's are; every backend is fused. differentiable: not offered.
- State per weight: torch's, ``scale``, and ``remainder`` (int16) where it is kept. Raises ValueError, TypeError or
+
+    State per weight: torch's, ``scale``, and ``remainder`` (int16) where it is kept. Raises ValueError, TypeError or
     RuntimeError (a backend that is absent) with the argument, its value and the remedy.
     """
 

@@ -1,5 +1,6 @@
 """One table of cases for all backends. A case is plain data; tensors are built afresh, from its own seed, at each run.
- The table is a covering selection: every pair of values of two factors occurs together in some case, and so does every
+
+The table is a covering selection: every pair of values of two factors occurs together in some case, and so does every
 triple of the factors in TRIPLES; what can't go together is listed in FORBIDDEN. A new backend is one more entry in
 BACKENDS.
 """

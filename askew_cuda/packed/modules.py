@@ -36,7 +36,7 @@ class PackedLayer(nn.Module):
     trained_dtype: torch.dtype
 
     def __init__(self, layer: nn.Module, packed: Tensor, scale: Tensor, quantizer: Quantizer, bits: float):
-        nn.Module.__init__(self)  # that of the layer would make a weight
+        nn.Module.__init__(self)  # the layer's own would make a weight
         weight = layer.get_parameter("weight")
         self.__dict__.update(vars(layer))
         self._parameters = {name: value for name, value in layer._parameters.items() if name != "weight"}
@@ -44,9 +44,8 @@ class PackedLayer(nn.Module):
         self.register_buffer("codes", packed)
         self.register_buffer("scale", scale.clone())
         self.levels, self.bits, self.shape = quantizer.codebook.levels, bits, tuple(weight.shape)
-        self.strides = torch.empty_like(
-            weight, device="meta"
-        ).stride()  # of channels_last, say: kernels round by memory format
+        # Of channels_last, say: kernels round differently in other memory formats.
+        self.strides = torch.empty_like(weight, device="meta").stride()
         self.dtype = self.trained_dtype = weight.dtype
         plain = replace(quantizer, scale="auto").plain()
         self.label = plain if isinstance(plain, str) else f"{len(self.levels)} levels/{quantizer.granularity}"
@@ -63,8 +62,8 @@ class PackedLayer(nn.Module):
         return weight
 
     def _restore(self, codes: Tensor, scale: Tensor) -> Tensor:
-        """Rounded to the dtype of the training first: casting a packed layer gives what casting the snapped one
-        does.
+        """The weight, rounded to the dtype of the training first, so that casting a packed layer gives what casting the
+        snapped one does.
         """
         return restore(codes, scale, self.levels, self.trained_dtype).to(self.dtype)
 

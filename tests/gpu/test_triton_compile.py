@@ -1,6 +1,7 @@
 """The Triton kernel compiled for GPUs that are not there: that it compiles, what comes out, and that settings don't
 recompile it.
- By default a choice of kernels that holds every pair of their constants; ASKEW_TRITON=all in the environment compiles
+
+By default a choice of kernels that holds every pair of their constants; ASKEW_TRITON=all in the environment compiles
 all that the table of cases needs.
 """
 

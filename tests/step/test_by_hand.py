@@ -1,5 +1,6 @@
 """Steps that can be worked by hand, on every backend and in every dtype.
- r_h is half the distance of two levels, e the distance to the nearest one, delta = |e| / r_h, t the distance to the
+
+r_h is half the distance of two levels, e the distance to the nearest one, delta = |e| / r_h, t the distance to the
 midpoint / r_h.
 """
 
