@@ -139,7 +139,7 @@ def test_fan_in_is_how_many_weights_an_output_sums_up(layer):
     assert inner.mean().item() == fan_in
 
 
-# Layers that torch starts with, and the fan-in and fan-out of their weights.
+# Layers of torch, and fan-in and fan-out of their weights.
 FRESH = [
     (nn.Linear(32, 48), {"weight": (32, 48)}),
     (nn.ConvTranspose2d(16, 24, 2, stride=2), {"weight": (16, 96)}),
@@ -190,7 +190,7 @@ def test_fresh_weights_take_the_scale_of_their_shape_whatever_interval_they_star
 
 
 def test_the_interval_of_fresh_weights_is_told_one_for_each_weight():
-    """A weight that stands twice in its group keeps its own."""
+    """A weight that is listed twice in its group keeps its own number."""
     first, second = (nn.Parameter(draw) for draw in torch.rand(2, 40, 30).mul(2).sub(1).mul(torch.tensor(0.3)))
     with pytest.raises(ValueError, match=r"init_bound has 1 numbers for a group of 2 weights; one for each is needed"):
         askew.AskewSGD([first, second], quantizer="binary", init_bound=[0.3])
@@ -207,7 +207,7 @@ def test_the_interval_of_fresh_weights_is_told_one_for_each_weight():
     ("spec", "shared"), [("binary", False), ("binary/channel", True), ("binary/group6", True), ("binary/group3", False)]
 )
 def test_the_table_says_where_groups_of_a_transposed_convolution_share_scales(spec, shared, capsys):
-    """Their outputs lie side by side in one dimension; a scale of each own can't be said."""
+    """Their outputs lie side by side in one dimension, so that a scale for each of them can't be stated."""
     model = between(nn.ConvTranspose2d(6, 8, 3, groups=2), nn.ConvTranspose2d(6, 8, 3))
     lines = table(model, spec, capsys)
     assert ("each scale shared by the 2 groups" in lines["1.weight"]) is shared
@@ -252,11 +252,11 @@ class RMSNorm(Bare):
 
 
 class Normalize(nn.Module):
-    """Of pixels: no norm."""
+    """It normalises pixels, and is no normalisation layer."""
 
 
 class SurfaceNormalNet(nn.Sequential):
-    """It sees surfaces; no norm."""
+    """It sees the normals of surfaces."""
 
 
 class SurfaceNorm(nn.Sequential):

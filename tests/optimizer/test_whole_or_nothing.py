@@ -68,7 +68,7 @@ def fill(optimizer: Any, k: int) -> None:
 
 
 def everything(optimizer: Any) -> Any:
-    """Values, exactly; a copy. Of what was never stepped there is no state, and buffers for outputs come with it."""
+    """An exact copy of all values. What was never stepped has no state, and no buffers for outputs."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -331,7 +331,7 @@ def pair(rule: str, backend: str, tensors: bool, done: int) -> tuple[Any, Any]:
 
 
 def attempt(optimizer: Any, whole: Any, broken: list[Breakage]) -> bool:
-    """Breaks, steps, mends and steps. Whether there was anything to break."""
+    """Breaks, steps, mends and steps again. Returns whether there was anything to break."""
     mends = [mend for each in broken if (mend := each.do(optimizer)) is not None]
     if not mends:
         return False
