@@ -1,5 +1,6 @@
 """The backends: which are here, why the others are not, which one a call takes, and the call.
- Each backend offers ``sgd_`` and ``adamw_`` with the arguments of :mod:`askew_cuda.reference`, whose results it
+
+Each backend offers ``sgd_`` and ``adamw_`` with the arguments of :mod:`askew_cuda.reference`, whose results it
 reproduces.
 """
 

@@ -137,7 +137,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
             schedule.put_epsilon(group, annealed.pop("epsilon"))
         group.update(annealed)
         unique = {weight: i for i, weight in reversed(list(enumerate(group["params"])))}  # torch has warned of others
-        for key in ("params", "param_names", "fan_in"):
+        for key in ("params", "param_names", "fan_in", "init_bound"):
             if isinstance(group.get(key), (list, tuple)):
                 group[key] = [group[key][i] for i in reversed(unique.values())]
         self._quantizer(group)
@@ -176,12 +176,13 @@ class QuantizedOptimizer(torch.optim.Optimizer):
     def _check_weights(self, params: Any, settings: Group, quantizer: Quantizer | None) -> None:
         """Whether the weights of a group can be stepped as the group says."""
         params = [params] if isinstance(params, Tensor) else params
-        fan_in = settings["fan_in"]
-        if isinstance(fan_in, (list, tuple)) and len(fan_in) != len(params):
-            raise ValueError(
-                f"fan_in has {len(fan_in)} numbers for a group of {len(params)} weights; one for each is needed, or "
-                "one for all of them"
-            )
+        for key in ("fan_in", "init_bound"):
+            given = settings[key]
+            if isinstance(given, (list, tuple)) and len(given) != len(params):
+                raise ValueError(
+                    f"{key} has {len(given)} numbers for a group of {len(params)} weights; one for each is needed, or "
+                    "one for all of them"
+                )
         for index, item in enumerate(params):
             name, weight = item if isinstance(item, tuple) else (f"params[{index}]", item)
             if not isinstance(weight, Tensor):
@@ -242,12 +243,11 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         return not (weight.requires_grad or group["quantize_frozen"] or weight in self._stepped)
 
     @staticmethod
-    def _fan_in(group: Group, weight: Tensor) -> int | None:
-        """The fan-in of the weight's layer, where the group says it."""
-        fan_in = group["fan_in"]
-        if isinstance(fan_in, (list, tuple)):
-            return next(each for each, other in zip(fan_in, group["params"], strict=True) if other is weight)
-        return fan_in
+    def _of_layer(group: Group, weight: Tensor) -> dict[str, Any]:
+        """fan_in and init_bound of the weight's layer, where the group says them."""
+        at = next(index for index, other in enumerate(group["params"]) if other is weight)
+        given = {key: group[key] for key in ("fan_in", "init_bound")}
+        return {key: each[at] if isinstance(each, (list, tuple)) else each for key, each in given.items()}
 
     def _estimate(self, group: Group, quantizer: Quantizer, name: str, weight: Tensor) -> Tensor:
         return scales.estimate(
@@ -257,7 +257,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
             normalized=bool(group["normalized"]),
             name=name,
             channel_dim=group["channel_dim"],
-            fan_in=self._fan_in(group, weight),
+            **self._of_layer(group, weight),
         )
 
     def _new_scale(self, group: Group, quantizer: Quantizer, name: str, weight: Tensor) -> Tensor:
@@ -273,7 +273,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
             )
         fresh = group["normalized"] and not group["trained_norms"]
         if group["clip"] and not (
-            group["pretrained"] or fresh or scales.is_torch_default(weight, self._fan_in(group, weight))
+            group["pretrained"] or fresh or scales.is_torch_default(weight, **self._of_layer(group, weight))
         ):
             outside = scales.share_outside(weight.detach(), scale, levels)
             if outside > 0.25:

@@ -1,5 +1,6 @@
 """One table of cases for all backends. A case is plain data; tensors are built afresh, from its own seed, at each run.
- The table is a covering selection: every pair of values of two factors occurs together in some case, and so does every
+
+The table is a covering selection: every pair of values of two factors occurs together in some case, and so does every
 triple of the factors in TRIPLES; what can't go together is listed in FORBIDDEN. A new backend is one more entry in
 BACKENDS.
 """
@@ -167,8 +168,8 @@ FORBIDDEN: tuple[tuple[str, Callable, str, Callable], ...] = (
 
 
 def required() -> tuple[list[str], list[frozenset]]:
-    """(names of the factors, all that must be covered). One item of cover: the (factor, value) indices that have to
-    occur together.
+    """The names of the factors, and all that must be covered: each item is a set of (factor, value) indices that have
+    to occur together in some case.
     """
     names = list(FACTORS)
     forbidden = set()
@@ -210,9 +211,8 @@ def covering() -> list[Case]:
                 if not all(frozenset((cell, other)) in allowed for other in chosen):
                     continue
                 now = chosen | {cell}
-                gain = (
-                    sum(item in left and item <= now for item in holding[cell]) + source.random() / 2
-                )  # ties: by chance
+                # ties are broken by chance
+                gain = sum(item in left and item <= now for item in holding[cell]) + source.random() / 2
                 if gain > best_gain:
                     best, best_gain = cell, gain
             chosen.add(best)
@@ -459,7 +459,7 @@ def call(case: Case, lists: dict[str, list[Tensor]], backend: Backend, **changes
     for name in ("remainders", "growths", "sums"):
         if lists[name]:
             settings[name] = lists[name]
-    if case.rounding == "stochastic":  # weights numbered, and parts of larger ones, one across 2^32
+    if case.rounding == "stochastic":  # weights have numbers and are parts of larger ones; one crosses element 2^32
         settings |= {"seed": torch.tensor(case.seed), "streams": [7, 8, 9], "first_elements": [2**32 - 20, 0, 5]}
     settings |= {"levels": case.levels} | RULES[case.rule] | ANNEALINGS[case.annealing] | changes
     operator, names = (backend.adamw_, [*STATES[1:], "steps"]) if case.is_adamw else (backend.sgd_, STATES[:1])
@@ -469,8 +469,8 @@ def call(case: Case, lists: dict[str, list[Tensor]], backend: Backend, **changes
 
 
 def run(case: Case, backend: Backend, **changes: object) -> dict[str, Tensor]:
-    """One step of fresh tensors; everything mutable, by name, as it is afterwards. Fails where anything else was
-    written to.
+    """Makes one step of fresh tensors. Returns everything mutable, by name, as it is afterwards; fails where anything
+    else was written to.
     """
     built = build(case, backend.device)
     before = [(name, buffer.outside().clone(), buffer.view.clone()) for name, buffer in built.buffers]

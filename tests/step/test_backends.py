@@ -155,7 +155,7 @@ print(tasks() - before)
 @compiled
 @pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
 def test_a_call_uses_torchs_threads():
-    """Otherwise all the comparisons on two threads compare one thread with itself."""
+    """Otherwise all the comparisons on two threads would compare one thread with itself."""
     started = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True, check=True).stdout
     assert int(started) == 1
 
@@ -192,7 +192,7 @@ def test_scales_belong_to_rows_and_groups_in_every_memory_order(shape, scale_sha
 
 @pytest.mark.parametrize("name", BACKENDS)
 def test_memory_beside_a_tensor_and_gradients_are_watched(name):
-    """What run() checks, by backends that break the rule."""
+    """run() notices backends that write where they must not."""
     backend = BACKENDS[name]
 
     def careless(target: str, shift: int) -> Callable[..., None]:
