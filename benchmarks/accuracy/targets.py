@@ -103,7 +103,7 @@ def learned(found: Cells) -> Iterator[Check]:
 
 
 def _ours() -> Iterator[tuple[str, str, str]]:
-    return ((task.name, start, width) for task in EVERY_TASK for start in ("scratch", "fine-tuned") for width in WIDTHS)
+    return ((task.name, start, width) for task in EVERY_TASK for start in task.starts for width in WIDTHS)
 
 
 def ahead(gain: float, error: float) -> bool:

@@ -25,7 +25,7 @@ class Task:
     factors: of the learning rate of these, by start and width. binary_decay: whether their weight decay holds at 1 bit.
     quantized: names of quantized layers begin so. granularity: of the scales.
     tuning_seeds, reporting_seeds: how many. unit: of the scores.
-    warmup: share of the steps in which the learning rate rises.
+    warmup: share of the steps in which the learning rate rises. starts: of STARTS, those that are measured.
     """
 
     name: str
@@ -45,6 +45,7 @@ class Task:
     fine_tuning: Base | None = None
     factors: Mapping[tuple[str, str], float] = field(default_factory=dict)
     binary_decay: bool = True
+    starts: tuple[str, ...] = STARTS
 
     @property
     def sign(self) -> int:
@@ -108,6 +109,14 @@ def _digits(hidden: int) -> Task:
     return Task(*common, UNNORMALISED, **ours, **(MANY_SEEDS if hidden < 256 else {}))
 
 
+def _table(name: str, sizes: tuple[int, ...], sample: Callable, length: int, batch: int, **changes: object) -> Task:
+    """An MLP on data that it does not learn by heart, from scratch."""
+    title = f"{name}, MLP {'-'.join(map(str, sizes))}"
+    make, ours = functools.partial(networks.mlp, *sizes), Base("sgd", 0.5, 0.003)
+    settings = {"binary_decay": False, "factors": UNNORMALISED_FACTORS, "starts": ("scratch",), **changes}
+    return Task(name, title, make, sample, length, batch, UNNORMALISED, ours, **settings)
+
+
 def _transformer(name: str, init: str, gpt2: bool) -> Task:
     make = functools.partial(networks.Transformer, gpt2=gpt2, **SHAPE)
     title = f"characters of Python's help, transformer of 2 layers, {init}"
@@ -120,6 +129,9 @@ def _transformer(name: str, init: str, gpt2: bool) -> Task:
 
 EVERY_TASK = (
     *map(_digits, (16, 24, 32, 64)),
+    _table("letters", (16, 64, 64, 26), datasets.letters, 15, 64),
+    _table("dna", (180, 16, 16, 3), datasets.dna, 20, 64, reporting_seeds=20),
+    _table("fashion-mlp", (784, 64, 64, 10), datasets.fashion_mnist((784,)), 3, 128, tuning_seeds=2),
     Task(
         name="digits-bn",
         title="digits, MLP 64-64-64-10 with BatchNorm",
