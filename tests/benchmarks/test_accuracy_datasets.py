@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("psutil", reason="the benchmarks' extra is not installed: pip install '.[bench]'")
 pytest.importorskip("sklearn", reason="the benchmarks' extra is not installed: pip install '.[bench]'")
 
-from benchmarks.accuracy import datasets
+from benchmarks.accuracy import datasets, tasks
 
 TABLES = {"letters": (datasets.letters, 20_000, 8000, 16, 26), "dna": (datasets.dna, 3186, 2400, 180, 3)}
 
@@ -28,6 +28,13 @@ def test_a_table_is_split_anew_for_each_seed(name):
     tuning = sample((1,), True)
     assert torch.equal(torch.cat((tuning.train_x, tuning.held_x), 1)[0], data.train_x[1])
     assert tuning.held_x.shape[1] == train // 5
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_weights_are_decayed_once_in_a_training(name):
+    """lr * weight_decay * steps is 1."""
+    task = tasks.TASKS[name]
+    assert task.ours.lr * task.ours.weight_decay * task.sample((0,), False).steps(task.length, task.batch) == 1
 
 
 @pytest.fixture

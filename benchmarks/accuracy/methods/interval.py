@@ -23,6 +23,6 @@ class Interval(Method):
     knob, knobs = "strength of the pull", tuple(SETTINGS)
 
     def begin(self, quantized, rest, base, width, knob, **keywords):
-        ours = Ours(anneal={"hold": 1 / 3, "end": 1.0, "shape": "geometric"})
+        ours = Ours(anneal={"hold": 1 / 3, "end": 1.0, "shape": "geometric"}, by_width=False)
         ours.keywords = {"anneal": "interval"} | SETTINGS[knob]
         return ours.begin(quantized, rest, base, width, None, **keywords)
