@@ -64,7 +64,7 @@ def plans(tasks: Sequence[str], starts: Sequence[str], widths: Sequence[str], me
     """Every cell of the choice, in the order of measurement: the cheap tasks first, from scratch before fine-tuning."""
     for task in EVERY_TASK:
         for start in STARTS:
-            if task.name not in tasks or start not in starts:
+            if task.name not in tasks or start not in starts or start not in task.starts:
                 continue
             for method in METHODS:
                 if method.name in methods:

@@ -4,9 +4,12 @@ What judges is a validation part where a method is tuned, test data where it is 
 """
 
 import functools
+import gzip
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +18,9 @@ from torch.nn import functional
 from examples import digits
 
 Batch = tuple[Tensor, Tensor]
+DATA = Path(__file__).parent / "data"  # whose they are: SOURCES.md there
+FASHION_MNIST = "FASHION_MNIST"  # environment variable: the folder of its four files
+DEBIAN_FASHION_MNIST = "/usr/share/datasets/fashion-mnist"  # where Debian's package has them
 SYMBOLS = 97  # printable ASCII, the line's end, and one for all that is neither
 
 
@@ -137,6 +143,77 @@ def _mnist(seed: int) -> digits.Data:
     x, y = _mnist_images()
     train, test = train_test_split(torch.arange(len(x)).numpy(), test_size=0.2, stratify=y.numpy(), random_state=seed)
     return digits.Data(x[train], y[train], x[test], y[test])
+
+
+def letters(seeds: Sequence[int], tuning: bool) -> Images:
+    """UCI's Letter Recognition, 16 features: 8,000 rows to train with, 12,000 to test, another split for each seed."""
+    return _images(functools.partial(_table, "letters", 8000), seeds, tuning)
+
+
+def dna(seeds: Sequence[int], tuning: bool) -> Images:
+    """UCI's splice junctions, 180 bits: 2,400 rows to train with and 786 to test, another split for each seed."""
+    return _images(functools.partial(_table, "dna", 2400), seeds, tuning)
+
+
+def _table(name: str, train_size: int, seed: int) -> digits.Data:
+    """Rows split by class, standardised by the training rows."""
+    from sklearn.model_selection import train_test_split
+    from sklearn.preprocessing import StandardScaler
+
+    x, y = _arrays(name)
+    train_x, test_x, train_y, test_y = train_test_split(x, y, train_size=train_size, stratify=y, random_state=seed)
+    scaler = StandardScaler().fit(train_x)
+    as_x, as_y = (lambda a: torch.tensor(scaler.transform(a), dtype=torch.float32)), torch.tensor
+    return digits.Data(as_x(train_x), as_y(train_y), as_x(test_x), as_y(test_y))
+
+
+@functools.cache
+def _arrays(name: str) -> tuple[Any, Any]:
+    import numpy
+
+    with numpy.load(DATA / f"{name}.npz") as arrays:
+        return arrays["x"].astype("float64"), arrays["y"].astype("int64")
+
+
+def fashion_mnist(shape: Sequence[int]) -> Callable[[Sequence[int], bool], Images]:
+    """Fashion-MNIST, images of this shape: 60,000 to train with and 10,000 to test, the same for every seed.
+
+    Tuning: 48,000 of the 60,000 train, 12,000 judge.
+    """
+    return functools.partial(_fashion_mnist, tuple(shape))
+
+
+def _fashion_mnist(shape: Sequence[int], seeds: Sequence[int], tuning: bool) -> Images:
+    train_x, train_y, test_x, test_y = _fashion_mnist_images()
+    cut = len(train_x) * 4 // 5 if tuning else len(train_x)
+    held_x, held_y = (train_x[cut:], train_y[cut:]) if tuning else (test_x, test_y)
+    as_x = [x.view(-1, *shape).expand(len(seeds), -1, *shape) for x in (train_x[:cut], held_x)]
+    as_y = [y.expand(len(seeds), -1) for y in (train_y[:cut], held_y)]
+    return Images(as_x[0], as_y[0], as_x[1], as_y[1])
+
+
+@functools.cache
+def _fashion_mnist_images() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Training and test images (n, 784), standardised by the training pixels, and their labels.
+
+    Raises:
+        Missing: the files are not there.
+    """
+    folder = Path(os.environ.get(FASHION_MNIST, DEBIAN_FASHION_MNIST))
+    try:
+        parts = [
+            torch.frombuffer(bytearray(gzip.decompress((folder / name).read_bytes())[header:]), dtype=torch.uint8)
+            for part in ("train", "t10k")
+            for name, header in ((f"{part}-images-idx3-ubyte.gz", 16), (f"{part}-labels-idx1-ubyte.gz", 8))
+        ]
+    except OSError as error:
+        raise Missing(
+            f"Fashion-MNIST: {error}; apt-get install dataset-fashion-mnist, or name the folder of its four files in "
+            f"the environment variable {FASHION_MNIST}"
+        ) from error
+    train_x, test_x = (part.view(-1, 784).float() / 255 for part in parts[::2])
+    mean, deviation = train_x.mean(), train_x.std()
+    return (train_x - mean) / deviation, parts[1].long(), (test_x - mean) / deviation, parts[3].long()
 
 
 @functools.cache

@@ -3,9 +3,17 @@
 What they hold may have one dimension more in front: see stacked.stack.
 """
 
+import itertools
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+
+def mlp(*widths: int) -> nn.Sequential:
+    """Linear layers from each width to the next, with torch's default initialisation; ReLU between them."""
+    layers = [nn.Linear(inputs, outputs) for inputs, outputs in itertools.pairwise(widths)]
+    return nn.Sequential(*(part for layer in layers[:-1] for part in (layer, nn.ReLU())), layers[-1])
 
 
 def mlp_batchnorm(hidden: int) -> nn.Sequential:

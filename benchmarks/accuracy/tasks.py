@@ -25,7 +25,7 @@ class Task:
     factors: of the learning rate of these, by start and width. binary_decay: whether their weight decay holds at 1 bit.
     quantized: names of quantized layers begin so. granularity: of the scales.
     tuning_seeds, reporting_seeds: how many. unit: of the scores.
-    warmup: share of the steps in which the learning rate rises.
+    warmup: share of the steps in which the learning rate rises. starts: of STARTS, those that are measured.
     """
 
     name: str
@@ -45,6 +45,7 @@ class Task:
     fine_tuning: Base | None = None
     factors: Mapping[tuple[str, str], float] = field(default_factory=dict)
     binary_decay: bool = True
+    starts: tuple[str, ...] = STARTS
 
     @property
     def sign(self) -> int:
@@ -105,7 +106,15 @@ def _digits(hidden: int) -> Task:
         "binary_decay": False,
         "factors": UNNORMALISED_FACTORS,
     }
-    return Task(*common, UNNORMALISED, **ours, **(MANY_SEEDS if hidden < 256 else {}))
+    return Task(*common, UNNORMALISED, **ours, **MANY_SEEDS)
+
+
+def _table(name: str, sizes: tuple[int, ...], sample: Callable, length: int, batch: int, steps: int, **changes) -> Task:
+    """An MLP on data that it does not learn by heart, from scratch. steps: what ``length`` comes to."""
+    title = f"{name}, MLP {'-'.join(map(str, sizes))}"
+    make, ours = functools.partial(networks.mlp, *sizes), Base("sgd", 0.5, 1 / (0.5 * steps))  # docs/recipes.md
+    settings = {"binary_decay": False, "factors": UNNORMALISED_FACTORS, "starts": ("scratch",), **changes}
+    return Task(name, title, make, sample, length, batch, UNNORMALISED, ours, **settings)
 
 
 def _transformer(name: str, init: str, gpt2: bool) -> Task:
@@ -119,7 +128,10 @@ def _transformer(name: str, init: str, gpt2: bool) -> Task:
 
 
 EVERY_TASK = (
-    *map(_digits, (16, 24, 32, 64)),
+    *map(_digits, (16, 32)),
+    _table("letters", (16, 64, 64, 26), datasets.letters, 15, 64, 1875),
+    _table("dna", (180, 16, 16, 3), datasets.dna, 20, 64, 760, reporting_seeds=20),
+    _table("fashion-mlp", (784, 64, 64, 10), datasets.fashion_mnist((784,)), 3, 128, 1407, tuning_seeds=2),
     Task(
         name="digits-bn",
         title="digits, MLP 64-64-64-10 with BatchNorm",
@@ -146,7 +158,6 @@ EVERY_TASK = (
         factors=FINE_TUNED_FACTORS,
         tuning_seeds=2,
     ),
-    _digits(256),
     _transformer("lm-gpt2", "GPT-2's init", True),
     _transformer("lm-default", "torch's default Linear init", False),
 )

@@ -7,6 +7,7 @@ from torch.nn.utils import parametrize
 
 import askew_cuda as askew
 from askew_cuda.quantizer import Codebook
+from benchmarks.accuracy.methods.interval import Interval
 from benchmarks.accuracy.methods.latent import Grid, StraightThrough
 from benchmarks.accuracy.methods.method import WIDTHS, Base, FullPrecision, Run
 from benchmarks.accuracy.methods.ours import Ours
@@ -88,6 +89,20 @@ def test_straight_through_is_that_of_the_example(width):
     torch.testing.assert_close(task.quantized[0][0], latent, rtol=1e-4, atol=1e-5)
 
 
+def test_wide_matrices_of_fresh_networks_take_smaller_steps():
+    def rates(method, base, pretrained):
+        weights = [nn.Parameter(torch.randn(2, 3, inputs)) for inputs in (16, 64, 256)]
+        knob, settings = method.knobs[0], {"total_steps": 100, "pretrained": pretrained}
+        return [
+            group["lr"] for group in method.begin(weights, [], base, "binary", knob, **settings).optimizer.param_groups
+        ]
+
+    sgd, whole = Base("sgd", 0.5), [0.5] * 3
+    assert rates(Ours(), sgd, False) == [0.5, 0.5, 0.125]
+    assert rates(Ours(), sgd, True) == rates(Ours(), Base("adamw", 0.5), False) == whole
+    assert rates(Interval(), sgd, False)[0] == 0.5 == rates(Interval(), sgd, False)[-1]
+
+
 @pytest.mark.parametrize("base", [SGD, ADAMW], ids=["sgd", "adamw"])
 @pytest.mark.parametrize(("pretrained", "granularity"), [(False, "tensor"), (True, "channel")])
 def test_ours_is_the_optimizer_on_plain_networks(base, pretrained, granularity):
@@ -107,6 +122,7 @@ def test_ours_is_the_optimizer_on_plain_networks(base, pretrained, granularity):
             "weight_decay": base.weight_decay,
             "quantizer": name,
             "pretrained": pretrained,
+            "scale_lr": 0.0 if pretrained else 0.1,
         }
         optimizers.append(rule([weights, {"params": parameters[2:], "weight_decay": 0.0}], lr=base.lr, **extra))
         anneals.append(askew.Anneal(optimizers[-1], total_steps=9))

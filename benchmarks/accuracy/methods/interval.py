@@ -2,8 +2,8 @@
 
 Leconte, Schechtman, Moulines, "ASkewSGD: an annealed interval-constrained optimisation method to train quantized neural
 networks", AISTATS 2023. Their schedule of the 4-bit training (``askew.paper("4bit")``): epsilon is 1 for a third of the
-steps, then falls geometrically. Levels and scale are askew_cuda's, and its box: what differs from ``Ours`` is the
-annealing.
+steps, then falls geometrically. Levels and the first scale are askew_cuda's, and its box; the scale stays, and one
+learning rate is for all.
 """
 
 from .method import Method
@@ -23,6 +23,6 @@ class Interval(Method):
     knob, knobs = "strength of the pull", tuple(SETTINGS)
 
     def begin(self, quantized, rest, base, width, knob, **keywords):
-        ours = Ours(anneal={"hold": 1 / 3, "end": 1.0, "shape": "geometric"})
-        ours.keywords = {"anneal": "interval"} | SETTINGS[knob]
+        ours = Ours(anneal={"hold": 1 / 3, "end": 1.0, "shape": "geometric"}, by_width=False)
+        ours.keywords = {"anneal": "interval", "scale_lr": 0.0} | SETTINGS[knob]
         return ours.begin(quantized, rest, base, width, None, **keywords)

@@ -18,15 +18,40 @@ def are_normalized(rest: Parameters) -> bool:
     return any(getattr(parameter, "is_gain", False) for parameter in rest)
 
 
+WIDE = 64  # inputs up to which a matrix takes the whole learning rate
+
+
+def rate(base: Base, fan_in: int) -> float:
+    """The learning rate of a matrix of a fresh network without normalisation layers, by docs/recipes.md.
+
+    SGD's step, measured in the distance between two levels, is lr / scale^2, and a scale's square goes as 1 / fan_in.
+    """
+    return base.lr * min(1.0, WIDE / fan_in) if base.rule == "sgd" else base.lr
+
+
+def scale_lr(width: str, pretrained: bool) -> float:
+    """How fast the scales of a fresh network learn, a multiple of the learning rate, by docs/recipes.md."""
+    if pretrained:
+        return 0.0
+    return 0.05 if width == "binary" else 0.1
+
+
 class OursRun(Run):
     """askew_cuda on stacked weights: one parameter per network, a view of the stacked one.
 
     So the real optimizer steps, with its own scale rules. ``parts[stacked]`` are these parameters; ``keywords`` go to
-    the quantized param groups.
+    the quantized param groups. ``by_width``: every matrix has its own learning rate, by ``rate``.
     """
 
     def __init__(
-        self, quantized: Parameters, rest: Parameters, base: Base, total_steps: int, keywords: dict, anneal: dict
+        self,
+        quantized: Parameters,
+        rest: Parameters,
+        base: Base,
+        total_steps: int,
+        keywords: dict,
+        anneal: dict,
+        by_width: bool,
     ):
         self.stacked, self.parts = quantized, {}
         for stacked in quantized:
@@ -34,11 +59,12 @@ class OursRun(Run):
             self.parts[stacked] = [nn.Parameter(each) for each in stacked.detach()]
             for part, grad in zip(self.parts[stacked], stacked.grad, strict=True):
                 part.grad = grad
-        groups = base.groups(quantized)
         keywords = {"normalized": are_normalized(rest), **keywords}
-        for group in groups:
-            group["params"] = [part for stacked in group["params"] for part in self.parts[stacked]]
-            group.update(keywords)
+        by_width &= not (keywords["normalized"] or keywords["pretrained"])
+        groups = [group for stacked in quantized for group in base.groups([stacked])]
+        for group, stacked in zip(groups, quantized, strict=True):
+            lr = rate(base, stacked[0, 0].numel()) if by_width else base.lr
+            group.update(keywords, params=self.parts[stacked], lr=lr)
         rule = askew.AskewSGD if base.rule == "sgd" else askew.AskewAdamW
         super().__init__(rule(groups + base.groups(rest), **base.keywords))
         self.optimizer.zero_grad = self._zero_grad  # torch's would cut the views off
@@ -62,15 +88,18 @@ class OursRun(Run):
 class Ours(Method):
     """askew_cuda with its defaults: capture annealing, the scale by its own rule.
 
-    ``keywords``, for experiments, go to param groups.
+    ``by_width``: as in :class:`OursRun`. ``keywords``, for experiments, go to param groups.
     """
 
-    def __init__(self, name: str = "askew_cuda", anneal: dict[str, Any] | None = None, **keywords: Any):
-        self.name, self.anneal, self.keywords = name, anneal or {}, keywords
+    def __init__(
+        self, name: str = "askew_cuda", anneal: dict[str, Any] | None = None, by_width: bool = True, **keywords: Any
+    ):
+        self.name, self.anneal, self.by_width, self.keywords = name, anneal or {}, by_width, keywords
 
     def begin(self, quantized, rest, base, width, knob, *, total_steps, pretrained, granularity="tensor"):
         keywords = {
             "quantizer": width if granularity == "tensor" else f"{width}/{granularity}",
             "pretrained": pretrained,
+            "scale_lr": scale_lr(width, pretrained),
         }
-        return OursRun(quantized, rest, base, total_steps, keywords | self.keywords, self.anneal)
+        return OursRun(quantized, rest, base, total_steps, keywords | self.keywords, self.anneal, self.by_width)
