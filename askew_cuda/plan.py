@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends, checks, keywords, schedule
+from . import backends, checks, distributed, keywords, schedule
 from .checks import Call
 from .keywords import Group, check_state_dtype, counter_dtype
 
@@ -136,7 +136,7 @@ def batches(optimizer: "QuantizedOptimizer", group: Group, additions: Additions)
     """The weights of a group that have a gradient, by device and dtype."""
     weights, grads = [], []
     for weight in group["params"]:
-        grad = weight.grad
+        grad = distributed.local_gradient(weight)
         if grad is not None:
             weights.append(weight)
             grads.append(grad)
@@ -190,7 +190,7 @@ def part_of(optimizer: "QuantizedOptimizer", group: Group, batch: Batch, fixed: 
 
     levels = () if quantizer is None else quantizer.codebook.levels
     backend = optimizer._choose(group, first.device, first.dtype)
-    call = Call(operator, lists, levels, settings_of(optimizer, group, batch) | fixed)
+    call = Call(operator, distributed.here(lists), levels, settings_of(optimizer, group, batch) | fixed)
     return Part(backend, group, batch, kept, fixed, call, names)
 
 
@@ -265,7 +265,8 @@ def settings_of(optimizer: "QuantizedOptimizer", group: Group, batch: Batch) -> 
         }
         settings["seed"] = group["seed"]
         settings["streams"] = [number[weight] for weight in batch.weights]
-        settings["first_elements"] = [optimizer.first_elements.get(weight, 0) for weight in batch.weights]
+        first = optimizer.first_elements
+        settings["first_elements"] = [first.get(each, 0) + distributed.first_element(each) for each in batch.weights]
     return settings
 
 
@@ -299,6 +300,7 @@ class Plan:
             optimizer._check_rule(group)
             if group["total_steps"] is not None and group["quantizer"] is not None:
                 schedule.phase(group)
+        distributed.agree(optimizer)
         self.on_gpu = [weight for group in optimizer.param_groups for weight in group["params"] if weight.is_cuda][:1]
         captured = is_captured(self.on_gpu)
         self.additions = Additions(captured)
@@ -315,7 +317,9 @@ class Plan:
         self.idle = [weight for weights in self.members for weight in weights if weight.grad is None]
         weights = [weight for part in self.parts for weight in part.batch.weights]
         # Where something listens to torch's operations, it hears the calls; else they go straight to the kernels.
-        plain = all([type(weight) in checks.PLAIN for weight in weights]) and torch._C._len_torch_dispatch_stack() == 0
+        aliases = [weight for part in self.parts for weight in part.call.lists["weights"]]
+        self.shards = None if same(weights, aliases) else distributed.Shards(weights, aliases)
+        plain = all([type(weight) in checks.PLAIN for weight in aliases]) and torch._C._len_torch_dispatch_stack() == 0
         if torch._C._len_torch_dispatch_stack() == 0:
             checks.check_memory(self._extents())
         self.compiled, self.together, self.others = None, [], self.parts
@@ -363,7 +367,8 @@ class Plan:
                     return False
                 self.values[k] = list(group.values())
         self.amp = amp
-        return all([self._is_current(optimizer, part) for part in self.together]) and compiled.take_gradients()
+        current = all([self._is_current(optimizer, part) for part in self.together])
+        return current and (self.shards is None or self.shards.renew()) and compiled.take_gradients()
 
     def _take(self, optimizer: "QuantizedOptimizer", k: int, scaled: bool) -> bool:
         """Hands over what has changed in a group. False where a new plan is needed."""
@@ -414,7 +419,7 @@ class Plan:
         if part.group["outputs"]:
             outputs = [optimizer.outputs.get(weight, {}) for weight in weights]
             for name in part.group["outputs"]:
-                if not all(map(is_, [each.get(name) for each in outputs], part.call.lists[name])):
+                if not all(map(is_, [distributed.local(each.get(name)) for each in outputs], part.call.lists[name])):
                     return False
         return True
 
@@ -442,3 +447,5 @@ class Plan:
         else:
             for group, key, value in entries:
                 group[key] = value
+        if self.shards is not None:
+            self.shards.release()

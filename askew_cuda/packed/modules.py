@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..distributed import is_sharded
 from ..quantizer import Quantizer
 from .bits import restore, unpack, unpack_at
 from .file import packed_weights, quantized_weights
@@ -196,7 +197,9 @@ def _layers(model: nn.Module, weights: set[Tensor]) -> dict[Tensor, list[nn.Modu
                 continue
             kind, whole = type(module), f"{path}.{name}".removeprefix(".")
             why = None
-            if kind not in PACKED or name != "weight":
+            if is_sharded(weight):
+                why = "the weight is sharded, and no rank has all of its codes"
+            elif kind not in PACKED or name != "weight":
                 why = (
                     f"{name} of {kind.__name__} can't be packed; the weights of nn.Linear, nn.Conv2d and nn.Embedding "
                     "themselves can"
