@@ -349,9 +349,10 @@ def by_first_rank(tensors: Iterable[Tensor], pieces: Iterator[Any], work: Callab
 _SAID = (*(key for key in CONSTRAINT if key not in EXECUTION), "lr", "weight_decay")
 
 
-def agree(optimizer: "QuantizedOptimizer") -> None:
+def agree(optimizer: "QuantizedOptimizer", stepping: bool) -> None:
     """Whether all ranks that step the same weights say the same of them, and have the same scales; asked before the
-    first step, and after a checkpoint was loaded, when all ranks must come here. Learns which ranks they are.
+    first step, and after a checkpoint was loaded, when all ranks must come here. Learns which ranks they are: until the
+    first step the weights may still be wrapped.
 
     Raises:
         ValueError: on all ranks, with the first rank and weight that differ, both values, and the remedy.
@@ -370,7 +371,7 @@ def agree(optimizer: "QuantizedOptimizer") -> None:
         for company, mine in rows.items():
             if company:
                 _compare(exchange((distributed.get_rank(), mine), company))
-    optimizer._agreed = True
+    optimizer._agreed = stepping
 
 
 def _said(value: Any) -> str:
@@ -449,14 +450,17 @@ def zero_around(optimizer: Any) -> Any:
     return found[0] if found else None
 
 
-def all_rows(rows: list[Any], optimizer: "QuantizedOptimizer") -> list[Any]:
-    """What there is to say of the weights of an optimizer, one row each: under ZeroRedundancyOptimizer that of all
-    ranks, whose weights are others.
+def all_rows(rows: list[tuple[str, Tensor, Any]], optimizer: "QuantizedOptimizer") -> list[tuple[str, Any]]:
+    """What there is to say of an optimizer's weights, from (name, weight, what) to (name, what). Under
+    ZeroRedundancyOptimizer that of all ranks, whose weights are others, in the order in which it has them; it knows no
+    names, and they are called params[0], params[1], ..
     """
     zero = zero_around(optimizer)
     if zero is None:
-        return rows
-    return [row for part in exchange(rows, (zero.process_group,)) for row in part]
+        return [(name, what) for name, _, what in rows]
+    mine = [(zero._param_to_index[weight], what) for _, weight, what in rows]
+    found = [row for part in exchange(mine, (zero.process_group,)) for row in part]
+    return [(f"params[{i}]", what) for i, what in sorted(found, key=lambda row: row[0])]
 
 
 def tell(optimizer: "QuantizedOptimizer") -> None:

@@ -81,7 +81,7 @@ class Monitor:
         self.history.append((self.steps, found))
         return found
 
-    def _counts(self, optimizer: QuantizedOptimizer) -> list[tuple[str, dict[str, Any]]]:
+    def _counts(self, optimizer: QuantizedOptimizer) -> list[tuple[str, Tensor, dict[str, Any]]]:
         """What is counted of each weight; of those that are sharded by one rank each."""
         weights = list(optimizer._quantized_weights())
         items = [[weight, scale] + ([] if weight.grad is None else [weight.grad]) for _, weight, scale, _, _ in weights]
@@ -91,7 +91,7 @@ class Monitor:
             return self._count(weights[i][0], weight, scale, weights[i][3], grad, before)
 
         counts = each_whole(items, look)
-        return [(name, count) for (name, *_), count in zip(weights, counts, strict=True)]
+        return [(name, weight, count) for (name, weight, *_), count in zip(weights, counts, strict=True)]
 
     def _count(
         self,

@@ -314,7 +314,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         Raises: ValueError: a weight holds NaN, infinity or nothing but zeros; the message names it. No scale has been
             set then.
         """
-        distributed.agree(self)
+        distributed.agree(self, stepping=False)
         wanted = []
         for group in self.param_groups:
             quantizer = self._quantizer(group)
@@ -645,18 +645,20 @@ class QuantizedOptimizer(torch.optim.Optimizer):
             *_, levels, group = found[i]
             return measure(weight, scale, levels, schedule.near(levels, weight.dtype, group["low_precision"]))
 
-        rows = []
         looked = distributed.each_whole([each[1:3] for each in found], look)
-        for (name, weight, *_), seen in zip(found, looked, strict=True):
-            share = seen.on_level / weight.numel() if weight.numel() else 1.0
-            report = TensorReport(name, weight.numel(), seen.largest, share)
-            rows.append((report, seen.lost, seen.away, weight in self._stepped))
-        rows = distributed.all_rows(rows, self)
-        for report, lost, *_ in rows:
-            if lost:
-                raise ValueError(f"finalize: {report.name} holds {lost} NaN weights; they have no level")
+        mine = [
+            (name, weight, (weight.numel(), seen, weight in self._stepped))
+            for (name, weight, *_), seen in zip(found, looked, strict=True)
+        ]
+        tensors, moves, never = [], [], []
+        for name, (numel, seen, stepped) in distributed.all_rows(mine, self):
+            if seen.lost:
+                raise ValueError(f"finalize: {name} holds {seen.lost} NaN weights; they have no level")
+            tensors.append(TensorReport(name, numel, seen.largest, seen.on_level / numel if numel else 1.0))
+            moves.append((name, numel, seen.away, seen.largest))
+            never += [] if stepped else [name]
         epsilon = max((float(group["epsilon"]) for *_, group in found), default=0.0)
-        hints.warn_of_moves([(each.name, each.numel, away, each.max_distance) for each, _, away, _ in rows], epsilon)
+        hints.warn_of_moves(moves, epsilon)
         local = distributed.local
         ready = [
             (snapping(local(weight), local(scale), levels), group, weight, scale)
@@ -669,22 +671,22 @@ class QuantizedOptimizer(torch.optim.Optimizer):
                 if "remainder" in self.state[weight]:
                     local(self.state[weight]["remainder"]).zero_()
         distributed.tell(self)
-        return self._report([each for each, *_ in rows], tuple(each.name for each, *_, stepped in rows if not stepped))
+        return self._report(tensors, never)
 
-    def _report(self, tensors: list[TensorReport], never: tuple[str, ...]) -> FinalizeReport:
+    def _report(self, tensors: list[TensorReport], never: list[str]) -> FinalizeReport:
         """Of all tensors together."""
         total = sum(each.numel for each in tensors)
         largest = max((each.max_distance for each in tensors), default=0.0)
         share = sum(each.share_on_level * each.numel for each in tensors) / total if total else 1.0
         left = [
-            name
+            (name, weight, None)
             for group in self.param_groups
             if group["quantizer"] is not None
             for name, weight in self._named(group)
             if self._left_alone(group, weight)
         ]
-        left = distributed.all_rows(left, self)
-        return FinalizeReport(largest, share, never, tuple(tensors), tuple(left))
+        names = tuple(name for name, _ in distributed.all_rows(left, self))
+        return FinalizeReport(largest, share, tuple(never), tuple(tensors), names)
 
     def __repr__(self) -> str:
         lines = [f"{type(self).__name__} ("]

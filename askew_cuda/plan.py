@@ -300,7 +300,7 @@ class Plan:
             optimizer._check_rule(group)
             if group["total_steps"] is not None and group["quantizer"] is not None:
                 schedule.phase(group)
-        distributed.agree(optimizer)
+        distributed.agree(optimizer, stepping=True)
         self.on_gpu = [weight for group in optimizer.param_groups for weight in group["params"] if weight.is_cuda][:1]
         captured = is_captured(self.on_gpu)
         self.additions = Additions(captured)
