@@ -179,10 +179,11 @@ def model_state(model: nn.Module, caller: str) -> tuple[dict[str, Tensor], dict[
     Raises:
         ValueError: an entry is not one of the model's parameters and buffers, in whose place it could be loaded again.
     """
+    named = model.state_dict(keep_vars=True)  # first: fully_shard then takes back what it had gathered
     own = {*model.parameters(), *model.buffers()}
     first: dict[Tensor, str] = {}
     tied: dict[str, str] = {}
-    for name, value in model.state_dict(keep_vars=True).items():
+    for name, value in named.items():
         if not isinstance(value, Tensor) or value not in own or value.layout != torch.strided or value.is_meta:
             raise ValueError(
                 f"{caller}: {name} of the model's state_dict is {type(value).__name__}; packed files hold dense "

@@ -85,6 +85,8 @@ def files(folder: str) -> None:
     pair = both()
     advance(pair, range(3))
     names = [os.path.join(folder, f"{name}.safetensors") for name in ("sharded", "whole")]
+    with torch.no_grad():
+        pair[0][0](data(0)[0])  # the model's own parameters are the gathered ones now
     askew.save_packed(*pair[0], names[0])
     if dist.get_rank() == 0:
         askew.save_packed(*pair[1], names[1])
