@@ -369,7 +369,8 @@ def agree(optimizer: "QuantizedOptimizer", stepping: bool) -> None:
                 about = {"shape": str(tuple(weight.shape)), **words, "scale": _said_scale(optimizer._scale(weight))}
                 rows.setdefault(company_of(weight, optimizer._company), []).append((name, about))
         for company, mine in rows.items():
-            if company:
+            digest = hashlib.sha256(repr(mine).encode()).digest()
+            if len(set(exchange(digest, company))) > 1:  # what they say in full is for a message
                 _compare(exchange((distributed.get_rank(), mine), company))
     optimizer._agreed = stepping
 

@@ -1,5 +1,8 @@
 """Weights that are DTensors step as one process steps them whole, bit for bit, however they are cut."""
 
+import itertools
+import math
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -162,10 +165,46 @@ def test_policies_of_fully_shard():
     world(2)(other_policies)
 
 
-class Bare(nn.Module):
-    def __init__(self, weight: Tensor):
-        super().__init__()
-        self.weight = nn.Parameter(weight)
+def scaled(fused: bool | None) -> None:
+    """An infinity on one rank alone: no rank steps, and the next step is made again."""
+    model = sharded(network())
+    groups = askew.param_groups(model, {"*": "ternary/channel"}, verbose=False)
+    optimizer, scaler = askew.AskewAdamW(groups, lr=0.02, fused=fused), torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    values = [[whole(weight.detach()).clone() for weight in model.parameters()]]
+    for step in range(4):
+        scaler.scale(lose(model, dist.get_rank())).backward()
+        if step == 2 and dist.get_rank() == 1:
+            next(model.parameters()).grad.to_local().fill_(math.inf)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        values.append([whole(weight.detach()).clone() for weight in model.parameters()])
+    moved = [[not torch.equal(a, b) for a, b in zip(*pair, strict=True)] for pair in itertools.pairwise(values)]
+    assert [all(each) for each in moved] == [True, True, False, True]
+    assert not any(moved[2])
+    assert scaler.get_scale() == 2.0**9
+
+
+@pytest.mark.parametrize("fused", [None, True])
+def test_gradient_scaling(fused):
+    world(2)(scaled, fused)
+
+
+def compiled() -> None:
+    models = [sharded(network()), network()]
+    pair = [optimizer_of(model, "per tensor") for model in models]
+    for step in range(4):
+        for model, optimizer in zip(models, pair, strict=True):
+            give_gradients(model.parameters(), step)
+            if model is models[0] and step > 1:
+                torch.compile(optimizer.step, backend="eager", fullgraph=True)()
+            else:
+                optimizer.step()
+    assert_same_training(*pair)
+
+
+def test_a_compiled_step():
+    world(2)(compiled)
 
 
 def placed_otherwise() -> None:
