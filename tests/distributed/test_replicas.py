@@ -3,7 +3,6 @@
 import os
 import warnings
 
-import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -167,6 +166,6 @@ def redundancy(folder: str) -> None:
             assert one.read() == two.read()
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_zero_redundancy_optimizer(size, tmp_path):
-    world(size)(redundancy, str(tmp_path), seconds=SOON)
+def test_zero_redundancy_optimizer(tmp_path):
+    """On four ranks one of them has none of the three quantized weights."""
+    world(4)(redundancy, str(tmp_path), seconds=SOON)

@@ -11,6 +11,7 @@ import askew_cuda as askew
 from askew_cuda.distributed import whole
 from tests.compare import assert_same_bits
 from tests.distributed.processes import world
+from tests.distributed.test_ranks_disagree import SOON
 from tests.distributed.test_sharded import assert_same_training, data, give_gradients, network, sharded
 
 RULES = {"0.weight": "2bit/channel", "2.weight": "ternary/group3", "5.weight": "4bit", "*": None}
@@ -140,7 +141,7 @@ def failures(folder: str) -> list[str]:
 
 
 def test_a_file_that_can_not_be_written_is_an_error_on_every_rank(tmp_path):
-    first, second = world(2)(failures, str(tmp_path), seconds=60)
+    first, second = world(2)(failures, str(tmp_path), seconds=SOON)
     assert first == second
     assert first[0].startswith("FileNotFoundError")
     assert first[1].startswith("ValueError: 5.weight holds 66 NaN weights")

@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import os
+import warnings
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.placement_types import _StridedShard
 
 import askew_cuda as askew
@@ -17,13 +20,18 @@ from askew_cuda.distributed import sum_over_ranks, whole
 from tests.compare import assert_close, assert_same_bits
 from tests.distributed.processes import world
 
-SIZES = (2, 4)
-
 
 def network(dtype=torch.float32) -> nn.Sequential:
     """Rows that don't go into the number of ranks, fewer rows than ranks, a convolution, a gain of one dimension."""
     torch.manual_seed(1)
-    layers = [nn.Conv2d(2, 6, 3), nn.Flatten(), nn.Linear(24, 33), nn.LayerNorm(33), nn.ReLU(), nn.Linear(33, 3)]
+    layers = [
+        nn.Conv2d(2, 6, 3, bias=False),
+        nn.Flatten(),
+        nn.Linear(24, 33, bias=False),
+        nn.LayerNorm(33, bias=False),
+        nn.ReLU(),
+        nn.Linear(33, 3),
+    ]
     return nn.Sequential(*layers).to(dtype)
 
 
@@ -48,14 +56,23 @@ def give_gradients(weights, step: int) -> None:
         weight.grad = value
 
 
+def assert_same(tensor: Tensor, wanted: Tensor, what: str) -> None:
+    """What lies here of a tensor, which may be a DTensor, is what should lie here of the one that is wanted."""
+    assert tensor.shape == wanted.shape
+    if isinstance(tensor, DTensor):
+        wanted = distribute_tensor(wanted, tensor.device_mesh, tensor.placements, src_data_rank=None).to_local()
+        tensor = tensor.to_local()
+    assert_same_bits(tensor.detach(), wanted.detach(), what)
+
+
 def assert_same_training(first, second) -> None:
-    """Weights, states and outputs of two optimizers, which may be sharded."""
+    """Weights, states and outputs of two optimizers, the first of which may be sharded."""
     for a, b in zip(*([w for g in each.param_groups for w in g["params"]] for each in (first, second)), strict=True):
-        assert_same_bits(whole(a.detach()), whole(b.detach()), "weight")
+        assert_same(a, b, "weight")
         for key, value in second.state[b].items():
-            assert_same_bits(whole(first.state[a][key]), whole(value), key)
+            assert_same(first.state[a][key], value, key)
         for key, value in second.outputs.get(b, {}).items():
-            assert_same_bits(whole(first.outputs[a][key]), whole(value), key)
+            assert_same(first.outputs[a][key], value, key)
 
 
 # Given and estimated scales, every granularity, both rules, 16-bit weights in every way, outputs.
@@ -67,7 +84,7 @@ SETTINGS = {
     "stochastic": ("ternary/channel", {"low_precision": "stochastic", "dtype": torch.bfloat16}),
     "remainder": ("nf4/channel", {"low_precision": "remainder", "dtype": torch.bfloat16}),
 }
-TOTAL = 6
+TOTAL = 5
 
 
 def optimizer_of(model, name: str):
@@ -79,25 +96,29 @@ def optimizer_of(model, name: str):
     return askew.AskewSGD(groups, lr=0.05, momentum=0.9, dampening=0.1, total_steps=TOTAL)
 
 
-def steps_as_one(names: list[str]) -> None:
-    for name in names:
-        dtype = SETTINGS[name][1].get("dtype", torch.float32)
-        models = [sharded(network(dtype)), network(dtype)]
-        pair = [optimizer_of(model, name) for model in models]
-        for step in range(TOTAL):
-            for model, optimizer in zip(models, pair, strict=True):
-                give_gradients(model.parameters(), step)
-                plan = optimizer._plan
-                optimizer.step()
-                if name != "per channel" and step > 2:
-                    assert optimizer._plan is plan is not None
-        assert_same_training(*pair)
-        assert pair[0].param_groups[0]["epsilon"] == 0.0
+def steps_as_one(name: str) -> None:
+    dtype = SETTINGS[name][1].get("dtype", torch.float32)
+    models = [sharded(network(dtype)), network(dtype)]
+    pair = [optimizer_of(model, name) for model in models]
+    for step in range(TOTAL):
+        for model, optimizer in zip(models, pair, strict=True):
+            give_gradients(model.parameters(), step)
+            plan = optimizer._plan
+            optimizer.step()
+            if step > 2:
+                assert optimizer._plan is plan is not None
+    assert_same_training(*pair)
+    assert pair[0].param_groups[0]["epsilon"] == 0.0
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_shards_step_as_the_whole_weight(size):
-    world(size)(steps_as_one, list(SETTINGS))
+@pytest.mark.parametrize("name", SETTINGS)
+def test_shards_step_as_the_whole_weight(name):
+    world(2)(steps_as_one, name)
+
+
+@pytest.mark.parametrize("name", ["per channel", "stochastic"])
+def test_ranks_that_have_nothing_of_a_weight(name):
+    world(4)(steps_as_one, name)
 
 
 def data(rank: int, dtype=torch.float32) -> tuple[Tensor, Tensor]:
@@ -149,9 +170,9 @@ def other_policies() -> None:
     for policy in policies.values():
         model = sharded(network(), **policy)
         optimizer = askew.AskewSGD(
-            askew.param_groups(model, {"*": "ternary/channel"}, verbose=False), lr=0.1, total_steps=60
+            askew.param_groups(model, {"*": "ternary/channel"}, verbose=False), lr=0.1, total_steps=40
         )
-        for _ in range(60):
+        for _ in range(40):
             lose(model, 0).backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -193,13 +214,13 @@ def test_gradient_scaling(fused):
 def compiled() -> None:
     models = [sharded(network()), network()]
     pair = [optimizer_of(model, "per tensor") for model in models]
-    for step in range(4):
-        for model, optimizer in zip(models, pair, strict=True):
+    steps = [torch.compile(pair[0].step, backend="eager", fullgraph=True), pair[1].step]
+    for optimizer in pair:
+        optimizer.prepare()
+    for step in range(2):
+        for model, make in zip(models, steps, strict=True):
             give_gradients(model.parameters(), step)
-            if model is models[0] and step > 1:
-                torch.compile(optimizer.step, backend="eager", fullgraph=True)()
-            else:
-                optimizer.step()
+            make()
     assert_same_training(*pair)
 
 
@@ -282,6 +303,42 @@ def memory() -> None:
 
 def test_gradients_are_let_go_and_weights_followed():
     world(2)(memory)
+
+
+def collectives(use) -> tuple[int, int]:
+    """How often a whole weight or scale was gathered, and what else there was to tell."""
+    with CommDebugMode() as counted:
+        use()
+    gathered, told = (
+        sum(count for what, count in counted.get_comm_counts().items() if ("functional" in str(what)) == functional)
+        for functional in (True, False)
+    )
+    return gathered, told
+
+
+def counts(folder: str) -> None:
+    """docs/distributed.md has these."""
+    model = sharded(network())
+    optimizer = askew.AskewSGD(askew.param_groups(model, {"*": "ternary/channel"}, verbose=False), lr=0.1, momentum=0.9)
+    tensors, all_tensors, ranks = 3, len(list(model.parameters())), dist.get_world_size()
+    turns = -(-tensors // ranks)
+    assert collectives(optimizer.prepare) == (tensors, 2 + 2 * turns + 2)
+    for step in range(3):
+        give_gradients(model.parameters(), step)
+        assert collectives(optimizer.step) == (0, 0 if step else 2)
+    watch = askew.monitor(optimizer, every=100)
+    assert collectives(watch.sample) == (3 * tensors, 2 * turns + 2)
+    optimizer.zero_grad()
+    assert collectives(watch.sample) == (2 * tensors, 2 * turns + 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert collectives(optimizer.finalize) == (2 * tensors, 2 * turns + 2)
+    saved = collectives(lambda: askew.save_packed(model, optimizer, os.path.join(folder, "m.safetensors")))
+    assert saved == (all_tensors + tensors, 4)
+
+
+def test_what_is_sent_is_what_the_documentation_says(tmp_path):
+    world(2)(counts, str(tmp_path))
 
 
 def sums() -> None:
