@@ -118,7 +118,7 @@ def first_element(weight: Tensor) -> int:
     )
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=1024)
 def _first_row(rows: int, dim: int, mesh: Any, placements: tuple[Any, ...]) -> int:
     """The first index along a dimension that lies here; 0 where none does."""
     index = torch.arange(rows, device="cpu").reshape((1,) * dim + (rows,))
@@ -366,6 +366,7 @@ def agree(optimizer: "QuantizedOptimizer", stepping: bool) -> None:
         for group in optimizer.param_groups:
             words = {key: _said(group.get(key)) for key in _SAID}
             for name, weight in optimizer._named(group):
+                check_placed(weight, name, group, optimizer._quantizer(group))
                 about = {"shape": str(tuple(weight.shape)), **words, "scale": _said_scale(optimizer._scale(weight))}
                 rows.setdefault(company_of(weight, optimizer._company), []).append((name, about))
         for company, mine in rows.items():
@@ -376,9 +377,11 @@ def agree(optimizer: "QuantizedOptimizer", stepping: bool) -> None:
 
 
 def _said(value: Any) -> str:
+    """A value in short, another one for every other value."""
     if isinstance(value, Tensor):
         value = value.tolist()
-    return "callable" if callable(value) else repr(value)
+    text = "callable" if callable(value) else repr(value)
+    return text if len(text) <= 200 else f"{text[:100]} .. ({hashlib.sha256(text.encode()).hexdigest()[:12]})"
 
 
 def _said_scale(scale: Tensor | None) -> str:

@@ -37,6 +37,12 @@ def refusals() -> list[str]:
     def made(weight, **keywords) -> str:
         return error_of(lambda: askew.AskewSGD([("w", weight)], lr=0.1, **keywords))
 
+    def wrapped_late() -> str:
+        layer = nn.Linear(4, 4)
+        optimizer = askew.AskewSGD(layer.parameters(), lr=0.1, quantizer="ternary")
+        FullyShardedDataParallel(layer, use_orig_params=True, device_id=torch.device("cpu"))
+        return error_of(optimizer.step)
+
     half = cut((4, 8), [Shard(1)], dtype=torch.bfloat16)
     flattened = FullyShardedDataParallel(nn.Linear(4, 4), use_orig_params=True, device_id=torch.device("cpu"))
     return [
@@ -46,6 +52,7 @@ def refusals() -> list[str]:
         made(nn.Parameter(partial), quantizer="ternary"),
         made(half, low_precision="stochastic"),
         made(next(flattened.parameters()), quantizer="ternary"),
+        wrapped_late(),
         made(cut((4, 16), [Shard(1)]), quantizer="2bit/group4"),
         made(next(flattened.parameters())),
     ]
@@ -59,6 +66,7 @@ def test_placements_that_are_refused():
         r"w is placed .*Partial.*still to be added up; redistribute",
         r"low_precision = 'stochastic', but w .*cut its first dimension alone, or take 'remainder'",
         r"w belongs to FullyShardedDataParallel.*fully_shard",
+        r"param_groups\[0\]\['params'\]\[0\] belongs to FullyShardedDataParallel.*fully_shard",
         "^no error",
         "^no error",
     ]
