@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import hints, reference
+from .distributed import local, place_beside
 from .keywords import CONSTRAINT, EXECUTION, LAYERS, SCHEDULE, Group, check_keywords, counter_dtype
 from .quantizer import Quantizer
 from .schedule import count_at, epsilon_at
@@ -71,8 +72,9 @@ def _by_name(theirs: list[Group], groups: list[Group]) -> list[Source]:
 
 
 def _bare(name: str) -> str:
-    """A weight's name without what DDP and torch.compile put before it, or into it."""
-    return ".".join(part for part in name.split(".") if part not in ("module", "_orig_mod"))
+    """A weight's name without what DDP, torch.compile and activation checkpoints put before it, or into it."""
+    wrappers = ("module", "_orig_mod", "_checkpoint_wrapped_module")
+    return ".".join(part for part in name.split(".") if part not in wrappers)
 
 
 def _listed(names: Iterable[str], what: str) -> str:
@@ -177,12 +179,14 @@ def _state(kept: dict[str, Any], weight: Tensor, group: Group, name: str) -> dic
             state[key] = copy.deepcopy(value)
         elif key in ("scale", "scale_velocity", "scale_growth"):
             _check_shape(value, _scale_shape(weight, group), key, name)
-            state[key] = value.detach().to(weight.device, reference.arithmetic(weight.dtype), copy=True)
+            scale = place_beside(value.detach(), weight)
+            state[key] = scale.to(weight.device, reference.arithmetic(weight.dtype), copy=True)
         else:
             _check_shape(value, weight.shape, key, name)
             dtype = torch.int16 if key == "remainder" else torch.float32 if wide else weight.dtype
             like = torch.empty_like(weight, dtype=dtype, requires_grad=False)
-            state[key] = like.copy_(value.detach())
+            local(like).copy_(local(place_beside(value.detach(), weight)))
+            state[key] = like
     return state
 
 

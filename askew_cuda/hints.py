@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .distributed import local
 from .keywords import Group
 from .quantizer import Quantizer
 
@@ -118,8 +119,8 @@ def reach(optimizer: torch.optim.Optimizer, group: dict[str, Any], steps_left: i
     for weight in group["params"]:
         state = optimizer.state.get(weight, {})
         displacement = _displacement(weight, group, state)
-        if displacement is not None and weight.numel() > 0 and "scale" in state:
-            each.append(float(displacement.square().mean().sqrt() / state["scale"].mean()))
+        if displacement is not None and displacement.numel() > 0 and "scale" in state:
+            each.append(float(displacement.square().mean().sqrt() / local(state["scale"]).mean()))
     return statistics.median(each) * float(group["lr"]) * steps_left / half if each else None
 
 
@@ -134,7 +135,8 @@ def _displacement(weight: Tensor, group: dict[str, Any], state: dict[str, Any]) 
 
 
 def _first_rows(tensor: Tensor) -> Tensor:
-    """The first rows, a view."""
+    """The first rows of what lies here, a view."""
+    tensor = local(tensor)
     return (
         tensor[: max(1, SAMPLE * len(tensor) // tensor.numel())]
         if tensor.dim() > 0 and tensor.numel() > SAMPLE
@@ -146,7 +148,7 @@ LOOKED_AT = 4096  # weights of a tensor that are looked at
 
 
 def _first(tensor: Tensor) -> Tensor:
-    return tensor.detach().reshape(-1)[:LOOKED_AT].clone()
+    return local(tensor).detach().reshape(-1)[:LOOKED_AT].clone()
 
 
 class LostSteps:

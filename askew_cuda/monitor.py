@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .distributed import all_rows, each_whole
 from .look import measure, non_finite
 from .optimizer import QuantizedOptimizer
 from .wrappers import unwrap
@@ -66,14 +67,13 @@ class Monitor:
     @torch.no_grad()
     def sample(self) -> dict[str, Sample]:
         """Takes a sample now. Waits for the device, where the weights are on one."""
-        found: dict[str, Sample] = {}
+        optimizer = self._optimizer()
+        counts = [] if optimizer is None else all_rows(self._counts(optimizer), optimizer)
+        found = {name: _sample_of(count) for name, count in counts}
         total: dict[str, Any] = dict.fromkeys(
             ("numel", "on_level", "flipped", "compared", "squares", "errors", "grads", "nan"), 0.0
         )
-        optimizer = self._optimizer()
-        for name, weight, scale, levels, _ in () if optimizer is None else optimizer._quantized_weights():
-            count = self._count(name, weight, scale, levels)
-            found[name] = _sample_of(count)
+        for _, count in counts:
             for key in total:
                 total[key] += count[key]
         total |= {"away": max((each.max_distance for each in found.values()), default=0.0), "occupancy": None}
@@ -81,11 +81,32 @@ class Monitor:
         self.history.append((self.steps, found))
         return found
 
-    def _count(self, name: str, weight: Tensor, scale: Tensor, levels: tuple[float, ...]) -> dict[str, Any]:
-        before = self._codes.get(name)
+    def _counts(self, optimizer: QuantizedOptimizer) -> list[tuple[str, Tensor, dict[str, Any]]]:
+        """What is counted of each weight; of those that are sharded by one rank each."""
+        weights = list(optimizer._quantized_weights())
+        items = [[weight, scale] + ([] if weight.grad is None else [weight.grad]) for _, weight, scale, _, _ in weights]
+        before, self._codes = self._codes, {}  # a rank keeps the codes of the weights that it looks at
+
+        def look(i: int, weight: Tensor, scale: Tensor, grad: Tensor | None = None) -> dict[str, Any]:
+            return self._count(weights[i][0], weight, scale, weights[i][3], grad, before)
+
+        counts = each_whole(items, look)
+        return [(name, weight, count) for (name, weight, *_), count in zip(weights, counts, strict=True)]
+
+    def _count(
+        self,
+        name: str,
+        weight: Tensor,
+        scale: Tensor,
+        levels: tuple[float, ...],
+        grad: Tensor | None,
+        earlier: dict[str, Tensor],
+    ) -> dict[str, Any]:
+        before = earlier.get(name)
         kept = before is not None and before.numel() == weight.numel() and before.device == weight.device
-        if not kept:
-            self._codes[name] = torch.empty(weight.numel(), dtype=torch.uint8, device=weight.device)
+        if before is None or not kept:
+            before = torch.empty(weight.numel(), dtype=torch.uint8, device=weight.device)
+        self._codes[name] = before
         seen = measure(weight, scale, levels, 0.0, self._codes[name], kept)
         return {
             "numel": weight.numel(),
@@ -96,7 +117,7 @@ class Monitor:
             "occupancy": seen.occupancy,
             "squares": seen.squares,
             "errors": seen.errors,
-            "grads": 0 if weight.grad is None else non_finite(weight.grad),
+            "grads": 0 if grad is None else non_finite(grad),
             "nan": seen.nan,
         }
 

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from . import backends, checkpoints, checks, hints, scales, schedule
+from . import backends, checkpoints, checks, distributed, hints, scales, schedule
 from .hints import LostSteps
 from .interrupts import deferred
 from .keywords import CONSTRAINT, Group, check_keywords, check_state_dtype, resolve_rate
-from .look import codes, measure, snap_, snapping
+from .look import Measured, codes, measure, snap_, snapping
 from .plan import Batch, Plan, Traced, parts, ready
 from .quantizer import Quantizer
 
@@ -85,6 +85,8 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         self._plan: Plan | None = None
         self._chosen: dict[tuple[str, torch.device, torch.dtype, bool], str] = {}  # backends
         self._scaled: dict[Tensor, Quantizer] = {}  # the quantizer that a weight's scale was set for
+        self._agreed = False  # whether all ranks were found to say the same
+        self._company: distributed.Company = ()  # the ranks that step the same plain weights
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -98,7 +100,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
-        self._plan = None
+        self._plan, self._agreed = None, False
         self._scaled = {
             weight: quantizer
             for group in self.param_groups
@@ -149,6 +151,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         self._check_rule(settings)
         quantizer = None if settings["quantizer"] is None else Quantizer.parse(settings["quantizer"])
         self._check_weights(settings["params"], settings, quantizer)
+        self._agreed = False
         return quantizer
 
     def _annealed(self, group: Group) -> Group:
@@ -200,6 +203,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
                 )
             if quantizer is not None:
                 quantizer.check(weight, name, settings["channel_dim"])
+            distributed.check_placed(weight, name, settings, quantizer)
             chosen = self._choose(settings, weight.device, weight.dtype)
             if settings["fused"] and chosen == "reference":
                 raise RuntimeError(
@@ -249,9 +253,9 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         given = {key: group[key] for key in ("fan_in", "init_bound")}
         return {key: each[at] if isinstance(each, (list, tuple)) else each for key, each in given.items()}
 
-    def _estimate(self, group: Group, quantizer: Quantizer, name: str, weight: Tensor) -> Tensor:
+    def _estimate(self, group: Group, quantizer: Quantizer, name: str, weight: Tensor, whole: Tensor) -> Tensor:
         return scales.estimate(
-            weight.detach(),
+            whole.detach(),
             quantizer,
             pretrained=group["pretrained"],
             normalized=bool(group["normalized"]),
@@ -260,12 +264,13 @@ class QuantizedOptimizer(torch.optim.Optimizer):
             **self._of_layer(group, weight),
         )
 
-    def _new_scale(self, group: Group, quantizer: Quantizer, name: str, weight: Tensor) -> Tensor:
-        """A weight's scale, to be set for ever; warns when snapping or the first clip would tear a network apart."""
-        checks.check_memory_of(weight, name)
-        scale = self._estimate(group, quantizer, name, weight)
+    def _new_scale(self, group: Group, quantizer: Quantizer, name: str, weight: Tensor, whole: Tensor) -> Tensor:
+        """A weight's scale, to be set for ever; warns when snapping or the first clip would tear a network apart.
+        ``whole`` is the weight itself, or what was gathered of it.
+        """
+        scale = self._estimate(group, quantizer, name, weight, whole)
         levels = quantizer.codebook.levels
-        zeros = 0.0 if 0 in levels else scales.share_of_zeros(weight)
+        zeros = 0.0 if 0 in levels else scales.share_of_zeros(whole)
         if 0.05 < zeros < 1:
             hints.warn(
                 f"{name}: {zeros:.0%} of its weights are exactly 0, and no level of its codebook is: if they were "
@@ -273,9 +278,9 @@ class QuantizedOptimizer(torch.optim.Optimizer):
             )
         fresh = group["normalized"] and not group["trained_norms"]
         if group["clip"] and not (
-            group["pretrained"] or fresh or scales.is_torch_default(weight, **self._of_layer(group, weight))
+            group["pretrained"] or fresh or scales.is_torch_default(whole, **self._of_layer(group, weight))
         ):
-            outside = scales.share_outside(weight.detach(), scale, levels)
+            outside = scales.share_outside(whole.detach(), scale, levels)
             if outside > 0.25:
                 hints.warn(
                     f"{name}: clipping to the outermost levels will move {outside:.0%} of its weights in the first "
@@ -283,17 +288,35 @@ class QuantizedOptimizer(torch.optim.Optimizer):
                 )
         return scale
 
+    @staticmethod
+    def _new_scales(
+        make: Callable[..., Tensor],
+        wanted: list[tuple[Group, Quantizer, str, Tensor]],
+        replicas: distributed.Company = (),
+    ) -> list[Tensor]:
+        """The scales of some weights, each as it lies beside its weight. ``replicas``: ranks that have the same
+        weights, and ask for their scales, too.
+        """
+        for *_, name, weight in wanted:
+            checks.check_memory_of(weight, name)
+        weights = [weight for *_, weight in wanted]
+        jobs = [[weight] for weight in weights]
+        found = distributed.each_whole(jobs, lambda i, whole: make(*wanted[i], whole), replicas)
+        return [distributed.place_beside(scale, weight) for scale, weight in zip(found, weights, strict=True)]
+
     @torch.no_grad()
     def prepare(self) -> None:
         """Sets every quantized weight's scale now, from the weights as they are, instead of at its first step.
 
         It is the one moment that may synchronise with a device: call it before capturing a graph or compiling. Weights
-        that are frozen get theirs when they are stepped, unless their group says quantize_frozen.
+        that are frozen get theirs when they are stepped, unless their group says quantize_frozen. Where several
+        processes train, all of them must call this, after the model was sharded or wrapped.
 
         Raises: ValueError: a weight holds NaN, infinity or nothing but zeros; the message names it. No scale has been
             set then.
         """
-        found = []
+        distributed.agree(self, stepping=False)
+        wanted = []
         for group in self.param_groups:
             quantizer = self._quantizer(group)
             if quantizer is not None:
@@ -301,12 +324,11 @@ class QuantizedOptimizer(torch.optim.Optimizer):
                     has_scale = self._scale(weight) is not None
                     self._check_scale(group, weight, has_scale)
                     if not (has_scale or self._left_alone(group, weight)):
-                        found.append((group, weight, self._new_scale(group, quantizer, name, weight)))
+                        wanted.append((group, quantizer, name, weight))
+        found = self._new_scales(self._new_scale, wanted, self._company)
         with deferred():
-            for group, weight, scale in found:
+            for (group, quantizer, _, weight), scale in zip(wanted, found, strict=True):
                 self._set_scale(group, weight, scale)
-                quantizer = self._quantizer(group)
-                assert quantizer is not None
                 self.state[weight].update(self._to_learn(group, quantizer, weight, scale))
 
     @overload
@@ -357,7 +379,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         lost = LostSteps(self.param_groups, self._stepped) if plan.additions else None
         entries, in_place = self._advances() if plan.parts else ([], [])
         plan.lay_out()
-        if plan is self._plan and not in_place:
+        if plan is self._plan and not (in_place or plan.apart):
             plan.run(entries)
         else:
             with deferred():
@@ -443,35 +465,40 @@ class QuantizedOptimizer(torch.optim.Optimizer):
 
     def _scales(self, group: Group, batch: Batch) -> Iterator[tuple[Batch, dict[str, list[Tensor]]]]:
         """The weights whose scales learn and the others, with what their state holds of scales; scales that are missing
-        are estimated now.
+        are estimated now, all together.
         """
         quantizer = self._quantizer(group)
         if quantizer is None:
             yield batch, {}
             return
-        names: dict[Tensor, str] = {}
-
-        def name_of(weight: Tensor) -> str:
-            if not names:
-                names.update((each, name) for name, each in self._named(group))
-            return names[weight]
-
         fresh = ["scale" not in state for state in batch.states]
+        made: dict[Tensor, Tensor] = {}
+
+        def make(weight: Tensor) -> Tensor:
+            if not made:
+                missing = {each for each, new in zip(batch.weights, fresh, strict=True) if new}
+                wanted = [(group, quantizer, name, each) for name, each in self._named(group) if each in missing]
+                found = self._new_scales(self._new_scale, wanted, self._company)
+                made.update((each, scale) for (*_, each), scale in zip(wanted, found, strict=True))
+            return made[weight]
+
         for weight, new in zip(batch.weights, fresh, strict=True):
             self._check_scale(group, weight, not new)
-        scales = batch.tensors("scale", lambda weight: self._new_scale(group, quantizer, name_of(weight), weight))
-        for weight, state, scale, new in zip(batch.weights, batch.states, scales, fresh, strict=True):
+        for weight, state, scale, new in zip(
+            batch.weights, batch.states, batch.tensors("scale", make), fresh, strict=True
+        ):
             if new:
                 for key, value in self._to_learn(group, quantizer, weight, scale).items():
                     batch.additions.put(state, key, value)
         learns = [batch.additions.has(state, "scale_velocity") for state in batch.states]
         for each, keys in ((True, ("scale", *LEARNING)), (False, ("scale",))):
             alike = batch if all(each == one for one in learns) else batch.pick([each == one for one in learns])
-            yield alike, {key: alike.tensors(key, self._scale_of) for key in keys} if alike.weights else {}
+            yield alike, {key: alike.tensors(key, self._no_such_state) for key in keys} if alike.weights else {}
 
-    def _scale_of(self, weight: Tensor) -> Tensor:
-        raise KeyError(
-            f"the state of {self._name_of(weight)} has a part of what its scale learns with; load a checkpoint"
+    def _no_such_state(self, weight: Tensor) -> Tensor:
+        raise ValueError(
+            f"the state of {self._name_of(weight)} has only a part of {', '.join(LEARNING)}, with which its scale "
+            "learns; put it back, load a checkpoint, or remove both: the scale is fixed then"
         )
 
     def _to_learn(self, group: Group, quantizer: Quantizer, weight: Tensor, scale: Tensor) -> dict[str, Tensor]:
@@ -579,7 +606,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
                         self._check_scale(group, weight, scale is not None)
                     scale = self._lent.get(weight) if scale is None else scale
                     if scale is None and scales:
-                        scale = self._estimate(group, quantizer, name, weight)
+                        (scale,) = self._new_scales(self._estimate, [(group, quantizer, name, weight)])
                     yield name, weight, scale, quantizer.codebook.levels, group
 
     def quantized_parameters(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
@@ -589,17 +616,20 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         levels: (K,), the scale's dtype. scale: (), or the weight's shape with 1 or a
         divisor in the dimensions that it covers, or (rows, groups) for ``weight.reshape(rows, groups, -1)``. Nothing is
         mutated. Weights that are frozen and were never stepped are not among them, unless their group says
-        quantize_frozen.
+        quantize_frozen. Of a weight that is a DTensor, all of them are.
         """
         for _, weight, scale, levels, _ in self._quantized_weights():
-            yield weight, codes(weight.detach(), scale, levels), scale.new_tensor(levels), scale
+            found = codes(distributed.local(weight).detach(), distributed.local(scale), levels)
+            numbers = distributed.everywhere(distributed.local(scale).new_tensor(levels), weight)
+            yield weight, distributed.like(weight, found), numbers, scale
 
     @contextlib.contextmanager
     def quantized(self) -> Iterator[None]:
         """Weights on their levels inside the block; the trained ones are back after it, whatever happens in it. May be
         nested.
 
-        Holds a copy of the quantized weights meanwhile. step() is refused inside.
+        Holds a copy of the quantized weights meanwhile. step() is refused inside. Where weights are sharded, all ranks
+        must enter and leave.
         """
         if self._quantized_depth:
             self._quantized_depth += 1
@@ -613,14 +643,17 @@ class QuantizedOptimizer(torch.optim.Optimizer):
             try:
                 with torch.no_grad(), deferred():
                     for _, weight, scale, levels, _ in self._quantized_weights():
-                        trained.append((weight, weight.detach().clone()))
+                        here = distributed.local(weight)
+                        trained.append((here, here.detach().clone()))
                         self._lent[weight] = scale
-                        snap_(weight, scale, levels)
+                        snap_(here, distributed.local(scale), levels)
                     self._quantized_depth = 1
+                distributed.tell(self)
                 yield
             finally:
                 with deferred():
                     self._give_back(trained)
+                distributed.tell(self)
         finally:  # Ctrl-C may come on the way to where it is held back
             self._give_back(trained)
 
@@ -650,35 +683,54 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         """
         if self._quantized_depth:
             raise RuntimeError("finalize() inside quantized(): leave the block first")
-        found, tensors, moves = list(self._quantized_weights()), [], []
-        for name, weight, scale, levels, group in found:
-            arrived = schedule.near(levels, weight.dtype, group["low_precision"])
-            seen = measure(weight, scale, levels, arrived)
+        found = list(self._quantized_weights())
+
+        def look(i: int, weight: Tensor, scale: Tensor) -> Measured:
+            *_, levels, group = found[i]
+            return measure(weight, scale, levels, schedule.near(levels, weight.dtype, group["low_precision"]))
+
+        looked = distributed.each_whole([each[1:3] for each in found], look)
+        mine = [
+            (name, weight, (weight.numel(), seen, weight in self._stepped))
+            for (name, weight, *_), seen in zip(found, looked, strict=True)
+        ]
+        tensors, moves, never = [], [], []
+        for name, (numel, seen, stepped) in distributed.all_rows(mine, self):
             if seen.lost:
                 raise ValueError(f"finalize: {name} holds {seen.lost} NaN weights; they have no level")
-            share = seen.on_level / weight.numel() if weight.numel() else 1.0
-            tensors.append(TensorReport(name, weight.numel(), seen.largest, share))
-            moves.append((name, weight.numel(), seen.away, seen.largest))
-        total = sum(each.numel for each in tensors)
-        largest = max((each.max_distance for each in tensors), default=0.0)
-        share = sum(each.share_on_level * each.numel for each in tensors) / total if total else 1.0
-        hints.warn_of_moves(moves, max((float(group["epsilon"]) for *_, group in found), default=0.0))
-        ready = [(snapping(weight, scale, levels), group, weight, scale) for _, weight, scale, levels, group in found]
+            tensors.append(TensorReport(name, numel, seen.largest, seen.on_level / numel if numel else 1.0))
+            moves.append((name, numel, seen.away, seen.largest))
+            never += [] if stepped else [name]
+        epsilon = max((float(group["epsilon"]) for *_, group in found), default=0.0)
+        hints.warn_of_moves(moves, epsilon)
+        local = distributed.local
+        ready = [
+            (snapping(local(weight), local(scale), levels), group, weight, scale)
+            for _, weight, scale, levels, group in found
+        ]
         with deferred():
             for snap, group, weight, scale in ready:
                 snap()
                 self._set_scale(group, weight, scale)
                 if "remainder" in self.state[weight]:
-                    self.state[weight]["remainder"].zero_()
-        never = tuple(name for name, weight, *_ in found if weight not in self._stepped)
-        left = tuple(
-            name
+                    local(self.state[weight]["remainder"]).zero_()
+        distributed.tell(self)
+        return self._report(tensors, never)
+
+    def _report(self, tensors: list[TensorReport], never: list[str]) -> FinalizeReport:
+        """Of all tensors together."""
+        total = sum(each.numel for each in tensors)
+        largest = max((each.max_distance for each in tensors), default=0.0)
+        share = sum(each.share_on_level * each.numel for each in tensors) / total if total else 1.0
+        left = [
+            (name, weight, None)
             for group in self.param_groups
             if group["quantizer"] is not None
             for name, weight in self._named(group)
             if self._left_alone(group, weight)
-        )
-        return FinalizeReport(largest, share, never, tuple(tensors), left)
+        ]
+        names = tuple(name for name, _ in distributed.all_rows(left, self))
+        return FinalizeReport(largest, share, tuple(never), tuple(tensors), names)
 
     def __repr__(self) -> str:
         lines = [f"{type(self).__name__} ("]

@@ -1,5 +1,6 @@
 """Which weights are quantized, and how: rules to param groups, and the table that says so, and why."""
 
+import itertools
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -227,6 +228,7 @@ def param_groups(
     include: Iterable[str] = (),
     exclude: Iterable[str] = (),
     no_decay: bool = False,
+    names: bool = True,
     verbose: bool = True,
     **keywords: Any,
 ) -> list[dict[str, Any]]:
@@ -248,6 +250,8 @@ def param_groups(
         include, exclude: with one specification: names or "re:..." patterns that are added to it, or taken out.
         no_decay: True splits off what trainers don't decay into groups with weight_decay 0: parameters of less than two
             dimensions, those of norms, and those that the model lists in no_weight_decay().
+        names: False leaves the names of the parameters out, for wrappers that don't take any, such as
+            ZeroRedundancyOptimizer; groups are then split where layers differ in their fan-in.
         verbose: print the table.
         keywords: go into every quantized group, such as anneal="interval". ``normalized`` overrides whether the network
             has normalisation layers.
@@ -274,7 +278,17 @@ def param_groups(
         print(_table(named, found, choice))
     for free, params in sorted(rest.items()):
         groups.append({"params": params, "quantizer": None, **({"weight_decay": 0.0} if free else {})})
-    return groups
+    return groups if names else [bare for group in groups for bare in _without_names(group)]
+
+
+def _without_names(group: dict[str, Any]) -> list[dict[str, Any]]:
+    """The group as groups of bare parameters, in which everything holds for all of them."""
+    pairs = list(zip(group["params"], group.get("fan_in", itertools.repeat(None)), strict=False))
+    fans = dict.fromkeys(fan_in for _, fan_in in pairs)
+    return [
+        {**group, "fan_in": fan_in, "params": [weight for (_, weight), each in pairs if each == fan_in]}
+        for fan_in in fans
+    ]
 
 
 def _decide(

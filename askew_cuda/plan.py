@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends, checks, keywords, schedule
+from . import backends, checks, distributed, keywords, schedule
 from . import scales as scale_rules
 from .checks import Call, Learning
 from .keywords import Group, check_state_dtype, counter_dtype
@@ -140,7 +140,13 @@ class Part(NamedTuple):
 
     def arguments(self) -> dict[str, Any]:
         """Those of both, for the extension's plan, which makes them one after the other."""
-        return self.call.arguments() | (self.learning._asdict() if self.learning else {})
+        learning = {} if self.learning is None or self.shares_scales else self.learning._asdict()
+        return self.call.arguments() | learning
+
+    @property
+    def shares_scales(self) -> bool:
+        """Whether its scales learn by sums over several ranks."""
+        return self.learning is not None and any(map(distributed.is_sharded, self.batch.weights))
 
     @property
     def settles(self) -> bool:
@@ -153,7 +159,7 @@ def batches(optimizer: "QuantizedOptimizer", group: Group, additions: Additions)
     """The weights of a group that have a gradient, by device and dtype."""
     weights, grads = [], []
     for weight in group["params"]:
-        grad = weight.grad
+        grad = distributed.local_gradient(weight)
         if grad is not None:
             weights.append(weight)
             grads.append(grad)
@@ -199,9 +205,11 @@ def part_of(
     learning = None
     if quantizer is not None and "scale_velocity" in scales:
         lists["growths"], kinds = scales["scale_growth"], 2 if operator == "sgd_" else 3
-        lists["sums"] = [sums_for(scale, kinds) for scale in lists["scales"]]
+        lists["sums"] = [sums_for(distributed.local(scale), kinds) for scale in lists["scales"]]
         counts = [w.numel() // max(1, s.numel()) for w, s in zip(batch.weights, lists["scales"], strict=True)]
-        learning = Learning(scales["scale_velocity"], counts, scale_rules.learning_rate(group, quantizer))
+        learning = Learning(
+            [*map(distributed.local, scales["scale_velocity"])], counts, scale_rules.learning_rate(group, quantizer)
+        )
     for name in group["outputs"]:
         lists[name] = [buffer(optimizer, name, weight, batch.additions) for weight in batch.weights]
     if group["low_precision"] == "remainder" and first.dtype.itemsize == 2:
@@ -216,7 +224,7 @@ def part_of(
 
     levels = () if quantizer is None else quantizer.codebook.levels
     backend = optimizer._choose(group, first.device, first.dtype)
-    call = Call(operator, lists, levels, settings_of(optimizer, group, batch) | fixed)
+    call = Call(operator, distributed.here(lists), levels, settings_of(optimizer, group, batch) | fixed)
     return Part(backend, group, batch, kept, fixed, call, learning, names)
 
 
@@ -229,9 +237,20 @@ def sums_for(scale: Tensor, kinds: int) -> Tensor:
 def ready(part: Part) -> list[Callable[[], None]]:
     """The calls of a part, to be made one after the other."""
     calls = [backends.ready(part.backend, part.call)]
-    if part.learning is not None:
+    if part.shares_scales:
+        calls.append(partial(learn_together, part))
+    elif part.learning is not None:
         calls.append(backends.ready_to_learn(part.backend, part.call, part.learning))
     return calls
+
+
+def learn_together(part: Part) -> None:
+    """What scales learn that belong to weights on several ranks, after the step of all that lies here."""
+    assert part.learning is not None
+    lists = part.call.lists
+    sums = distributed.sum_over_ranks(lists["sums"], part.batch.weights, part.kept["scale"])
+    call = part.call._replace(lists={**lists, "sums": sums})
+    backends.ready_to_learn(part.backend, call, part.learning)()
 
 
 def counters(batch: Batch, there: bool) -> list[Tensor]:
@@ -305,7 +324,8 @@ def settings_of(optimizer: "QuantizedOptimizer", group: Group, batch: Batch) -> 
         }
         settings["seed"] = group["seed"]
         settings["streams"] = [number[weight] for weight in batch.weights]
-        settings["first_elements"] = [optimizer.first_elements.get(weight, 0) for weight in batch.weights]
+        first = optimizer.first_elements
+        settings["first_elements"] = [first.get(each, 0) + distributed.first_element(each) for each in batch.weights]
     return settings
 
 
@@ -339,6 +359,7 @@ class Plan:
             optimizer._check_rule(group)
             if group["total_steps"] is not None and group["quantizer"] is not None:
                 schedule.phase(group)
+        distributed.agree(optimizer, stepping=True)
         self.on_gpu = [weight for group in optimizer.param_groups for weight in group["params"] if weight.is_cuda][:1]
         captured = is_captured(self.on_gpu)
         self.additions = Additions(captured)
@@ -355,7 +376,9 @@ class Plan:
         self.idle = [weight for weights in self.members for weight in weights if weight.grad is None]
         weights = [weight for part in self.parts for weight in part.batch.weights]
         # Where something listens to torch's operations, it hears the calls; else they go straight to the kernels.
-        plain = all([type(weight) in checks.PLAIN for weight in weights]) and torch._C._len_torch_dispatch_stack() == 0
+        aliases = [weight for part in self.parts for weight in part.call.lists["weights"]]
+        self.shards = None if same(weights, aliases) else distributed.Shards(weights, aliases)
+        plain = all([type(weight) in checks.PLAIN for weight in aliases]) and torch._C._len_torch_dispatch_stack() == 0
         if torch._C._len_torch_dispatch_stack() == 0:
             checks.check_memory(self._extents())
         self.compiled, self.together, self.others = None, [], self.parts
@@ -368,6 +391,7 @@ class Plan:
         self.calls = [[i for i, part in enumerate(self.together) if part.group is group] for group in self.groups]
         # A weight that has a gradient and no call waits for its first one; what is fixed holds for this step alone.
         whole = len(weights) + len(self.idle) == sum(map(len, self.members))
+        self.apart = [part for part in self.together if part.shares_scales]  # which learn after all have stepped
         once = captured or any(part.fixed or part.settles for part in self.parts)
         self.lasts = plain and whole and not (self.others or once)
 
@@ -404,7 +428,8 @@ class Plan:
                     return False
                 self.values[k] = list(group.values())
         self.amp = amp
-        return all([self._is_current(optimizer, part) for part in self.together]) and compiled.take_gradients()
+        current = all([self._is_current(optimizer, part) for part in self.together])
+        return current and (self.shards is None or self.shards.renew()) and compiled.take_gradients()
 
     def _take(self, optimizer: "QuantizedOptimizer", k: int, scaled: bool) -> bool:
         """Hands over what has changed in a group. False where a new plan is needed."""
@@ -457,7 +482,7 @@ class Plan:
         if part.group["outputs"]:
             outputs = [optimizer.outputs.get(weight, {}) for weight in weights]
             for name in part.group["outputs"]:
-                if not all(map(is_, [each.get(name) for each in outputs], part.call.lists[name])):
+                if not all(map(is_, [distributed.local(each.get(name)) for each in outputs], part.call.lists[name])):
                     return False
         return True
 
@@ -485,3 +510,7 @@ class Plan:
         else:
             for group, key, value in entries:
                 group[key] = value
+        for part in self.apart:
+            learn_together(part)
+        if self.shards is not None:
+            self.shards.release()

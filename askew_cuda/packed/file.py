@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from .. import reference
 from ..checks import DTYPES
+from ..distributed import by_first_rank, local, place_beside, whole, zero_around
 from ..look import codes as nearest_codes
 from ..look import packed_codes
 from ..quantizer import Quantizer
@@ -67,7 +68,8 @@ def save_packed(
 
     Weights that are off their levels are saved snapped; those that are frozen and were never stepped as they are,
     unless their group says quantize_frozen. Nothing is mutated. The file appears at once and whole, or not at all: an
-    old one stays until then, whatever happens. Written tensor by tensor; tied tensors once.
+    old one stays until then, whatever happens. Written tensor by tensor; tied tensors once. Where weights are sharded
+    (DTensors), all ranks must call this: they are gathered tensor by tensor, and the first rank writes.
 
     Args:
         model: on any devices, in any memory format.
@@ -107,16 +109,26 @@ def save_packed(
         text = json.dumps(manifest, separators=(",", ":"))
         return {"format": "pt", _MANIFEST: text, _CHECKSUM: hashlib.sha256(text.encode()).hexdigest()}
 
-    with replacing(path) as file:
-        writer = TensorWriter(file, tensors, metadata)
+    def wholes() -> Iterator[tuple[str, Tensor, Tensor | None]]:
         for name, weight in state.items():
             if weight not in by_weight:
-                writer.write(name, weight)
-        for weight, _, packed, scale in packed_weights(optimizer, by_weight, known, ternary):
-            name = known[weight]
-            writer.write(f"{name}.codes", packed)
-            writer.write(f"{name}.scale", scale)
-        writer.finish()
+                yield name, whole(weight), None
+        for _, weight, scale, _, _ in cast(Any, unwrap(optimizer))._quantized_weights():
+            yield known[weight], whole(weight), whole(scale)
+
+    def write(pieces: Iterator[tuple[str, Tensor, Tensor | None]]) -> None:
+        with replacing(path) as file:
+            writer = TensorWriter(file, tensors, metadata)
+            for name, weight, scale in pieces:
+                if scale is None:
+                    writer.write(name, weight)
+                    continue
+                _, packed = _packed_weight(name, weight, scale, by_weight[state[name]], ternary)
+                writer.write(f"{name}.codes", packed)
+                writer.write(f"{name}.scale", scale)
+            writer.finish()
+
+    by_first_rank(state.values(), wholes(), write)
 
 
 def load_packed(path: str | os.PathLike[str], model: nn.Module) -> list[dict[str, Any]]:
@@ -155,7 +167,7 @@ def load_packed(path: str | os.PathLike[str], model: nn.Module) -> list[dict[str
             for source, tensors in targets.items():
                 value = _value(reader, source, quantized)
                 for tensor in tensors:
-                    tensor.copy_(value)
+                    local(tensor).copy_(local(place_beside(value, tensor)))
         return _groups(reader, model, sources, quantized)
 
 
@@ -168,10 +180,11 @@ def model_state(model: nn.Module, caller: str) -> tuple[dict[str, Tensor], dict[
     Raises:
         ValueError: an entry is not one of the model's parameters and buffers, in whose place it could be loaded again.
     """
+    named = model.state_dict(keep_vars=True)  # first: fully_shard then takes back what it had gathered
     own = {*model.parameters(), *model.buffers()}
     first: dict[Tensor, str] = {}
     tied: dict[str, str] = {}
-    for name, value in model.state_dict(keep_vars=True).items():
+    for name, value in named.items():
         if not isinstance(value, Tensor) or value not in own or value.layout != torch.strided or value.is_meta:
             raise ValueError(
                 f"{caller}: {name} of the model's state_dict is {type(value).__name__}; packed files hold dense "
@@ -186,13 +199,19 @@ def quantized_weights(optimizer: torch.optim.Optimizer, caller: str) -> dict[Ten
     """Every quantized weight and how; without those that are frozen and were never stepped, which keep their values.
 
     Raises:
-        TypeError: not an optimizer of ours. ValueError: it quantizes nothing.
+        TypeError: not an optimizer of ours. ValueError: it quantizes nothing, or has a share of the weights only.
     """
     optimizer = unwrap(optimizer)
     if not hasattr(optimizer, "quantized_parameters"):
         raise TypeError(
             f"{caller}: optimizer = {type(optimizer).__name__}; the AskewSGD or AskewAdamW that trained the model is "
             "needed"
+        )
+    if zero_around(optimizer) is not None:
+        raise ValueError(
+            f"{caller}: in a ZeroRedundancyOptimizer each rank has the scales of its own weights alone. After "
+            "zero.consolidate_state_dict(), on its rank, give a plain optimizer of the same param groups, with "
+            "load_state_dict(zero.state_dict())"
         )
     found = {}
     for _, weight, _, _, group in cast(Any, optimizer)._quantized_weights(scales=False):
@@ -215,20 +234,25 @@ def packed_weights(
         ValueError: a weight is NaN, or a scale is not of the shape, dtype and range that its quantizer sets.
     """
     for _, weight, scale, _, _ in cast(Any, unwrap(optimizer))._quantized_weights():
-        (quantizer, channel_dim), name = by_weight[weight], names[weight]
-        if weight.isnan().any():
-            raise ValueError(
-                f"{name} holds {int(weight.isnan().sum())} NaN weights; they have no level: repair them before packing"
-            )
-        wanted = reference.arithmetic(weight.dtype), quantizer.scale_shape(weight, channel_dim)
-        if (scale.dtype, tuple(scale.shape)) != wanted or not _in_range(scale):
-            raise ValueError(
-                f"the scale of {name} is {scale.dtype} of shape {tuple(scale.shape)}, the least {_least(scale)}; "
-                f"{wanted[0]} of shape {wanted[1]}, positive and finite, is needed: it is set at the first step, leave "
-                "it alone"
-            )
-        bits = width(len(quantizer.codebook), ternary)
-        yield weight, bits, _packed(weight, scale, quantizer.codebook.levels, bits), scale
+        yield weight, *_packed_weight(names[weight], weight, scale, by_weight[weight], ternary), scale
+
+
+def _packed_weight(name: str, weight: Tensor, scale: Tensor, how: Quantized, ternary: str) -> tuple[float, Tensor]:
+    """(bits, packed codes) of a weight. Raises as :func:`packed_weights`."""
+    quantizer, channel_dim = how
+    if weight.isnan().any():
+        raise ValueError(
+            f"{name} holds {int(weight.isnan().sum())} NaN weights; they have no level: repair them before packing"
+        )
+    wanted = reference.arithmetic(weight.dtype), quantizer.scale_shape(weight, channel_dim)
+    if (scale.dtype, tuple(scale.shape)) != wanted or not _in_range(scale):
+        raise ValueError(
+            f"the scale of {name} is {scale.dtype} of shape {tuple(scale.shape)}, the least {_least(scale)}; "
+            f"{wanted[0]} of shape {wanted[1]}, positive and finite, is needed: it is set at the first step, leave "
+            "it alone"
+        )
+    bits = width(len(quantizer.codebook), ternary)
+    return bits, _packed(weight, scale, quantizer.codebook.levels, bits)
 
 
 def _packed(weight: Tensor, scale: Tensor, levels: tuple[float, ...], bits: float) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..distributed import is_sharded
 from ..quantizer import Quantizer
 from .bits import restore, unpack, unpack_at
 from .file import packed_weights, quantized_weights
@@ -232,7 +233,9 @@ def _layers(model: nn.Module, weights: set[Tensor]) -> dict[Tensor, list[nn.Modu
                 continue
             kind, whole = type(module), f"{path}.{name}".removeprefix(".")
             why = None
-            if kind not in PACKED or name != "weight":
+            if is_sharded(weight):
+                why = "the weight is sharded, and no rank has all of its codes"
+            elif kind not in PACKED or name != "weight":
                 known = ", ".join(f"nn.{each.__name__}" for each in PACKED)
                 why = f"{name} of {kind.__name__} can't be packed; the weights of {known} themselves can"
             elif getattr(module, "max_norm", None) is not None:

@@ -47,6 +47,8 @@ COMPLAINTS = {
     "AMP with clipping (pytorch-lightning#15501, #21435)": "test_explicit_unscaling_and_clipping",
     "objects in param groups break checkpoints (ao#2743, #2770, #3104)": "test_param_groups_hold_plain_values",
     "state of another shape (bitsandbytes#89, #1403, #1732)": "test_state_has_the_weights_shape_or_is_its_scale",
+    "sharded state and stochastic rounding on DTensors (ao#1505)": "test_shards_step_as_the_whole_weight",
+    "sharded checkpoints (ao#2743, bitsandbytes#1732)": "test_a_run_of_two_ranks_goes_on_on_one_and_on_three",
     "checkpoints fail at the end of the run (ao#1185, #1189)": "test_param_groups_hold_plain_values",
     "it is not an Optimizer (ao#959)": "test_a_subclass_is_an_optimizer_of_its_own_name",
     "frozen weights crash (ao#1209)": "test_none_gradients_and_frozen_weights_are_left_alone",
@@ -82,7 +84,6 @@ COMPLAINTS = {
 # What no test here can keep out.
 ELSEWHERE = {
     "PARQ: the optimal scale is a loop over elements, steps move 98 to 541 bytes per weight": "speed: benchmarks/",
-    "sharded state and stochastic rounding on DTensors (ao#1505)": "distributed training is not offered yet",
     "one wheel for several torch versions (kernels-community#532, TransformerEngine#2812)": "packaging",
     "training is slow (brevitas#237)": "speed: benchmarks/",
 }

@@ -38,7 +38,19 @@ OPTIONAL = {"matplotlib", "numpy"}
 # Layers of the package, lowest first: a module may import from its own layer, in one direction, and from those below.
 LAYERS = (
     {"reference", "rounding", "summation", "interrupts", "wrappers"},
-    {"quantizer", "scales", "fit", "look", "layers", "schedule", "keywords", "checks", "backends", "triton"},
+    {
+        "quantizer",
+        "scales",
+        "fit",
+        "look",
+        "layers",
+        "schedule",
+        "keywords",
+        "checks",
+        "backends",
+        "triton",
+        "distributed",
+    },
     {"hints", "anneal", "paper", "param_groups", "checkpoints", "plan"},
     {"optimizer", "optimizers"},
     {"monitor", "packed", "doctor"},
