@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .. import reference
 from ..reference import Settings
+from ..rounding import Storage
 from .kernel import step_kernel
 
 Tensors = Sequence[Tensor]
@@ -386,6 +387,27 @@ def refuse_rounding(remainders: Tensors, seed: object) -> None:
         )
 
 
+def begin_to_learn(
+    weights: Tensors, grads: Tensors, scales: Tensors, growths: Tensors, sums: Tensors, infinite: float | Tensor
+) -> list[Tensor]:
+    """(E7) before the launch, by PyTorch's operations: the sums are made, the weights grow, and the scales that they
+    have then come back. It takes memory and time that the kernel does not; scales learn while weights are free.
+    """
+    if growths and weights[0].dtype.itemsize == 2:
+        raise ValueError(
+            f"askew_cuda: growths of weights of {weights[0].dtype}, which Triton's kernel would round twice; scales of "
+            "16-bit weights learn with low_precision = 'remainder' or 'stochastic', and another backend"
+        )
+    storage, grown = Storage((), None, (), (), infinite), list(scales)
+    for i, (growth, each) in enumerate(zip(growths, sums, strict=True)):
+        w, scale = weights[i].float(), scales[i]
+        radial = torch.stack(reference.radial_sums(grads[i].float(), w, scale.shape))
+        w, grown[i] = reference.grow(w, scale, growth)
+        storage.write(each[:2], radial)
+        storage.write(weights[i], w)
+    return grown
+
+
 # The launch follows addresses, which a trace does not have.
 outside_of_graphs: Callable[[Step], Step] = torch.compiler.disable(
     reason="the Triton backend is launched outside of torch.compile's graphs"
@@ -397,7 +419,8 @@ outside_of_graphs: Callable[[Step], Step] = torch.compiler.disable(
 def sgd_(
     weights: Tensors, grads: Tensors, momentum_buffers: Tensors, scales: Tensors, levels: Sequence[float],
     codes: Tensors, snapped: Tensors, *, found_inf: Scalar = None, remainders: Tensors = (), seed: object = None,
-    streams: Sequence[int] = (), first_elements: Sequence[int] = (), **settings: Any,
+    streams: Sequence[int] = (), first_elements: Sequence[int] = (), growths: Tensors = (), sums: Tensors = (),
+    **settings: Any,
 ) -> None:  # fmt: skip
     """:func:`askew_cuda.reference.sgd_` in one launch, for float32, bfloat16 and float16. Arguments are checked before
     (``checks.py``). lr, epsilon, grad_scale and found_inf on the weights' device are not read by the host.
@@ -409,6 +432,7 @@ def sgd_(
     if isinstance(infinite, float) and infinite != 0:
         return
     buffers = momentum_buffers if s.momentum != 0 else []
+    scales = begin_to_learn(weights, grads, scales, growths, sums, infinite)
     lists = Lists(weights, grads, {"momentum_buffers": buffers}, scales, tuple(levels), codes, snapped)
     rule = (float(s.momentum), 1.0 - s.dampening, float(s.weight_decay))
     launch(lists, s, rule, infinite, False, s.weight_decay != 0, bool(s.nesterov and s.momentum != 0))
@@ -420,7 +444,7 @@ def adamw_(
     weights: Tensors, grads: Tensors, exp_avgs: Tensors, exp_avg_sqs: Tensors, max_exp_avg_sqs: Tensors, steps: Tensors,
     scales: Tensors, levels: Sequence[float], codes: Tensors, snapped: Tensors, *, found_inf: Scalar = None,
     remainders: Tensors = (), seed: object = None, streams: Sequence[int] = (), first_elements: Sequence[int] = (),
-    **settings: Any,
+    growths: Tensors = (), sums: Tensors = (), **settings: Any,
 ) -> None:  # fmt: skip
     """:func:`askew_cuda.reference.adamw_` in one launch, as :func:`sgd_`. ``steps`` are all on the CPU, where a
     ``found_inf`` on a device is read by the host so that they can stand still, or all on the weights' device: then
@@ -436,9 +460,14 @@ def adamw_(
     if isinstance(infinite, float) and infinite != 0:
         return
     state = {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "max_exp_avg_sqs": max_exp_avg_sqs}
+    scales = begin_to_learn(weights, grads, scales, growths, sums, infinite)
     lists = Lists(weights, grads, state, scales, tuple(levels), codes, snapped)
     corrections = bias_corrections(steps, s.beta1, s.beta2, device)
     moments = (float(s.beta1), 1.0 - s.beta1, float(s.beta2), 1.0 - s.beta2)
     rule = (*moments, float(s.eps), float(s.weight_decay), *corrections)
     launch(lists, s, rule, infinite, True, True, False)
+    storage = Storage((), None, (), (), infinite)
+    for i, each in enumerate(sums):
+        square = (max_exp_avg_sqs if s.amsgrad else exp_avg_sqs)[i].float()
+        storage.write(each[2], reference.second_moments(square, steps[i], s, scales[i].shape))
     count_steps(steps, infinite)
