@@ -13,7 +13,7 @@ from .monitor import Monitor, Sample, monitor
 from .optimizer import FinalizeReport, TensorReport
 from .optimizers import AskewAdamW, AskewSGD
 from .packed.file import load_packed, save_packed
-from .packed.modules import PackedConv2d, PackedEmbedding, PackedLinear, pack_modules
+from .packed.modules import PackedConv2d, PackedEmbedding, PackedLinear, pack_modules, unpack_modules
 from .paper import paper
 from .param_groups import param_groups
 from .quantizer import Codebook, Quantizer
@@ -39,5 +39,6 @@ __all__ = [
     "param_groups",
     "register_layer",
     "save_packed",
+    "unpack_modules",
 ]
 __version__ = "0.1.0"
