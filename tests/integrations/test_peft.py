@@ -38,7 +38,7 @@ def train(model, steps: int = 5):
         loss = model(input_ids=INDEX, labels=INDEX).loss
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     return losses
 
 
