@@ -15,6 +15,7 @@ from .typed_keywords import Keywords
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+
 # What one rule alone has.
 _SGD = {
     "momentum": Keyword(..., lambda x: x >= 0, "at least 0", "number"),

@@ -20,6 +20,7 @@ class _OfWeights(TypedDict, total=False):
     pretrained: bool | Literal["packed"]
     channel_dim: int | Sequence[int]
     fan_in: int | Sequence[int | None] | None
+    init_bound: float | Sequence[float | None] | None
 
 
 class _OfTraining(TypedDict, total=False):
@@ -39,6 +40,7 @@ class _OfTraining(TypedDict, total=False):
     recovery: float | None
     alpha: float | None
     max_step: float
+    scale_lr: float
     clip: bool
     outputs: Collection[Literal["codes", "snapped"]]
     state_dtype: torch.dtype | Literal["float32"] | None
@@ -59,7 +61,9 @@ class Keywords(_OfWeights, _OfTraining, total=False):
     channel_dim: the output dimension of the weights, 0 for (out, in, ..), 1 for (in, out), or those of expert and
         output. What has scales of its own, with a quantizer per channel or per group.
     fan_in: how many weights are summed up into one output; one number, or one for each weight.
-        :func:`~askew_cuda.param_groups` writes these four, from what it knows of the layers. Bare parameters get the
+    init_bound: where a layer starts with weights that are uniform in another interval than +-1 / sqrt(fan_in), the end
+        of it: so fresh weights are known, which say nothing about their scale. One number, or one for each weight.
+        :func:`~askew_cuda.param_groups` writes these five, from what it knows of the layers. Bare parameters get the
         defaults, whatever stands beside them: not normalised; the output first, all other dimensions inputs. And a
         quantizer takes EVERY parameter of its group, biases and gains of norms included, which networks are better off
         without: give those a group with quantizer None, or use param_groups, which does.
@@ -79,6 +83,9 @@ class Keywords(_OfWeights, _OfTraining, total=False):
     epsilon: the annealed number in [0, 1], 1 free, 0 levels only; a 0-d tensor is filled in place.
     anneal: "capture" (ours) or "interval" (the paper's). skew_at: what the constraint acts on, "velocity" or, as in the
         authors' code, "gradient" (interval only).
+    scale_lr: learning rate of the scales, a multiple of lr, at least 0: while all weights are free (epsilon = 1), a
+        scale learns how large the box of its levels is to be; once annealing has begun it stays. 0: it stays as it was
+        estimated.
     recovery: share in (0, 1] of the distance that a constrained weight makes up in a step. alpha: the paper's rate, per
         unit of lr, instead of it. Default: recovery 0.5, or alpha 1 with skew_at="gradient".
     max_step: cap on the pull, in units of half the distance between levels. clip: keep weights within the outermost

@@ -190,7 +190,8 @@ class TrainerQuantization(transformers.TrainerCallback):
         packed: a file that :func:`~askew_cuda.save_packed` writes when training ends; None: none.
 
     Raises when training begins: TypeError: the optimizer is another one. ValueError: its total_steps are not those of
-        this training, or it has made other steps than the Trainer has.
+        this training, or it has made other steps than the Trainer has; or its scales learn, and the best model is to be
+        loaded from checkpoints without them.
     """
 
     def __init__(
@@ -245,6 +246,12 @@ class TrainerQuantization(transformers.TrainerCallback):
                 f"TrainerQuantization: the optimizer has made {done} steps, the Trainer {state.global_step}. To go on "
                 "from a checkpoint it must hold the optimizer (save_only_model=False); to train once more, make a new "
                 "Trainer"
+            )
+        learning = any(each["scale_lr"] > 0 for each in optimizer.param_groups if each["quantizer"] is not None)
+        if learning and args.load_best_model_at_end and args.save_only_model:
+            raise ValueError(
+                "TrainerQuantization: save_only_model = True with load_best_model_at_end and scale_lr > 0: the best "
+                "checkpoint would lack the scales that its weights belong to; leave save_only_model False"
             )
         if self.watch is not None:
             self.watch.close()

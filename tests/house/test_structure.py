@@ -47,7 +47,7 @@ BESIDE = {
 }
 # Layers of the package, lowest first: a module may import from its own layer, in one direction, and from those below.
 LAYERS = (
-    {"reference", "rounding", "interrupts", "wrappers"},
+    {"reference", "rounding", "summation", "interrupts", "wrappers"},
     {
         "quantizer",
         "scales",

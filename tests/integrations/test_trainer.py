@@ -212,6 +212,29 @@ def test_the_best_model_is_the_one_that_was_measured(tmp_path):
     assert made.evaluate()["eval_loss"] == made.state.best_metric
 
 
+def test_scales_that_learn_belong_to_the_best_model_too(tmp_path):
+    best = {
+        "eval_strategy": "steps",
+        "eval_steps": 4,
+        "save_strategy": "steps",
+        "save_steps": 4,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_loss",
+        "greater_is_better": True,
+    }
+    made = quantized(tmp_path / "a", ours={"scale_lr": 0.1}, **best)
+    made.train()
+    assert made.state.best_global_step == 4
+    kept = torch.load(tmp_path / "a/checkpoint-4/optimizer.pt")["state"]
+    last = torch.load(tmp_path / "a/checkpoint-40/optimizer.pt")["state"]
+    assert any(not torch.equal(kept[key]["scale"], last[key]["scale"]) for key in kept if "scale" in kept[key])
+    assert on_levels(made.optimizer)
+    assert made.evaluate()["eval_loss"] == made.state.best_metric
+    lacking = quantized(tmp_path / "b", ours={"scale_lr": 0.1}, save_only_model=True, **best)
+    with pytest.raises(ValueError, match="leave save_only_model False"):
+        lacking.train()
+
+
 @pytest.mark.parametrize("given", [{}, {"max_steps": -1, "num_train_epochs": 10, "logging_strategy": "epoch"}])
 def test_logs_come_before_trainers_own(tmp_path, given):
     made = quantized(tmp_path, **given)
