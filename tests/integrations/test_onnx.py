@@ -59,8 +59,9 @@ def outputs(model, *inputs) -> torch.Tensor:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("granularity", ["tensor", "channel"])
-@pytest.mark.parametrize("book", BOOKS)
+@pytest.mark.parametrize(
+    ("book", "granularity"), [*((book, "channel") for book in BOOKS), ("ternary", "tensor"), ("nf4", "tensor")]
+)
 @pytest.mark.parametrize("pack", [False, True], ids=["finalized", "packed"])
 def test_onnxruntimes_outputs_are_ours(book, granularity, pack):
     torch.manual_seed(0)

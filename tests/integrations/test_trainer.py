@@ -315,8 +315,8 @@ def test_unknown_steps_are_refused(tmp_path):
     made.args.max_steps = -1  # behind its back
     with pytest.raises(ValueError, match="max_steps"):
         trainer_optimizer(made, "ternary", verbose=False)
-    made.args.max_steps = 30
-    assert trainer_optimizer(made, "ternary", verbose=False).param_groups[0]["total_steps"] == 30
+    made.args.max_steps = 36
+    assert trainer_optimizer(made, "ternary", verbose=False).param_groups[0]["total_steps"] == 36
     made.train()
     assert on_levels(made.optimizer)
 
