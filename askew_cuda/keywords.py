@@ -91,7 +91,9 @@ _OURS = {
     "end": Keyword(None, lambda x: 0 <= x <= 1, _SHARE, "number", optional=True),
     "shape": Keyword("quadratic", lambda x: callable(x) or (isinstance(x, str) and x in SHAPES), _SHAPES),
     "steps_done": Keyword(0, lambda x: x >= 0, "a count of steps is at least 0", "whole"),
-    "scale_lr": Keyword(0.0, lambda x: 0 <= x < math.inf, "a finite multiple of lr, at least 0", "number"),
+    "scale_lr": Keyword(
+        None, lambda x: 0 <= x < math.inf, "a finite multiple of lr, at least 0", "number", optional=True
+    ),
     "recovery": Keyword(
         None,
         lambda x: 0 < x <= 1,

@@ -482,7 +482,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         epsilon = group["epsilon"]
         free = isinstance(epsilon, Tensor) or epsilon == 1
         estimated = isinstance(quantizer.scale, str) and group["pretrained"] != "packed"
-        if group["scale_lr"] > 0 and free and estimated and not rounds:
+        if scales.learning_rate(group, quantizer) > 0 and free and estimated and not rounds:
             return {"scale_velocity": torch.zeros_like(scale), "scale_growth": torch.ones_like(scale)}
         return {}
 

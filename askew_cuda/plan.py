@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import backends, checks, keywords, schedule
+from . import scales as scale_rules
 from .checks import Call, Learning
 from .keywords import Group, check_state_dtype, counter_dtype
 from .reference import with_double
@@ -196,11 +197,11 @@ def part_of(
     kept |= scales
     lists["scales"] = scales.get("scale", [])
     learning = None
-    if "scale_velocity" in scales:
+    if quantizer is not None and "scale_velocity" in scales:
         lists["growths"], kinds = scales["scale_growth"], 2 if operator == "sgd_" else 3
         lists["sums"] = [sums_for(scale, kinds) for scale in lists["scales"]]
         counts = [w.numel() // max(1, s.numel()) for w, s in zip(batch.weights, lists["scales"], strict=True)]
-        learning = Learning(scales["scale_velocity"], counts, float(group["scale_lr"]))
+        learning = Learning(scales["scale_velocity"], counts, scale_rules.learning_rate(group, quantizer))
     for name in group["outputs"]:
         lists[name] = [buffer(optimizer, name, weight, batch.additions) for weight in batch.weights]
     if group["low_precision"] == "remainder" and first.dtype.itemsize == 2:

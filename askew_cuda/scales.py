@@ -4,6 +4,7 @@ layer. PyTorch operations, float64 sums.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,6 +96,17 @@ def estimate(
         "take levels of about the size of the weights, or give a scale",
     )
     return scale.to(dtype).reshape(shape).to(there)
+
+
+def learning_rate(group: dict[str, Any], quantizer: Quantizer) -> float:
+    """The rate at which the scales of a group learn (E7), a multiple of lr: its own, or, where it is None, as measured
+    (docs/recipes.md): 0.05 for two levels, 0.1 for more, 0 where weights are trained already, which tell their scale.
+    """
+    if group["scale_lr"] is not None:
+        return float(group["scale_lr"])
+    if group["pretrained"]:
+        return 0.0
+    return 0.05 if len(quantizer.codebook) == 2 else 0.1
 
 
 def _check_range(scale: Tensor, dtype: torch.dtype, what: str, remedy: str) -> None:

@@ -9,7 +9,7 @@ namespace askew {
 
 constexpr int64_t block_chunk =
     1 << 13;                       // weights of a block: 32 a thread, so that what a thread does once is a small share
-constexpr int64_t few_spans = 18;  // travel as kernel arguments: as many as leave those below 4 KiB
+constexpr int64_t few_spans = 16;  // travel as kernel arguments: as many as leave those below 4 KiB
 
 // A number that changes from step to step and that only the device knows: float32 or float64; null where the host knows
 // it.

@@ -71,7 +71,8 @@ struct Tensor {
   std::vector<std::pair<Dtype, Buffer>> numbers;  // weight, grad, state .., snapped
   std::vector<Buffer> codes, remainders;
   std::vector<double> steps;
-  std::vector<Buffer> scale;
+  std::vector<Buffer> scale, growth;
+  std::vector<double> sums;  // (E7): of blocks, where scales have one run each
 };
 
 struct Setup {
@@ -134,6 +135,7 @@ Setup draw_setup() {
     setup.states = s.amsgrad ? 3 : 2;
   }
   s.snap_unit = snap_unit(launch.dtype, launch.levels);
+  s.learns = !setup.levels.empty() && chance(0.5);
   setup.has_codes = !setup.levels.empty() && chance(0.5);
   setup.has_snapped = !setup.levels.empty() && chance(0.5);
   setup.steps_there = launch.rule == Rule::adamw && chance(0.3);
@@ -154,10 +156,12 @@ Tensor draw_tensor(const Setup& setup) {
       {},
       {},
       {},
+      {},
+      {},
       {}};
   tensor.run = tensor.size > 0 ? tensor.size : 1;
   if (chance(0.6) && tensor.size > 1) {  // per channel or group, in memory order or across it
-    tensor.run = pick<int64_t>({1, 2, 8, 9, 27, 32, tensor.size / 2, tensor.size});
+    tensor.run = pick<int64_t>({1, 2, 8, 9, 27, 32, 1281, tensor.size / 2, tensor.size});
     tensor.count = chance(0.5) ? (tensor.size + tensor.run - 1) / tensor.run : 1 + below(20);
   }
   if (tensor.count > 1 && chance(0.4)) {  // experts, or groups along the first dimension
@@ -170,6 +174,13 @@ Tensor draw_tensor(const Setup& setup) {
   for (int64_t i = 0; i < count; ++i) {
     scales.push_back(pick({0.25, static_cast<double>(0.0371f), 2.0, chance(0.1) ? 0.0 : 0.5}));
     put(tensor.scale[0].data(), is_double ? Dtype::float64 : Dtype::float32, i, scales.back());
+  }
+  if (launch.settings.learns) {
+    tensor.growth.emplace_back(count * (is_double ? 8 : 4), 0);
+    for (int64_t i = 0; i < count; ++i)
+      put(tensor.growth[0].data(), is_double ? Dtype::float64 : Dtype::float32, i, pick({1.0, 0.96, 1.05}));
+    if (tensor.outer_count < 2 && tensor.run * tensor.count == tensor.size)
+      tensor.sums.assign(sum_kinds(launch.rule) * SumBlocks::of(tensor.run).each * tensor.count, 77);
   }
   const bool misaligned = chance(0.4);
   const auto add = [&](Dtype dtype, auto value) {
@@ -213,6 +224,8 @@ Span span_of(Tensor& tensor, const Setup& setup) {
   span.stream = static_cast<uint64_t>(tensor.size);
   span.first_element = tensor.size % 2 ? (int64_t{1} << 32) - 20 : 0;
   if (!setup.levels.empty()) span.scale = tensor.scale[0].data();
+  if (!tensor.growth.empty()) span.growth = tensor.growth[0].data();
+  if (!tensor.sums.empty()) span.sums = tensor.sums.data();
   span.scale_run = tensor.run;
   span.scale_count = tensor.count;
   span.outer_run = tensor.outer_run;
@@ -249,7 +262,12 @@ void run_blocks(const Launch& launch, const CudaCall& call) {
         const int turn = static_cast<int>(below(block_threads));
         for (int thread = 0; thread < block_threads; ++thread)
           prepare(*block, arguments, number, (thread + turn) % block_threads);
-        for (int thread = 0; thread < block_threads; ++thread) run(*block, arguments, (thread + turn) % block_threads);
+        const auto all = [&](const auto& part) {
+          for (int thread = 0; thread < block_threads; ++thread) part((thread + turn) % block_threads);
+        };
+        if constexpr (V::book != Book::none) all([&](int thread) { sum_radial(*block, arguments, thread); });
+        all([&](int thread) { run(*block, arguments, thread); });
+        if constexpr (V::book != Book::none) all([&](int thread) { sum_second(*block, arguments, thread); });
       }
     }
   }
@@ -277,6 +295,8 @@ void compare(const std::vector<Tensor>& expected, const std::vector<Tensor>& act
         if (!same) fail("another value than the CPU's: list, weight", static_cast<int64_t>(k), i);
       }
     }
+    for (size_t k = 0; k < expected[t].sums.size(); ++k)
+      if (expected[t].sums[k] != actual[t].sums[k]) fail("another sum than the CPU's: tensor, sum", t, k);
     for (const auto& [wanted, found] :
          {std::pair{&expected[t].codes, &actual[t].codes}, {&expected[t].remainders, &actual[t].remainders}}) {
       if (wanted->empty()) continue;

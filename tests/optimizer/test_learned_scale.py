@@ -113,7 +113,7 @@ def test_a_run_goes_on_from_a_checkpoint_as_if_nothing_had_happened(rule):
 
 def test_a_checkpoint_whose_scales_are_fixed_keeps_them_fixed():
     model = network()
-    optimizer = RULES["sgd"](groups(model, "ternary"))
+    optimizer = RULES["sgd"](groups(model, "ternary"), scale_lr=0.0)
     train(model, optimizer, 2)
     again = RULES["sgd"](groups(model, "ternary"), scale_lr=0.3)
     again.load_state_dict(optimizer.state_dict())
@@ -126,10 +126,12 @@ def test_a_checkpoint_whose_scales_are_fixed_keeps_them_fixed():
 @pytest.mark.parametrize(
     ("keywords", "dtype", "learns"),
     [
-        ({}, torch.float32, True),
+        ({}, torch.float32, True),  # the default
         ({"scale_lr": 0.0}, torch.float32, False),
+        ({"pretrained": True}, torch.float32, False),  # their scale is known
+        ({"pretrained": True, "scale_lr": 0.1}, torch.float32, True),
         ({"quantizer": askew.Quantizer("ternary", scale=0.1)}, torch.float32, False),  # the user's own
-        ({"pretrained": "packed"}, torch.float32, False),
+        ({"pretrained": "packed", "scale_lr": 0.1}, torch.float32, False),
         ({"epsilon": 0.5}, torch.float32, False),
         ({}, torch.bfloat16, False),  # rounding to nearest would lose a growth of less than 2^-8
         ({"low_precision": "remainder"}, torch.bfloat16, True),
@@ -139,10 +141,7 @@ def test_a_checkpoint_whose_scales_are_fixed_keeps_them_fixed():
 def test_which_scales_learn(keywords, dtype, learns):
     model = network(dtype)
     for prepares in (False, True):
-        optimizer = RULES["sgd"](
-            [{"params": [model[0].weight], "quantizer": "ternary", "clip": False} | keywords],
-            scale_lr=0.1 * ("scale_lr" not in keywords),
-        )
+        optimizer = RULES["sgd"]([{"params": [model[0].weight], "quantizer": "ternary", "clip": False} | keywords])
         if prepares:
             optimizer.prepare()
         train(model, optimizer, 1)
