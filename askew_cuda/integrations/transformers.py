@@ -23,6 +23,7 @@ from ..optimizer import FinalizeReport, QuantizedOptimizer
 from ..optimizers import AskewAdamW, AskewSGD
 from ..packed.file import save_packed
 from ..param_groups import Spec, param_groups
+from ..scales import learning_rate
 from ..typed_keywords import GroupKeywords
 from ..wrappers import unwrap
 
@@ -247,11 +248,13 @@ class TrainerQuantization(transformers.TrainerCallback):
                 "from a checkpoint it must hold the optimizer (save_only_model=False); to train once more, make a new "
                 "Trainer"
             )
-        learning = any(each["scale_lr"] > 0 for each in optimizer.param_groups if each["quantizer"] is not None)
+        quantizers = ((each, optimizer._quantizer(each)) for each in optimizer.param_groups)
+        learning = any(kind is not None and learning_rate(each, kind) > 0 for each, kind in quantizers)
         if learning and args.load_best_model_at_end and args.save_only_model:
             raise ValueError(
-                "TrainerQuantization: save_only_model = True with load_best_model_at_end and scale_lr > 0: the best "
-                "checkpoint would lack the scales that its weights belong to; leave save_only_model False"
+                "TrainerQuantization: save_only_model = True with load_best_model_at_end, and scales that learn: the "
+                "best checkpoint would lack the scales that its weights belong to; leave save_only_model False, or "
+                "give scale_lr=0"
             )
         if self.watch is not None:
             self.watch.close()

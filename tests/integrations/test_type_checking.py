@@ -13,7 +13,7 @@ import askew_cuda as askew
 
 model = nn.Linear(4, 4)
 groups = askew.param_groups(model, {"*": "ternary"}, hold=0.5, lr=0.1)
-good = askew.AskewSGD(groups, lr=0.1, momentum=0.9, total_steps=100, low_precision="remainder", shape=lambda z: 1 - z)
+good = askew.AskewSGD(groups, lr=0.1, momentum=0.9, total_steps=100, scale_lr=None, shape=lambda z: 1 - z)
 first, second = askew.paper("binary")
 also = askew.AskewAdamW(model.parameters(), lr=2.0, pretrained=True, **first, **second)
 kept = {"quantizer": "ternary", "hold": 0.5}
