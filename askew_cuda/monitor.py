@@ -2,10 +2,11 @@
 occupied.
 """
 
+import io
 import weakref
 from dataclasses import asdict, dataclass
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,9 @@ from .distributed import all_rows, each_whole
 from .look import measure, non_finite
 from .optimizer import QuantizedOptimizer
 from .wrappers import unwrap
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Picture
 
 
 @dataclass(frozen=True)
@@ -37,15 +41,16 @@ class Sample:
 
 
 class Monitor:
-    """Samples an optimizer's quantized weights after every ``every``-th step; made by :func:`monitor`.
+    """Samples an optimizer's quantized weights after every ``every``-th step, or, where that is None, when
+    :meth:`sample` is called; made by :func:`monitor`.
+
     It reads weights, gradients and scales and changes nothing: the training is the same, bit for bit. It keeps the last
-       codes, one byte per weight. ``history`` is a list of (step, {name: Sample}); the name "all" is all of them
-       together.
+    codes, one byte per weight. ``history`` is a list of (step, {name: Sample}); the name "all" is all of them together.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, every: int = 100):
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise ValueError(f"monitor: every = {every!r}; a whole number of steps, at least 1")
+    def __init__(self, optimizer: torch.optim.Optimizer, every: int | None = 100):
+        if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
+            raise ValueError(f"monitor: every = {every!r}; a whole number of steps, at least 1, or None")
         optimizer = unwrap(optimizer)
         if not isinstance(optimizer, QuantizedOptimizer):
             raise TypeError(f"monitor: optimizer is a {type(optimizer).__name__}; an AskewSGD or AskewAdamW is needed")
@@ -57,7 +62,7 @@ class Monitor:
 
     def _after_step(self, optimizer: object, args: object, kwargs: object) -> None:
         self.steps += 1
-        if self.steps % self.every == 0:
+        if self.every is not None and self.steps % self.every == 0:
             self.sample()
 
     def close(self) -> None:
@@ -146,9 +151,14 @@ class Monitor:
         bad = {"nan": sample.nan_weights, "bad grads": sample.non_finite_grads}
         return words | {name: str(count) for name, count in bad.items() if count}
 
-    def picture(self, path: str | PathLike[str]) -> None:
-        """Draws the history to a file: share on a level and flips over the steps; how each tensor's levels are occupied
-        at the end.
+    def picture(self, path: str | PathLike[str] | None = None) -> "Picture":
+        """Draws the history: share on a level and flips over the steps; how each tensor's levels are occupied at the
+        end.
+
+        Args:
+            path: a file that the picture is written to as well; its ending says the format.
+
+        Returns: matplotlib's figure, which a notebook shows where it is the last line of a cell.
 
         Raises:
             ValueError: no sample was taken. ImportError: matplotlib is missing.
@@ -157,9 +167,15 @@ class Monitor:
             raise ValueError("Monitor.picture: there is no sample yet; call sample(), or step the optimizer")
         from matplotlib.figure import Figure
 
+        class Shown(Figure):
+            def _repr_png_(self) -> bytes:  # what a notebook asks for, whether or not pyplot is there
+                drawn = io.BytesIO()
+                self.savefig(drawn, dpi=80)
+                return drawn.getvalue()
+
         steps = [step for step, _ in self.history]
         together = [found["all"] for _, found in self.history]
-        figure = Figure(figsize=(12, 4.5), layout="constrained")
+        figure = Shown(figsize=(12, 4.5), layout="constrained")
         left, right = figure.subplots(1, 2)
         left.plot(
             steps, [100 * each.share_on_level for each in together], "o-", markersize=3, label="weights on a level"
@@ -181,7 +197,9 @@ class Monitor:
         right.set(xlabel="% of the weights, lowest level left", title=f"Occupancy of the levels at step {steps[-1]}")
         if 0 < most <= 8:
             right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=most, fontsize=8)
-        figure.savefig(path, dpi=120)
+        if path is not None:
+            figure.savefig(path, dpi=120)
+        return figure
 
 
 def _sample_of(count: dict[str, Any]) -> Sample:
@@ -197,9 +215,9 @@ def _sample_of(count: dict[str, Any]) -> Sample:
     )
 
 
-def monitor(optimizer: torch.optim.Optimizer, every: int = 100) -> Monitor:
+def monitor(optimizer: torch.optim.Optimizer, every: int | None = 100) -> Monitor:
     """Watches the quantized weights of an optimizer, or of the one that it wraps: a sample after every ``every``-th
-    step, by PyTorch operations; see :class:`Monitor`.
+    step (None: only when asked), by PyTorch operations; see :class:`Monitor`.
 
     >>> import askew_cuda as askew
     >>> weight = torch.nn.Parameter(torch.tensor([0.9, -1.2, 0.1, 1.0]))

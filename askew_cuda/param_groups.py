@@ -3,8 +3,8 @@
 import itertools
 import os
 import re
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple, cast
+from collections.abc import Collection, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,10 @@ from .checks import DTYPES
 from .keywords import LAYERS
 from .layers import Layout, Occurrence, Survey, is_norm, survey
 from .quantizer import Quantizer
+from .typed_keywords import GroupKeywords
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Levels = str | Quantizer | Mapping[str, Any]
 Spec = Levels | None
@@ -227,10 +231,10 @@ def param_groups(
     pretrained: bool | str = False,
     include: Iterable[str] = (),
     exclude: Iterable[str] = (),
-    no_decay: bool = False,
+    no_decay: bool | Collection[str] = False,
     names: bool = True,
     verbose: bool = True,
-    **keywords: Any,
+    **keywords: "Unpack[GroupKeywords]",
 ) -> list[dict[str, Any]]:
     """Param groups for AskewSGD or AskewAdamW: one for each way of quantizing, and one for the rest. Prints what it
     decided, on rank 0. Which layers are known: docs/layers.md, and :func:`~askew_cuda.register_layer`.
@@ -249,7 +253,8 @@ def param_groups(
         pretrained: True where the network is trained already, "packed" where it was read from a packed file.
         include, exclude: with one specification: names or "re:..." patterns that are added to it, or taken out.
         no_decay: True splits off what trainers don't decay into groups with weight_decay 0: parameters of less than two
-            dimensions, those of norms, and those that the model lists in no_weight_decay().
+            dimensions, those of norms, and those that the model lists in no_weight_decay(). Or the names of those that
+            are not decayed.
         names: False leaves the names of the parameters out, for wrappers that don't take any, such as
             ZeroRedundancyOptimizer; groups are then split where layers differ in their fan-in.
         verbose: print the table.
@@ -268,7 +273,13 @@ def param_groups(
     if given := set(LAYERS) & set(keywords):
         raise ValueError(f"param_groups: {', '.join(given)} is decided layer by layer; use askew_cuda.register_layer")
     choice = _decide(named, found, weights, include, exclude)
-    kept = _undecayed(model, named, found) if no_decay else set[str]()
+    kept = set[str]()
+    if not isinstance(no_decay, bool):
+        kept = set(no_decay)
+        for name in sorted(kept - set(named)):
+            raise ValueError(f"param_groups: no_decay names {name!r}, which the model does not have")
+    elif no_decay:
+        kept = _undecayed(model, named, found)
     groups = _quantized_groups(model, named, found, choice, kept, {"pretrained": pretrained, **keywords})
     rest: dict[bool, list[tuple[str, Tensor]]] = {}
     for name, weight in named.items():

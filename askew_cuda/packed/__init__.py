@@ -12,6 +12,7 @@ from .modules import (
     PackedEmbedding,
     PackedLinear,
     pack_modules,
+    unpack_modules,
 )
 
 __all__ = [
@@ -27,4 +28,5 @@ __all__ = [
     "load_packed",
     "pack_modules",
     "save_packed",
+    "unpack_modules",
 ]

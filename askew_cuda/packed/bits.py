@@ -91,10 +91,11 @@ def unpack_at(packed: Tensor, bits: float, positions: Tensor) -> Tensor:
     base, per_byte = PACKINGS[bits]
     if per_byte == 1:
         return packed[positions]
-    place = torch.tensor([base**k for k in range(per_byte)], dtype=torch.uint8, device=packed.device)[
-        positions % per_byte
-    ]
-    return (packed[positions // per_byte] // place) % base
+    places = torch.tensor([base**k for k in range(per_byte)], dtype=torch.uint8, device=packed.device)
+    found, place = packed[positions // per_byte], places[positions % per_byte]
+    if torch.compiler.is_exporting():  # as in _digits
+        return ((found.int() // place.int()) % base).to(torch.uint8)
+    return (found // place) % base
 
 
 def fault(packed: Tensor, bits: float, numel: int, levels: int) -> str | None:
@@ -139,6 +140,8 @@ def _digits(packed: Tensor, bits: float) -> Tensor:
     if per_byte == 1:
         return packed
     places = torch.tensor([base**k for k in range(per_byte)], dtype=torch.uint8, device=packed.device)
+    if torch.compiler.is_exporting():  # ONNX has no shift that torch's exporter knows, and runtimes divide int32
+        return ((packed.unsqueeze(1).int() // places.int()) % base).to(torch.uint8).reshape(-1)
     if base == 3:
         return (packed.unsqueeze(1) // places).remainder_(base).reshape(-1)
     # the same digits, without a division

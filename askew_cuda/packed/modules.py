@@ -7,6 +7,7 @@ speed.
 
 import json
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -18,6 +19,27 @@ from ..distributed import is_sharded
 from ..quantizer import Quantizer
 from .bits import restore, unpack, unpack_at
 from .file import packed_weights, quantized_weights
+
+
+class PackedWeight(Tensor):
+    """The weight of a packed layer, unpacked, for who asks: a tensor like any other, but for its ``data``, which can't
+    be replaced. PEFT merges an adapter so, which would be lost with this copy.
+    """
+
+    # what is computed from it is a plain tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @property
+    def data(self) -> Tensor:
+        """The same memory, plain."""
+        return self.detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        raise RuntimeError(
+            "the weight of a packed layer can't be written: it is unpacked from its codes whenever it is asked for. "
+            "askew_cuda.unpack_modules(model) gives the layers weights; then adapters can be merged into them"
+        )
 
 
 class PackedLayer(nn.Module):
@@ -48,12 +70,20 @@ class PackedLayer(nn.Module):
         # Of channels_last, say: kernels round differently in other memory formats.
         self.strides = torch.empty_like(weight, device="meta").stride()
         self.dtype = self.trained_dtype = weight.dtype
-        plain = replace(quantizer, scale="auto").plain()
-        self.label = plain if isinstance(plain, str) else f"{len(self.levels)} levels/{quantizer.granularity}"
+        self.quantizer = replace(quantizer, scale="auto").plain()
+        self.label = (
+            self.quantizer if isinstance(self.quantizer, str) else f"{len(self.levels)} levels/{quantizer.granularity}"
+        )
 
     @property
     def weight(self) -> Tensor:
-        """(...), unpacked now; without gradient."""
+        """(...), unpacked now; without gradient. Replacing its ``data`` is refused."""
+        weight = self._unpacked()
+        return (
+            weight.as_subclass(PackedWeight) if type(weight) is Tensor and not torch.compiler.is_compiling() else weight
+        )
+
+    def _unpacked(self) -> Tensor:
         codes = unpack(self.codes, self.bits, math.prod(self.shape)).reshape(self.shape)
         weight = self._restore(codes, self.scale)
         if weight.stride() != self.strides:
@@ -88,7 +118,13 @@ class PackedLayer(nn.Module):
         return torch.frombuffer(bytearray(json.dumps(packing).encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Nothing to set: it was found equal in :meth:`_load_from_state_dict`."""
+        """Nothing to set; raises ValueError where it says that the codes are packed in another way."""
+        if not torch.equal(state.cpu(), self.get_extra_state()):
+            raise ValueError(f"{self!r}: {self._other_packing(state)}")
+
+    def _other_packing(self, theirs: Tensor) -> str:
+        said = bytes(theirs.tolist()).decode(errors="replace") if theirs.dtype == torch.uint8 else repr(theirs)
+        return f"packed as {said:.300}; {bytes(self.get_extra_state().tolist()).decode():.300} is needed"
 
     def _load_from_state_dict(
         self,
@@ -100,10 +136,9 @@ class PackedLayer(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        theirs, mine = state_dict.get(f"{prefix}_extra_state"), self.get_extra_state()
-        if isinstance(theirs, Tensor) and not torch.equal(theirs.cpu(), mine):
-            said = bytes(theirs.tolist()).decode(errors="replace") if theirs.dtype == torch.uint8 else repr(theirs)
-            error_msgs.append(f"{prefix}codes: packed as {said:.300}; {bytes(mine.tolist()).decode():.300} is needed")
+        theirs = state_dict.get(f"{prefix}_extra_state")
+        if isinstance(theirs, Tensor) and not torch.equal(theirs.cpu(), self.get_extra_state()):
+            error_msgs.append(f"{prefix}codes: {self._other_packing(theirs)}")
             return
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -158,7 +193,8 @@ class PackedEmbedding(PackedLayer, nn.Embedding):  # type: ignore[override] # we
         """
         rows, dim = self.shape
         index = input.long().reshape(-1)
-        if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < rows:
+        exporting = torch.compiler.is_exporting()  # values are not known then; a runtime checks its own
+        if not exporting and index.numel() and not 0 <= int(index.min()) <= int(index.max()) < rows:
             raise IndexError(
                 f"PackedEmbedding: an index is outside of [0, {rows}): {int(index.min())} .. {int(index.max())}"
             )
@@ -169,6 +205,7 @@ class PackedEmbedding(PackedLayer, nn.Embedding):  # type: ignore[override] # we
         return self._restore(unpack_at(self.codes, self.bits, positions), scale).reshape(*input.shape, dim)
 
 
+_OWN = {"levels", "bits", "shape", "strides", "dtype", "trained_dtype", "quantizer", "label"}  # what no other layer has
 PACKED: dict[type[nn.Module], type[PackedLayer]] = {
     nn.Linear: PackedLinear,
     nn.Bilinear: PackedBilinear,
@@ -217,11 +254,59 @@ def pack_modules(model: nn.Module, optimizer: torch.optim.Optimizer, *, ternary:
         for weight, bits, packed, scale in packed_weights(optimizer, by_weight, names, ternary):
             for layer in layers[weight]:
                 new[layer] = PACKED[type(layer)](layer, packed, scale, by_weight[weight].quantizer, bits)
+    return _put(model, new)
+
+
+def unpack_modules(model: nn.Module) -> nn.Module:
+    """Gives every packed layer an ordinary weight again, the snapped one to the last bit: for what writes to weights,
+    such as merging an adapter, or for speed.
+
+    Args:
+        model: whose packed layers are replaced by nn.Linear, nn.Conv2d and nn.Embedding, in place. Layers that shared
+            their codes share the weight. It takes gradients, as any new parameter.
+
+    Returns:
+        The model; where it is itself a packed layer, the layer.
+
+    >>> import askew_cuda as askew
+    >>> model = nn.Sequential(nn.Linear(4, 10, bias=False))
+    >>> groups = askew.param_groups(model, {"*": "ternary"}, verbose=False)
+    >>> unpack_modules(pack_modules(model, askew.AskewSGD(groups, lr=0.1)))
+    Sequential(
+      (0): Linear(in_features=4, out_features=10, bias=False)
+    )
+    """
+    plain = {packed: kind for kind, packed in PACKED.items()}
+    weights: dict[tuple[int, torch.dtype], nn.Parameter] = {}
+    new: dict[nn.Module, nn.Module] = {}
+    for module in list(model.modules()):
+        if isinstance(module, PackedLayer):
+            layer: nn.Module = nn.Module.__new__(plain[type(module)])
+            nn.Module.__init__(layer)  # that of its own class would make a weight
+            layer.__dict__.update({name: value for name, value in vars(module).items() if name not in _OWN})
+            layer._buffers = {name: each for name, each in module._buffers.items() if name not in ("codes", "scale")}
+            key = (module.codes.data_ptr() or id(module), module.dtype)
+            if key not in weights:
+                with torch.no_grad():
+                    weights[key] = nn.Parameter(module._unpacked())
+            layer._parameters = {"weight": weights[key], **module._parameters}
+            new[module] = layer
+    return _put(model, new)
+
+
+def _put(model: nn.Module, new: dict[nn.Module, nn.Module]) -> nn.Module:
+    """Replaces modules wherever they are; the model, or what replaces it."""
     for module in list(model.modules()):
         for name, child in module._modules.items():
             if child in new:
                 setattr(module, name, new[child])
-    return new.get(model, model)
+    model = new.get(model, model)
+    theirs = sys.modules.get("transformers.modeling_utils")  # which is there where one of its models is
+    if theirs is not None and any(isinstance(each, theirs.PreTrainedModel) for each in model.modules()):
+        from .pretrained import announce
+
+        announce(model)
+    return model
 
 
 def _layers(model: nn.Module, weights: set[Tensor]) -> dict[Tensor, list[nn.Module]]:

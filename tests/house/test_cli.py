@@ -1,5 +1,6 @@
 """askew-cuda doctor and askew-cuda inspect."""
 
+import json
 import subprocess
 import sys
 
@@ -40,10 +41,24 @@ def test_doctor_finds_a_backend_that_differs(monkeypatch, capsys):
 
 
 def test_the_command_runs_and_explains_itself():
-    run = subprocess.run([sys.executable, "-m", "askew_cuda.cli", "--help"], capture_output=True, text=True, check=True)
+    run = subprocess.run([sys.executable, "-m", "askew_cuda", "--help"], capture_output=True, text=True, check=True)
     assert "doctor" in run.stdout
     with pytest.raises(SystemExit):
         main(["operate"])
+
+
+def test_it_says_its_version(capsys):
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"askew_cuda {askew.__version__}\n"
+
+
+def test_doctor_as_plain_data(capsys):
+    assert main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["machine"]["python"]
+    assert found["backends"]["cpu"] == {"absent": None, "interpreted": False, "cases": 64, "differs": []}
+    assert set(found["backends"]) == set(backends.BACKENDS) - {"reference"}
 
 
 def packed(tmp_path) -> str:
@@ -66,6 +81,25 @@ def test_inspect_shows_what_is_in_a_file(tmp_path, capsys):
     assert "12% 50% 38%" in lines["b.weight"]
     assert lines["a.bias"].split() == ["a.bias", "2", "-", "float32", "8"]
     assert "2 quantized tensors, 16 weights" in lines["2"]
+
+
+def test_inspect_as_plain_data(tmp_path, capsys):
+    file = packed(tmp_path)
+    assert main(["inspect", "--json", file]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["quantized"]["a.weight"] == {
+        "shape": [2, 4],
+        "dtype": "float32",
+        "quantizer": "binary",
+        "levels": [-1, 1],
+        "bits": 1,
+        "scale": [1, 1],
+        "occupancy": [0.25, 0.75],
+        "bytes": 5,
+    }
+    assert found["plain"] == {"a.bias": {"shape": [2], "dtype": "float32", "bytes": 8}}
+    assert (found["tied"], found["weights"]) == ({}, 16)
+    assert found["bits_per_weight"] == 8 * (5 + found["quantized"]["b.weight"]["bytes"]) / 16
 
 
 def test_inspect_of_another_file_says_why(tmp_path, capsys):

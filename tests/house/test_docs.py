@@ -3,7 +3,7 @@ example.
 """
 
 import doctest
-import importlib
+import importlib.util
 import pkgutil
 import re
 from pathlib import Path
@@ -14,9 +14,10 @@ import askew_cuda
 
 ROOT = Path(__file__).parent.parent.parent
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
+RUN_HERE = [page for page in PAGES if page.parent.name != "trainers"]  # theirs run in tests/integrations
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", RUN_HERE, ids=lambda page: page.name)
 def test_the_python_blocks_of_a_page_run_in_order(page, tmp_path, monkeypatch):
     blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     assert blocks or page.name != "README.md"
@@ -35,6 +36,9 @@ MODULES = [
 def test_docstring_examples(module):
     if module.startswith("askew_cuda.triton."):
         pytest.importorskip("triton", reason="triton is not installed: `pip install triton`, or the dev extra")
+    if module.startswith("askew_cuda.integrations.") or module == "askew_cuda.packed.pretrained":
+        assert ">>> " not in importlib.util.find_spec(module).loader.get_source(module)  # its library may be absent
+        return
     failed, _ = doctest.testmod(importlib.import_module(module))
     assert failed == 0
 

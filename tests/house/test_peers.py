@@ -76,6 +76,9 @@ COMPLAINTS = {
     "empty groups and step counters (TransformerEngine#3318)": "test_groups_of_nothing_and_of_empty_weights_alone",
     "importing needs Triton (triton#6150)": "test_importing_the_package_takes_torch_and_nothing_heavy",
     "no flip rate, no occupancy (larq#364)": "test_a_sample_by_hand",
+    "adapters beside weights of few bits (hqq#42, unsloth#1089)": (
+        "test_an_adapter_on_packed_layers_trains_as_on_the_snapped_ones"
+    ),
     "bf16 needs stochastic rounding or Kahan sums (pytorch#120376, bitsandbytes#1165, Adam-mini#26)": (
         "test_with_remainders_bfloat16_trains_as_float32_does"
     ),

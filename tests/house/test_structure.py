@@ -35,6 +35,16 @@ OUTSIDE = {"maths/pack.h": {"immintrin.h"}, "cuda/kernel.cu": {"algorithm", "cud
 
 # What a function that needs it may import, not the module: the package imports without.
 OPTIONAL = {"matplotlib", "numpy"}
+# What is imported only where its library is in use.
+BESIDE = {
+    "triton/__init__.py": {"triton"},
+    "triton/kernel.py": {"triton"},
+    "triton/launch.py": {"triton"},
+    "integrations/lightning.py": {"lightning"},
+    "integrations/timm.py": {"timm"},
+    "integrations/transformers.py": {"transformers"},
+    "packed/pretrained.py": {"transformers"},
+}
 # Layers of the package, lowest first: a module may import from its own layer, in one direction, and from those below.
 LAYERS = (
     {"reference", "rounding", "summation", "interrupts", "wrappers"},
@@ -46,6 +56,7 @@ LAYERS = (
         "layers",
         "schedule",
         "keywords",
+        "typed_keywords",
         "checks",
         "backends",
         "triton",
@@ -54,7 +65,8 @@ LAYERS = (
     {"hints", "anneal", "paper", "param_groups", "checkpoints", "plan"},
     {"optimizer", "optimizers"},
     {"monitor", "packed", "doctor"},
-    {"cli", "__init__"},
+    {"integrations"},
+    {"cli", "__init__", "__main__", "__version__"},
 )
 
 
@@ -81,7 +93,7 @@ def test_a_kernel_includes_only_what_its_folder_may(path):
 @pytest.mark.parametrize("folder", ["csrc", "askew_cuda", "benchmarks", "examples", "tests"])
 def test_no_file_is_called_what_another_one_is(folder):
     paths = [path for path in (*CSRC, *PYTHON) if path.relative_to(ROOT).parts[0] == folder]
-    names = collections.Counter(path.name for path in paths if not path.name.startswith("__"))
+    names = collections.Counter(path.name for path in paths if not path.name.startswith(("__", "conftest")))
     assert not [name for name, count in names.items() if count > 1]
 
 
@@ -121,12 +133,13 @@ def test_a_module_imports_only_from_its_layer_and_below(path):
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_module_imports_torch_and_the_standard_library_only(path):
-    """And Triton where only its backend is loaded; what is optional inside the function that needs it."""
+    """And a library beside which alone it is loaded; what is optional inside the function that needs it."""
+    beside = BESIDE.get(path.relative_to(ROOT / "askew_cuda").as_posix(), set())
     top = ast.parse(path.read_text()).body
     for node, _, outside in imports(path):
         at_the_top = any(node.lineno == each.lineno for each in top)
         allowed = sys.stdlib_module_names | {"torch"} | (set() if at_the_top else OPTIONAL)
-        assert outside <= allowed | ({"triton"} if path.parent.name == "triton" else set()), f"line {node.lineno}"
+        assert outside <= allowed | beside, f"line {node.lineno}"
 
 
 def test_a_step_goes_through_the_six_files_that_contributing_names():
@@ -159,7 +172,7 @@ def test_importing_the_package_takes_torch_and_nothing_heavy():
     names = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     loaded = {name.split(".")[0] for name in names}
     assert all(name in ("askew_cuda", "torch") or name in sys.stdlib_module_names for name in loaded), loaded
-    assert "askew_cuda.triton" not in names
+    assert not [name for name in names if name.startswith(("askew_cuda.triton", "askew_cuda.integrations"))]
 
 
 @pytest.mark.skipif(shutil.which("nm") is None, reason="nm (binutils) is not installed")

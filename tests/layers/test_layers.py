@@ -573,6 +573,17 @@ def test_a_group_without_decay_is_split_off_on_request(nested):
     assert len(param_groups(whole, "ternary", verbose=False)) == 2
 
 
+def test_those_without_decay_can_be_named():
+    model = between(nn.Linear(4, 4), nn.Linear(4, 4))
+    groups = param_groups(model, "ternary", no_decay=["1.weight", "0.bias"], verbose=False)
+    found = [({name for name, _ in each["params"]}, each.get("weight_decay")) for each in groups]
+    rest = {"0.weight", "1.bias", "2.bias", "3.weight", "3.bias"}
+    assert found == [({"1.weight"}, 0), ({"2.weight"}, None), (rest, None), ({"0.bias"}, 0)]
+    assert [each["fan_in"] for each in groups[:2]] == [[4], [4]]
+    with pytest.raises(ValueError, match=r"no_decay names '1\.wait', which the model does not have"):
+        param_groups(model, "ternary", no_decay={"1.wait"}, verbose=False)
+
+
 @pytest.mark.parametrize(("rank", "prints"), [("0", True), ("3", False)])
 def test_only_rank_0_prints_the_table(rank, prints, monkeypatch, capsys):
     monkeypatch.setenv("RANK", rank)

@@ -112,7 +112,9 @@ def test_the_picture_is_drawn(tmp_path, quantizers):
         watch.picture(tmp_path / "none.png")
     watch.sample()
     watch.sample()
-    watch.picture(tmp_path / "watch.png")
+    figure = watch.picture(tmp_path / "watch.png")
+    assert figure._repr_png_().startswith(b"\x89PNG")  # a notebook shows it
+    assert [axes.get_title() for axes in watch.picture().axes] == [axes.get_title() for axes in figure.axes]
     assert (tmp_path / "watch.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -127,3 +129,15 @@ def test_wrong_arguments(arguments, error):
 def test_only_our_optimizers():
     with pytest.raises(TypeError, match="optimizer is a SGD"):
         askew.monitor(torch.optim.SGD([nn.Parameter(torch.zeros(2))]))
+
+
+def test_without_a_period_samples_are_taken_when_asked_for(quantizers):
+    (weight,) = weights = [torch.nn.Parameter(torch.randn(8, 4, generator=torch.Generator().manual_seed(0)))]
+    optimizer = askew.AskewSGD(weights, lr=0.1, quantizer="ternary", pretrained=True)
+    watch = askew.monitor(optimizer, every=None)
+    for _ in range(3):
+        weight.grad = torch.ones(8, 4)
+        optimizer.step()
+    assert watch.history == []
+    watch.sample()
+    assert [step for step, _ in watch.history] == [3]

@@ -10,7 +10,7 @@ from torch.nn.utils import prune
 
 import askew_cuda as askew
 from askew_cuda.packed import load_packed, save_packed
-from askew_cuda.packed.modules import PACKED, PackedConv2d, PackedEmbedding, PackedLinear, pack_modules
+from askew_cuda.packed.modules import PACKED, PackedConv2d, PackedEmbedding, PackedLinear, pack_modules, unpack_modules
 
 
 class Net(nn.Module):
@@ -333,3 +333,46 @@ def test_from_the_file_to_packed_layers(tmp_path):
     other = Net()
     groups = load_packed(tmp_path / "a", other)
     assert torch.equal(pack_modules(other, askew.AskewSGD(groups, lr=0.1))(INDEX), snapped(INDEX))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_unpacked_layers_are_the_snapped_ones(dtype):
+    model, optimizer, snapped = trained(dtype=dtype)
+    before = {name: type(module) for name, module in model.named_modules()}
+    pack_modules(model, optimizer)
+    wanted = model(INDEX)
+    assert unpack_modules(model) is model
+    assert {name: type(module) for name, module in model.named_modules()} == before
+    assert torch.equal(model(INDEX), wanted)
+    state = model.state_dict()
+    assert state.keys() == snapped.state_dict().keys()
+    assert all(torch.equal(value, state[name]) for name, value in snapped.state_dict().items())
+    assert all(weight.requires_grad for weight in model.parameters())
+    assert model.conv[0].extra_repr() == snapped.conv[0].extra_repr()
+    assert vars(model.head).keys() == vars(snapped.head).keys()
+
+
+def test_layers_that_share_codes_share_the_unpacked_weight():
+    model = nn.ModuleDict({"a": nn.Linear(6, 6), "b": nn.Linear(6, 6)})
+    model["b"].weight = model["a"].weight
+    groups = askew.param_groups(model, {"re:.*weight": "ternary"}, verbose=False, pretrained=True)
+    pack_modules(model, askew.AskewSGD(groups, lr=0.1))
+    unpack_modules(model)
+    assert model["a"].weight is model["b"].weight
+    alone = nn.Linear(6, 6, bias=False)
+    packed = pack_modules(alone, askew.AskewSGD(alone.parameters(), quantizer="binary", pretrained=True))
+    assert type(packed) is PackedLinear
+    assert type(unpack_modules(packed)) is nn.Linear
+
+
+def test_replacing_the_data_of_a_packed_weight_is_refused():
+    model, optimizer, snapped = trained()
+    pack_modules(model, optimizer)
+    before = model(INDEX)
+    with pytest.raises(RuntimeError, match=r"can't be written.*unpack_modules"):
+        model.head.weight.data += 1
+    with pytest.raises(RuntimeError, match="can't be written"):
+        model.head.weight.data = snapped.head.weight
+    assert torch.equal(model(INDEX), before)
+    assert type(model.head.weight + 1) is torch.Tensor
+    assert type(model.head.weight.data) is torch.Tensor
