@@ -112,16 +112,19 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     def add_param_group(self, param_group: Group) -> None:
-        """As torch's; the group may bring any of the keywords of the constructor. Nothing is added when one is
-        wrong.
+        """As torch's; the group may bring any of the keywords of the constructor, and ``scales``, a list with a tensor
+        for each weight, which are copied to its state. Nothing is added when one is wrong.
         """
         group = dict(param_group)
+        given = group.pop("scales", None)
         if not isinstance(group["params"], (Tensor, set)):  # torch wraps the one and refuses the other
             group["params"] = list(group["params"])
         group["recovery"], group["alpha"] = resolve_rate(
             group, self.defaults, group.get("skew_at", self.defaults["skew_at"])
         )
         quantizer = self._check(group)
+        dims = group.get("channel_dim", self.defaults["channel_dim"])
+        found = [] if given is None else scales.given(given, group["params"], quantizer, dims)
         group["quantizer"] = None if quantizer is None else quantizer.plain()
         annealed = self._annealed(group)
         epsilon = group.setdefault("epsilon", self.defaults["epsilon"])
@@ -140,6 +143,8 @@ class QuantizedOptimizer(torch.optim.Optimizer):
             if isinstance(group.get(key), (list, tuple)):
                 group[key] = [group[key][i] for i in reversed(unique.values())]
         self._quantizer(group)
+        for weight, scale in found:
+            self._set_scale(group, weight, scale)
 
     def _check(self, group: Group) -> Quantizer | None:
         """Whether the group, and the defaults where it is silent, can be stepped; its quantizer."""
