@@ -250,17 +250,15 @@ class TensorReader:
             ValueError: the file ends before it does, or a truth value is neither 0 nor 1.
         """
         entry = self.entries[name]
-        raw = bytearray(entry.end - entry.begin)
+        values = torch.empty(entry.end - entry.begin, dtype=torch.uint8, device="cpu")
+        raw = _bytes_of(values)
         self.file.seek(self.start + entry.begin)
-        if self.file.readinto(raw) != len(raw):
+        if self.file.readinto(raw) != len(values):
             raise self.error(
-                f"{name!r}: the file ends before its {len(raw)} bytes do; it was cut short while it was read"
+                f"{name!r}: the file ends before its {len(values)} bytes do; it was cut short while it was read"
             )
         digest = hashlib.sha256(raw).hexdigest()
-        if not raw:
-            return torch.empty(entry.shape, dtype=entry.dtype, device="cpu"), digest
-        values = torch.frombuffer(raw, dtype=torch.uint8)
-        if entry.dtype == torch.bool and int(values.max()) > 1:
+        if entry.dtype == torch.bool and entry.numel and int(values.max()) > 1:
             raise self.error(f"{name!r} holds the truth value {int(values.max())}; 0 or 1 is needed")
         return values.view(entry.dtype).reshape(entry.shape), digest
 

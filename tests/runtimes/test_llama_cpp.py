@@ -31,7 +31,7 @@ def ggml() -> ctypes.CDLL:
 def by_llama_cpp(type: str, raw: torch.Tensor, count: int) -> torch.Tensor:
     """(bytes,) uint8 to (count,) float32, by ggml."""
     found = torch.empty(count)
-    function = getattr(ggml(), f"dequantize_row_{type if type == 'Q2_K' else type.lower()}")
+    function = getattr(ggml(), f"dequantize_row_{'q2_K' if type == 'Q2_K' else type.lower()}")
     function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64], None
     raw = raw.contiguous()
     function(raw.data_ptr(), found.data_ptr(), count)

@@ -5,8 +5,9 @@ No table of names is kept. A file for llama.cpp is made from the one that its co
 tensor whose rows are those of a quantized weight, in whatever order, is replaced by blocks, and all else stays.
 """
 
+import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -276,7 +277,8 @@ def _value(reader: GgufReader, there: str, name: str, target: Tensor) -> Trained
     raw = reader.read(there)
     if entry.number in PLAIN_TYPES:
         value = raw.view(PLAIN_TYPES[entry.number]).reshape(target.shape)
-        if not torch.equal(value.to(target.dtype).to(value.dtype), value) and not value.isnan().any():
+        kept = value.to(target.dtype).to(value.dtype)
+        if not bool(((kept == value) | value.isnan()).all()):
             raise reader.error(
                 f"{there!r} is {value.dtype}, more than {target.dtype}, as {name}, holds; widen the model"
             )
@@ -298,6 +300,8 @@ def trained_of(kind: BlockType, blocks: Blocks, shape: tuple[int, ...], dtype: t
     Raises: ValueError: a scale is NaN, infinite or, where no level is 0, zero; or the shifts are no codebook's.
     """
     d = blocks.d.float()
+    if not d.numel():
+        raise ValueError("it is empty, and has no scale")
     if not bool(d.isfinite().all()):
         raise ValueError("a scale is NaN or infinite")
     levels = _levels(kind, blocks)
@@ -312,7 +316,10 @@ def trained_of(kind: BlockType, blocks: Blocks, shape: tuple[int, ...], dtype: t
         d = torch.where(dead, 1.0, d)
     groups = Groups(digits.to(torch.uint8), d.abs().reshape(-1, shape[-1] // kind.weights))
     quantizer, scale = _fewest(Codebook(levels), groups, shape, kind.weights)
-    return Trained(quantizer, 0, dtype, groups.codes.reshape(shape), scale.to(_wide(dtype)))
+    trained = Trained(quantizer, 0, dtype, groups.codes.reshape(shape), scale.to(_wide(dtype)))
+    if not torch.equal(trained.weight().float().reshape(blocks.digits.shape), values(kind, blocks)):
+        raise ValueError(f"blocks of {kind.name} whose products are rounded otherwise than those of a codebook")
+    return trained
 
 
 def _levels(kind: BlockType, blocks: Blocks) -> tuple[float, ...]:
@@ -321,8 +328,8 @@ def _levels(kind: BlockType, blocks: Blocks) -> tuple[float, ...]:
         assert kind.first is not None
         return tuple(float(kind.first + kind.step * digit) for digit in range(kind.digits))
     first = blocks.m.float() / blocks.d.float()
-    value = float(first[0]) if len(first) else 0.0
-    if not bool((first == value).all()) or value * 2 != round(value * 2):
+    value = float(first[0])
+    if not math.isfinite(value) or not bool((first == value).all()) or value * 2 != round(value * 2):
         raise ValueError(f"blocks of {kind.name} have shifts of their own, which are those of no codebook")
     return tuple(value + digit for digit in range(kind.digits))
 
@@ -350,10 +357,3 @@ def _fewest(book: Codebook, groups: Groups, shape: tuple[int, ...], size: int) -
     while rows.shape[1] % 2 == 0 and bool((rows[:, ::2] == rows[:, 1::2]).all()):
         rows, size = rows[:, ::2], 2 * size
     return Quantizer(book, granularity="group", group_size=size), rows.contiguous()
-
-
-def types_for(codebook: Codebook) -> Iterator[str]:
-    """The block types that hold a codebook, smallest first."""
-    for kind in TYPES.values():
-        if digits_for(kind, codebook.levels) is not None:
-            yield kind.name

@@ -196,11 +196,13 @@ def test_negative_and_dead_scales_of_others():
         trained_of(TYPES["Q8_0"], low, (1, 32), torch.float32)
     with pytest.raises(ValueError, match=r"a scale is NaN"):
         trained_of(TYPES["Q4_0"], low._replace(d=torch.tensor([[torch.nan]]).half()), (1, 32), torch.float32)
-    shifts = Blocks(
-        torch.zeros(2, 32, dtype=torch.uint8), torch.ones(2, 1).half(), torch.tensor([[-7.5], [-7.4]]).half()
-    )
-    with pytest.raises(ValueError, match=r"blocks of Q4_1 have shifts of their own"):
-        trained_of(TYPES["Q4_1"], shifts, (2, 32), torch.float32)
+    digits, d, m = torch.zeros(2, 32, dtype=torch.uint8), torch.ones(2, 1).half(), torch.tensor([[-7.5], [-7.4]]).half()
+    for scale, shift in ((d, m), (d * 0, m), (d * 0, m * 0), (d, m * torch.inf), (d, m[:1] + 7.1)):
+        with pytest.raises(ValueError, match=r"blocks of Q4_1 have shifts of their own"):
+            trained_of(TYPES["Q4_1"], Blocks(digits, scale, shift.expand(2, 1)), (2, 32), torch.float32)
+    for kind in TYPES.values():
+        with pytest.raises(ValueError, match=r"it is empty"):
+            trained_of(kind, read_blocks(kind, torch.zeros(0, kind.size, dtype=torch.uint8)), (0, 256), torch.float32)
 
 
 @pytest.fixture(scope="module")
