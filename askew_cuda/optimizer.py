@@ -17,7 +17,7 @@ from .hints import LostSteps
 from .interrupts import deferred
 from .keywords import CONSTRAINT, Group, check_keywords, check_state_dtype, resolve_rate
 from .look import Measured, codes, measure, snap_, snapping
-from .plan import Batch, Plan, Traced, parts, ready
+from .plan import Batch, Plan, Traced, calls_of, parts
 from .quantizer import Quantizer
 
 _CPU = torch.device("cpu")
@@ -115,16 +115,19 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     def add_param_group(self, param_group: Group) -> None:
-        """As torch's; the group may bring any of the keywords of the constructor. Nothing is added when one is
-        wrong.
+        """As torch's; the group may bring any of the keywords of the constructor, and ``scales``, a list with a tensor
+        for each weight, which are copied to its state. Nothing is added when one is wrong.
         """
         group = dict(param_group)
+        given = group.pop("scales", None)
         if not isinstance(group["params"], (Tensor, set)):  # torch wraps the one and refuses the other
             group["params"] = list(group["params"])
         group["recovery"], group["alpha"] = resolve_rate(
             group, self.defaults, group.get("skew_at", self.defaults["skew_at"])
         )
         quantizer = self._check(group)
+        dims = group.get("channel_dim", self.defaults["channel_dim"])
+        found = [] if given is None else scales.given(given, group["params"], quantizer, dims)
         group["quantizer"] = None if quantizer is None else quantizer.plain()
         annealed = self._annealed(group)
         epsilon = group.setdefault("epsilon", self.defaults["epsilon"])
@@ -143,6 +146,8 @@ class QuantizedOptimizer(torch.optim.Optimizer):
             if isinstance(group.get(key), (list, tuple)):
                 group[key] = [group[key][i] for i in reversed(unique.values())]
         self._quantizer(group)
+        for weight, scale in found:
+            self._set_scale(group, weight, distributed.place_beside(scale, weight))
 
     def _check(self, group: Group) -> Quantizer | None:
         """Whether the group, and the defaults where it is silent, can be stepped; its quantizer."""
@@ -423,7 +428,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         """The step as torch.compile sees it: the operators, and no plan."""
         found = list(parts(self, Traced()))
         for part in found:
-            for call in ready(part):
+            for call in calls_of(part):
                 call()
         if found:
             for group in self.param_groups:

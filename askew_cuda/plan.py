@@ -234,7 +234,7 @@ def sums_for(scale: Tensor, kinds: int) -> Tensor:
     return torch.zeros((kinds, scale.numel()), dtype=torch.float64, device=there)
 
 
-def ready(part: Part) -> list[Callable[[], None]]:
+def calls_of(part: Part) -> list[Callable[[], None]]:
     """The calls of a part, to be made one after the other."""
     calls = [backends.ready(part.backend, part.call)]
     if part.shares_scales:
@@ -492,7 +492,7 @@ class Plan:
         """
         if self.compiled is not None:
             self.compiled.lay_out()
-        self.ready = [call for part in self.others for call in ready(part)]
+        self.ready = [call for part in self.others for call in calls_of(part)]
 
     def run(self, entries: list[tuple[dict[str, Any], str, Any]]) -> None:
         """The step. What it adds to the optimizer comes to be with it, and so do entries of param groups: (group, key,

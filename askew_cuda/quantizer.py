@@ -28,6 +28,17 @@ _NAMED = {
     "pow2": (-1, -0.5, -0.25, -0.125, 0, 0.125, 0.25, 0.5, 1),
 }
 _ALIASES = {"1bit": "binary"}
+# What block types of GGUF files hold: levels, weights that share a scale. The levels of q2_k stand for 2bit's.
+_FORMATS: dict[str, tuple[str | tuple[float, ...], int]] = {
+    "gguf:q1_0": ("binary", 128),
+    "gguf:tq1_0": ("ternary", 256),
+    "gguf:tq2_0": ("ternary", 256),
+    "gguf:q2_0": ((-1, 0, 1, 2), 64),
+    "gguf:q2_k": ("2bit", 256),
+    "gguf:q4_0": ("int4", 32),
+    "gguf:q4_1": ("4bit", 32),
+    "gguf:q8_0": ("int8", 32),
+}
 _LARGEST_LEVEL = torch.finfo(torch.float32).max / 2  # so that sums and differences of two levels fit, too
 SCALE_RULES = ("auto", "absmean", "absmax", "sawb", "mse")
 GRANULARITIES = ("tensor", "channel", "group")
@@ -190,8 +201,8 @@ class Quantizer:
 
     @classmethod
     def parse(cls, spec: "str | Quantizer | Mapping[str, Any]") -> "Quantizer":
-        """From a name with an optional suffix ("ternary/channel", "2bit/group128"), the plain form, or a Quantizer as
-        it is.
+        """From a name with an optional suffix ("ternary/channel", "2bit/group128"), the name of a format's blocks
+        ("gguf:q4_0"), the plain form, or a Quantizer as it is.
         """
         if isinstance(spec, Quantizer):
             return spec
@@ -279,6 +290,21 @@ class Quantizer:
         return tuple(groups if dim == along else size for dim, size in enumerate(weight.shape))
 
 
+def codebook_of(spec: "str | Quantizer | Mapping[str, Any]") -> Codebook:
+    """The codebook of anything that :meth:`Quantizer.parse` takes. A plain form's scales, which may be many, are not
+    looked at.
+
+    >>> len(codebook_of({"levels": [-1, 0, 1], "scale": [0.5] * 1000}))
+    3
+    """
+    return _codebook(tuple(spec["levels"])) if isinstance(spec, Mapping) else Quantizer.parse(spec).codebook
+
+
+@functools.lru_cache(maxsize=64)
+def _codebook(levels: tuple[float, ...]) -> Codebook:
+    return Codebook(levels)
+
+
 def output_dims(channel_dim: ChannelDim, dims: int, name: str) -> tuple[int, ...]:
     """The dimensions of which each index has scales of its own, ascending; negative ones count from the last.
 
@@ -338,6 +364,9 @@ def _nested(value: Any, kind: type) -> Any:
 
 @functools.cache
 def _parse_name(spec: str) -> Quantizer:
+    if spec in _FORMATS:
+        levels, size = _FORMATS[spec]
+        return Quantizer(levels, granularity="group", group_size=size)
     name, slash, suffix = spec.partition("/")
     codebook, group = Codebook.named(name), re.fullmatch("group([0-9]+)", suffix)
     if group:

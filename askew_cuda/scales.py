@@ -60,10 +60,10 @@ def estimate(
     there, weight = weight.device, reference.with_double(weight.detach())
     shape, dtype = quantizer.scale_shape(weight, channel_dim), reference.arithmetic(weight.dtype)
     if not isinstance(quantizer.scale, str):
-        given = torch.tensor(quantizer.scale, dtype=torch.float64, device="cpu")
-        _check_range(given, dtype, f"scale of {name}", "give another")
-        given = given.to(there, dtype)
-        return given.expand(shape).clone() if given.dim() == 0 else given.reshape(shape)
+        scale = torch.tensor(quantizer.scale, dtype=torch.float64, device="cpu")
+        _check_range(scale, dtype, f"scale of {name}", "give another")
+        scale = scale.to(there, dtype)
+        return scale.expand(shape).clone() if scale.dim() == 0 else scale.reshape(shape)
     if weight.numel() == 0:
         return torch.ones(shape, dtype=dtype, device=there)
     bad = look.non_finite(weight)
@@ -107,6 +107,57 @@ def learning_rate(group: dict[str, Any], quantizer: Quantizer) -> float:
     if group["pretrained"]:
         return 0.0
     return 0.05 if len(quantizer.codebook) == 2 else 0.1
+
+
+def short(scale: Tensor, bits: int = 7) -> Tensor:
+    """Scales with so many significant bits, each the nearest to the one it replaces, at most 2^-bits of it away; a tie
+    goes to the even one.
+
+    Seven survive float16 and bfloat16, times a level of four bits survive float16: what formats of other runtimes
+    store. A number that has no more keeps its value, so that rounding twice is rounding once.
+
+    Args: scale: (...), any floating type. Not mutated. bits: 1 to the type's own.
+
+    >>> short(torch.tensor([0.1, 0.75, 1.0])).tolist()
+    [0.099609375, 0.75, 1.0]
+    """
+    mantissa, exponent = torch.frexp(scale)
+    return torch.ldexp((mantissa * 2**bits).round() / 2**bits, exponent)
+
+
+def given(
+    scales: Sequence[Tensor], params: Any, quantizer: Quantizer | None, channel_dim: ChannelDim
+) -> list[tuple[Tensor, Tensor]]:
+    """The scales that a param group brings along, each with its weight: copies, on the weights' devices.
+
+    Args:
+        scales: one for each weight, of the shape that ``quantizer.scale_shape`` says or with dimensions of size 1 left
+            out, of any floating type that the arithmetic type holds exactly. Not mutated.
+        params: a weight, or weights, or (name, weight) pairs; in the order of the scales.
+
+    Raises: ValueError, TypeError: their number, a shape, a dtype or a value does not fit, or nothing is quantized.
+    """
+    params = [params] if isinstance(params, Tensor) else params
+    if quantizer is None or not isinstance(scales, (list, tuple)) or len(scales) != len(params):
+        count = len(scales) if isinstance(scales, (list, tuple)) else type(scales).__name__
+        raise ValueError(
+            f"scales = {count} for {len(params)} weights, quantizer = {quantizer and quantizer.plain()!r}; a list with "
+            "a tensor for each weight of a quantized group is needed"
+        )
+    found = []
+    for index, (item, scale) in enumerate(zip(params, scales, strict=True)):
+        name, weight = item if isinstance(item, tuple) else (f"params[{index}]", item)
+        if not isinstance(scale, Tensor):
+            raise TypeError(f"scale of {name} = {scale!r}; a tensor is needed")
+        dtype, shape = reference.arithmetic(weight.dtype), quantizer.scale_shape(weight, channel_dim)
+        if torch.promote_types(scale.dtype, dtype) != dtype or not scale.is_floating_point():
+            raise TypeError(f"scale of {name} is {scale.dtype}; {dtype} is needed")
+        if tuple(scale.shape) not in (shape, tuple(size for size in shape if size != 1)):
+            raise ValueError(f"scale of {name} has shape {tuple(scale.shape)}; {shape} is needed")
+        if not scale.is_meta:
+            _check_range(scale, dtype, f"scale of {name}", "give another")
+        found.append((weight, scale.detach().reshape(shape).to(weight.device, dtype, copy=True)))
+    return found
 
 
 def _check_range(scale: Tensor, dtype: torch.dtype, what: str, remedy: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .quantizer import Quantizer
+from .quantizer import codebook_of
 
 NEAR = 1 / 64  # of half the distance between levels: a weight that close to its level has arrived
 _SNAP = 2**-16  # from there on capture goes all the way, on any dtype (reference.snap_radius)
@@ -89,7 +89,7 @@ def phase(group: dict[str, Any]) -> tuple[float, float]:
 
     Raises: ValueError: hold is not before end.
     """
-    levels = len(Quantizer.parse(group["quantizer"]).codebook)
+    levels = len(codebook_of(group["quantizer"]))
     hold, end = default_phase(levels, group["pretrained"])
     if group["end"] is not None:
         end = group["end"]

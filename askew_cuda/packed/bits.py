@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import reference
+from .. import backends, look, reference
 
 
 class Packing(NamedTuple):
@@ -24,6 +24,7 @@ class Packing(NamedTuple):
 
 # By bits per weight.
 PACKINGS = {1: Packing(2, 8), 1.6: Packing(3, 5), 2: Packing(4, 4), 4: Packing(16, 2), 8: Packing(256, 1)}
+_AT_ONCE = 2**20  # bytes
 TERNARY = {"1.6bit": 1.6, "2bit": 2}
 
 
@@ -103,13 +104,20 @@ def fault(packed: Tensor, bits: float, numel: int, levels: int) -> str | None:
     ``levels``.
     """
     base, per_byte = PACKINGS[bits]
-    if packed.numel() and base**per_byte < 256 and int(packed.max()) >= base**per_byte:
-        return f"a byte is {int(packed.max())}; five ternary codes make at most {base**per_byte - 1}"
-    digits = _digits(packed, bits)
-    codes, padding = digits[:numel], digits[numel:]
-    if codes.numel() and int(codes.max()) >= levels:
-        return f"a code is {int(codes.max())}; codes below {levels}, the number of levels, are needed"
-    if padding.numel() and int(padding.max()) != 0:
+    if not packed.numel():
+        return None
+    most = base**per_byte
+    if most < 256 and int(packed.max()) >= most:
+        return f"a byte is {int(packed.max())}; five ternary codes make at most {most - 1}"
+    last = _digits(packed[-1:], bits)
+    rest = numel - (len(packed) - 1) * per_byte  # codes in the last byte
+    if levels < base:
+        largest = _digits(torch.arange(256, dtype=torch.uint8, device=packed.device), bits).view(-1, per_byte).amax(1)
+        whole = (largest[part.int()].max() for part in packed[:-1].split(_AT_ONCE) if part.numel())
+        found = max((int(each) for each in (*whole, last[:rest].max())), default=0)
+        if found >= levels:
+            return f"a code is {found}; codes below {levels}, the number of levels, are needed"
+    if last[rest:].any():
         return "the last byte is not filled up with zeros"
     return None
 
@@ -132,6 +140,29 @@ def restore(codes: Tensor, scale: Tensor, levels: Sequence[float], dtype: torch.
         return torch.empty(codes.shape, dtype=dtype, device=codes.device)
     book = reference.codebook(levels, scale)
     return (reference.spread(scale, codes) * book.unit * book.level(codes.to(scale.dtype))).to(dtype)
+
+
+def restore_(weight: Tensor, packed: Tensor, bits: float, scale: Tensor, levels: Sequence[float]) -> None:
+    """Overwrites a weight by what packed codes stand for, as :func:`restore` says. On a CPU in one pass, where there
+    are compiled kernels.
+
+    Args:
+        weight: (...), of any dtype, device and memory format. Mutated.
+        packed: (packed_size,), uint8, codes of its weights in logical order, each below K; on the CPU or its device.
+        scale, levels: as for :func:`restore`; the scale where the codes are.
+    """
+    there = weight.detach()
+    base, per_byte = PACKINGS[bits]
+    real = type(packed) is Tensor and torch._C._len_torch_dispatch_stack() == 0 and not torch.compiler.is_compiling()
+    if backends.extension is None or packed.device.type != "cpu" or not (real and weight.numel()):
+        codes = unpack(packed, bits, weight.numel()).reshape(weight.shape)
+        there.copy_(restore(codes, scale, levels, weight.dtype))
+        return
+    plain = there.device.type == "cpu" and there.is_contiguous() and type(weight.data) is Tensor
+    laid = look.runs(there if plain else torch.empty(there.shape, dtype=there.dtype, device="cpu"), scale)
+    torch.ops.askew_cuda.restore_(laid.weight, packed, base, per_byte, laid.scale, laid.run, levels)
+    if not plain:
+        there.copy_(laid.weight.view(there.shape))
 
 
 def _digits(packed: Tensor, bits: float) -> Tensor:

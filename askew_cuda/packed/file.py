@@ -28,12 +28,12 @@ from torch import Tensor, nn
 
 from .. import reference
 from ..checks import DTYPES
-from ..distributed import by_first_rank, local, place_beside, whole, zero_around
+from ..distributed import by_first_rank, is_sharded, local, place_beside, whole, zero_around
 from ..look import codes as nearest_codes
-from ..look import packed_codes
+from ..look import non_finite, packed_codes
 from ..quantizer import Quantizer
 from ..wrappers import unwrap
-from .bits import PACKINGS, fault, pack, packed_size, restore, unpack, width
+from .bits import PACKINGS, fault, pack, packed_size, restore, restore_, unpack, width
 from .safetensors import TensorReader, TensorWriter, replacing
 
 VERSION = 2
@@ -137,14 +137,14 @@ def load_packed(path: str | os.PathLike[str], model: nn.Module) -> list[dict[str
 
     The file is checked as a whole - header, manifest, checksums, codes, scales, names, shapes and dtypes against the
     model - before anything in the model changes. Then its parameters and buffers are overwritten in place, one by one.
-    Nothing is unpickled.
+    The file is in memory as a whole meanwhile. Nothing is unpickled.
 
     Args:
         path: of a file that :func:`save_packed` wrote.
         model: of the architecture and dtypes that were saved, on any devices, in any memory format. Mutated.
 
     Returns: Param groups for a fresh AskewSGD or AskewAdamW, with named parameters: the quantized weights, one group
-        per quantizer and scale, ``pretrained="packed"``, quantizers with the very scales of the file, and
+        per quantizer and output dimension, with ``scales``, the very tensors of the file, ``pretrained="packed"`` and
         ``quantize_frozen``, since they are on their levels, frozen or not; then all others.
 
     Raises: ValueError: the file is truncated, damaged, foreign, of another version, or does not fit the model; the
@@ -158,17 +158,56 @@ def load_packed(path: str | os.PathLike[str], model: nn.Module) -> list[dict[str
         state = model.state_dict(keep_vars=True)
         for name, tensor in state.items():
             _fits(reader, name, tensor, sources[name], quantized)
-        for stored in reader.entries:
-            _verify(reader, stored, manifest["sha256"][stored], quantized)
-        targets: dict[str, dict[Tensor, None]] = {}
-        for name, source in sources.items():
-            targets.setdefault(source, {})[state[name]] = None
-        with torch.no_grad():
-            for source, tensors in targets.items():
-                value = _value(reader, source, quantized)
-                for tensor in tensors:
-                    local(tensor).copy_(local(place_beside(value, tensor)))
-        return _groups(reader, model, sources, quantized)
+        held = {stored: _verified(reader, stored, manifest["sha256"][stored], quantized) for stored in reader.entries}
+    targets: dict[str, dict[Tensor, None]] = {}
+    for name, source in sources.items():
+        targets.setdefault(source, {})[state[name]] = None
+    with torch.no_grad():
+        for source, tensors in targets.items():
+            for tensor in tensors:
+                _overwrite(tensor, held, source, quantized)
+    return _groups(held, model, sources, quantized)
+
+
+class Trained(NamedTuple):
+    """A quantized tensor of a packed file."""
+
+    quantizer: Quantizer
+    channel_dim: int | tuple[int, ...]
+    dtype: torch.dtype  # of the weights that were trained
+    codes: Tensor  # (...), uint8
+    scale: Tensor  # as quantizer.scale_shape says, of the arithmetic type
+
+    def weight(self) -> Tensor:
+        """(...), the weights themselves, to the last bit."""
+        return restore(self.codes, self.scale, self.quantizer.codebook.levels, self.dtype)
+
+
+def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Trained | Tensor], dict[str, str]]:
+    """All that is in a packed file, without a model, checked as :func:`load_packed` does: tensors by name, and from
+    other names of a tensor to that one. On the CPU.
+
+    Raises: ValueError: the file is damaged, foreign or of another version. OSError: it can't be read.
+    """
+    with open(path, "rb") as file:
+        reader = TensorReader(file, path)
+        manifest = read_manifest(reader)
+        quantized = {name: read_packed(reader, name, raw) for name, raw in manifest["quantized"].items()}
+        stored = _stored(reader, manifest, quantized)
+        for name, packed in quantized.items():
+            if packed_size(math.prod(packed.shape), packed.bits) != reader.entries[f"{name}.codes"].numel:
+                raise reader.error(
+                    f"{name!r} has shape {packed.shape}, but {reader.entries[f'{name}.codes'].numel} bytes of codes"
+                )
+            _fits(reader, name, torch.empty(packed.shape, dtype=packed.dtype, device="meta"), name, quantized)
+        held = {each: _verified(reader, each, manifest["sha256"][each], quantized) for each in reader.entries}
+    found: dict[str, Trained | Tensor] = {}
+    found.update((name, held[name]) for name in reader.entries if name in stored)
+    for name, packed in quantized.items():
+        codes = unpack(held[f"{name}.codes"], packed.bits, math.prod(packed.shape)).reshape(packed.shape)
+        quantizer, dims = packed.quantizer, packed.channel_dim
+        found[name] = Trained(quantizer, dims, packed.dtype, codes, held[f"{name}.scale"])
+    return found, manifest["tied"]
 
 
 # What saving shares with packed layers
@@ -240,7 +279,7 @@ def packed_weights(
 def _packed_weight(name: str, weight: Tensor, scale: Tensor, how: Quantized, ternary: str) -> tuple[float, Tensor]:
     """(bits, packed codes) of a weight. Raises as :func:`packed_weights`."""
     quantizer, channel_dim = how
-    if weight.isnan().any():
+    if non_finite(weight) and weight.isnan().any():
         raise ValueError(
             f"{name} holds {int(weight.isnan().sum())} NaN weights; they have no level: repair them before packing"
         )
@@ -379,6 +418,20 @@ def _match(
     reader: TensorReader, manifest: dict[str, Any], quantized: dict[str, Packed], model: nn.Module
 ) -> dict[str, str]:
     """From each name in the model to the name that its tensor is stored under."""
+    stored = _stored(reader, manifest, quantized)
+    own, tied = model_state(model, "load_packed")
+    _same(reader, {*own, *tied}, stored | set(manifest["tied"]), "names in the file that the model also has")
+    sources = {name: manifest["tied"].get(name, name) for name in (*own, *tied)}
+    for name, first in tied.items():
+        if sources[name] != sources[first]:
+            raise reader.error(
+                f"{name!r} and {first!r} are two tensors in the file, but one in the model; untie them before loading"
+            )
+    return sources
+
+
+def _stored(reader: TensorReader, manifest: dict[str, Any], quantized: dict[str, Packed]) -> set[str]:
+    """The names of all tensors in the file, once they fit each other."""
     parts = {f"{name}.{part}" for name in quantized for part in ("codes", "scale")}
     _same(reader, parts, parts & set(reader.entries), "tensors in the file")
     _same(reader, set(reader.entries), set(manifest["sha256"]), "checksums")
@@ -389,15 +442,7 @@ def _match(
                 f"{name!r} is tied to {reprlib.repr(first)}; the name of a tensor in the file, which it is not itself, "
                 "is needed"
             )
-    own, tied = model_state(model, "load_packed")
-    _same(reader, {*own, *tied}, stored | set(manifest["tied"]), "names in the file that the model also has")
-    sources = {name: manifest["tied"].get(name, name) for name in (*own, *tied)}
-    for name, first in tied.items():
-        if sources[name] != sources[first]:
-            raise reader.error(
-                f"{name!r} and {first!r} are two tensors in the file, but one in the model; untie them before loading"
-            )
-    return sources
+    return stored
 
 
 def _same(reader: TensorReader, wanted: set[str], found: set[str], what: str) -> None:
@@ -438,8 +483,8 @@ def _fits(reader: TensorReader, name: str, tensor: Tensor, source: str, quantize
             raise reader.error(f"{part!r} is {entry.dtype} of shape {entry.shape}; {dtype} of shape {shape} is needed")
 
 
-def _verify(reader: TensorReader, stored: str, digest: object, quantized: dict[str, Packed]) -> None:
-    """Reads one stored tensor, and checks checksum, codes and scale."""
+def _verified(reader: TensorReader, stored: str, digest: object, quantized: dict[str, Packed]) -> Tensor:
+    """One stored tensor, checksum, codes and scale checked."""
     values, found = reader.read(stored)
     if found != digest:
         raise reader.error(
@@ -448,50 +493,46 @@ def _verify(reader: TensorReader, stored: str, digest: object, quantized: dict[s
         )
     name, _, part = stored.rpartition(".")
     packed = quantized.get(name)
-    if packed is None or part not in ("codes", "scale"):
-        return
-    if part == "scale":
-        if not _in_range(values):
-            raise reader.error(
-                f"{stored!r} holds a scale that is not positive, finite and normal (the least is {_least(values)})"
-            )
-        return
-    wrong = fault(values, packed.bits, math.prod(packed.shape), len(packed.quantizer.codebook))
+    wrong = None
+    if packed is not None and part == "scale" and not _in_range(values):
+        wrong = f" holds a scale that is not positive, finite and normal (the least is {_least(values)})"
+    elif packed is not None and part == "codes":
+        wrong = fault(values, packed.bits, math.prod(packed.shape), len(packed.quantizer.codebook))
+        wrong = wrong and f": {wrong}"
     if wrong is not None:
-        raise reader.error(f"{stored!r}: {wrong}")
+        raise reader.error(f"{stored!r}{wrong}")
+    return values
 
 
-def _value(reader: TensorReader, source: str, quantized: dict[str, Packed]) -> Tensor:
-    """The tensor that the file holds under a name, restored; on the CPU."""
+def _overwrite(tensor: Tensor, held: dict[str, Tensor], source: str, quantized: dict[str, Packed]) -> None:
+    """Overwrites a tensor of the model by what the file holds under a name; of a DTensor what lies here of it."""
     packed = quantized.get(source)
-    if packed is None:
-        return reader.read(source)[0]
-    codes = unpack(reader.read(f"{source}.codes")[0], packed.bits, math.prod(packed.shape))
-    scale = reader.read(f"{source}.scale")[0]
-    return restore(codes.reshape(packed.shape), scale, packed.quantizer.codebook.levels, packed.dtype)
+    if is_sharded(tensor):
+        value = torch.empty(tensor.shape, dtype=tensor.dtype)
+        _overwrite(value, held, source, quantized)
+        local(tensor).copy_(local(place_beside(value, tensor)))
+    elif packed is None:
+        tensor.copy_(held[source])
+    else:
+        levels = packed.quantizer.codebook.levels
+        restore_(tensor, held[f"{source}.codes"], packed.bits, held[f"{source}.scale"], levels)
 
 
 def _groups(
-    reader: TensorReader, model: nn.Module, sources: dict[str, str], quantized: dict[str, Packed]
+    held: dict[str, Tensor], model: nn.Module, sources: dict[str, str], quantized: dict[str, Packed]
 ) -> list[dict[str, Any]]:
-    """Quantized weights by quantizer and scale, then the rest."""
+    """Quantized weights by quantizer and output dimension, then the rest."""
     groups: dict[object, dict[str, Any]] = {}
     rest: list[tuple[str, Tensor]] = []
     for name, weight in model.named_parameters():  # tied ones once
         source = sources.get(name)
         if source in quantized:  # frozen ones, too: they have to be known when the model is packed again
-            scale = reader.read(f"{source}.scale")[0]
-            given = scale.tolist() if scale.numel() else 1.0  # lists of nothing would not tell the shape
-            book, dims = quantized[source].quantizer, quantized[source].channel_dim
-            quantizer = Quantizer(book.codebook, given, book.granularity, book.group_size)
-            settings = {
-                "quantizer": quantizer.plain(),
-                "channel_dim": dims,
-                "pretrained": "packed",
-                "quantize_frozen": True,
-            }
-            group = groups.setdefault((quantizer, dims), {"params": [], **settings})
+            quantizer, dims = quantized[source].quantizer, quantized[source].channel_dim
+            settings = {"quantizer": quantizer.plain(), "channel_dim": dims}
+            kinds = {"pretrained": "packed", "quantize_frozen": True}
+            group = groups.setdefault((quantizer, dims), {"params": [], **settings, "scales": [], **kinds})
             group["params"].append((name, weight))
+            group["scales"].append(held[f"{source}.scale"])
         elif weight.requires_grad or weight.dtype in DTYPES:
             rest.append((name, weight))
     return [*groups.values(), *([{"params": rest, "quantizer": None}] if rest else [])]

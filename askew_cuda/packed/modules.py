@@ -6,7 +6,6 @@ speed.
 """
 
 import json
-import math
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from ..distributed import is_sharded
 from ..quantizer import Quantizer
-from .bits import restore, unpack, unpack_at
+from .bits import restore, restore_, unpack_at
 from .file import packed_weights, quantized_weights
 
 
@@ -84,8 +83,9 @@ class PackedLayer(nn.Module):
         )
 
     def _unpacked(self) -> Tensor:
-        codes = unpack(self.codes, self.bits, math.prod(self.shape)).reshape(self.shape)
-        weight = self._restore(codes, self.scale)
+        weight = torch.empty(self.shape, dtype=self.trained_dtype, device=self.codes.device)
+        restore_(weight, self.codes, self.bits, self.scale, self.levels)
+        weight = weight.to(self.dtype)
         if weight.stride() != self.strides:
             weight = torch.empty_strided(self.shape, self.strides, dtype=weight.dtype, device=weight.device).copy_(
                 weight
@@ -189,12 +189,17 @@ class PackedEmbedding(PackedLayer, nn.Embedding):  # type: ignore[override] # we
 
     def forward(self, input: Tensor) -> Tensor:
         """(...) int64 or int32 to (..., embedding_dim). Raises IndexError for an index outside of [0,
-        num_embeddings).
+        num_embeddings); on a GPU, and where it is compiled or exported, the device stops there by itself, and nobody
+        waits for it.
         """
         rows, dim = self.shape
         index = input.long().reshape(-1)
-        exporting = torch.compiler.is_exporting()  # values are not known then; a runtime checks its own
-        if not exporting and index.numel() and not 0 <= int(index.min()) <= int(index.max()) < rows:
+        if torch.compiler.is_exporting():
+            pass  # values are not known then; a runtime checks its own
+        elif torch.compiler.is_compiling() or index.is_cuda:
+            inside = ((index >= 0) & (index < rows)).all()
+            torch._assert_async(inside, f"PackedEmbedding: an index is outside of [0, {rows})")
+        elif index.numel() and not 0 <= int(index.min()) <= int(index.max()) < rows:
             raise IndexError(
                 f"PackedEmbedding: an index is outside of [0, {rows}): {int(index.min())} .. {int(index.max())}"
             )

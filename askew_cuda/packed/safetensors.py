@@ -9,6 +9,7 @@ Nothing is ever unpickled.
 """
 
 import contextlib
+import ctypes
 import hashlib
 import io
 import json
@@ -19,7 +20,7 @@ import secrets
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,15 +61,17 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """
     target = Path(os.path.realpath(path))  # a symbolic link stays one
     temporary = target.with_name(f".askew_cuda-{secrets.token_hex(8)}.tmp")
-    file = open(temporary, "xb")  # noqa: SIM115 - closed below, before it is renamed or removed
     try:
-        with file:
+        with open(temporary, "xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (temporary, str(temporary)):  # which nobody has heard of
+            raise type(error)(error.errno, error.strerror, os.fspath(path)) from None
         raise
     # So that the new name survives a power failure, where the system lets folders be synced.
     with contextlib.suppress(OSError):
@@ -141,8 +144,7 @@ class TensorWriter:
         self.file.seek(self.start + entry.begin)
         if entry.numel:
             for piece in tensor.detach().contiguous().reshape(-1).view(torch.uint8).split(_PIECE):
-                raw = bytearray(len(piece))
-                torch.frombuffer(raw, dtype=torch.uint8).copy_(piece)
+                raw = _bytes_of(piece)
                 digest.update(raw)
                 self.file.write(raw)
         self.digests[name] = digest.hexdigest()
@@ -247,19 +249,28 @@ class TensorReader:
             ValueError: the file ends before it does, or a truth value is neither 0 nor 1.
         """
         entry = self.entries[name]
-        raw = bytearray(entry.end - entry.begin)
+        values = torch.empty(entry.end - entry.begin, dtype=torch.uint8, device="cpu")
+        raw = _bytes_of(values)
         self.file.seek(self.start + entry.begin)
-        if self.file.readinto(raw) != len(raw):
+        if self.file.readinto(raw) != len(values):
             raise self.error(
-                f"{name!r}: the file ends before its {len(raw)} bytes do; it was cut short while it was read"
+                f"{name!r}: the file ends before its {len(values)} bytes do; it was cut short while it was read"
             )
         digest = hashlib.sha256(raw).hexdigest()
-        if not raw:
-            return torch.empty(entry.shape, dtype=entry.dtype, device="cpu"), digest
-        values = torch.frombuffer(raw, dtype=torch.uint8)
-        if entry.dtype == torch.bool and int(values.max()) > 1:
+        if entry.dtype == torch.bool and entry.numel and int(values.max()) > 1:
             raise self.error(f"{name!r} holds the truth value {int(values.max())}; 0 or 1 is needed")
         return values.view(entry.dtype).reshape(entry.shape), digest
+
+
+def _bytes_of(piece: Tensor) -> Any:
+    """The memory of a contiguous (bytes,) uint8 tensor as a buffer, valid while the tensor lives; from another device a
+    copy.
+    """
+    if piece.device.type == "cpu" and type(piece) is Tensor:
+        return (ctypes.c_char * len(piece)).from_address(piece.data_ptr())
+    raw = bytearray(len(piece))
+    torch.frombuffer(raw, dtype=torch.uint8).copy_(piece)
+    return raw
 
 
 def _check_byte_order() -> None:

@@ -9,6 +9,7 @@
 #define ASKEW_CPU_STEP cpu_step_avx512
 #define ASKEW_CPU_FIT cpu_fit_avx512
 #define ASKEW_CPU_LOOK cpu_look_avx512
+#define ASKEW_CPU_RESTORE cpu_restore_avx512
 #include "fit.cpp"
 #include "look.cpp"
 #include "loop.cpp"

@@ -69,17 +69,34 @@ struct Squares {
 // Looks at chunks [begin, end), of sum_chunk weights. Adds to `seen`; squares has a place for each chunk.
 using CpuLook = void (*)(const Looking& looking, int64_t begin, int64_t end, Seen& seen, Squares* squares);
 
+// Packed codes that become weights: scale * level, as Looking's snapped weights.
+struct Restoring {
+  Dtype dtype;
+  Levels levels;
+  const uint8_t* packed;  // digits of base `base`, `per_byte` to a byte, the first one lowest
+  int base, per_byte;
+  const void* scale;  // as in Span
+  int64_t scale_run, scale_count;
+  int64_t size;
+  void* weight;  // receives the weights, in the order of the codes
+};
+
+// Restores chunks [begin, end), of sum_chunk weights. They touch disjoint memory.
+using CpuRestore = void (*)(const Restoring& restoring, int64_t begin, int64_t end);
+
 // All kernels of an instruction set.
 struct CpuKernels {
   CpuStep step;
   CpuFit fit;
   CpuLook look;
+  CpuRestore restore;
 };
 
-#define ASKEW_DECLARE(name)                                                                           \
-  void cpu_step_##name(const Launch& launch, const int64_t* first_chunk, int64_t begin, int64_t end); \
-  extern const CpuFit cpu_fit_##name;                                                                 \
-  void cpu_look_##name(const Looking& looking, int64_t begin, int64_t end, Seen& seen, Squares* squares)
+#define ASKEW_DECLARE(name)                                                                               \
+  void cpu_step_##name(const Launch& launch, const int64_t* first_chunk, int64_t begin, int64_t end);     \
+  extern const CpuFit cpu_fit_##name;                                                                     \
+  void cpu_look_##name(const Looking& looking, int64_t begin, int64_t end, Seen& seen, Squares* squares); \
+  void cpu_restore_##name(const Restoring& restoring, int64_t begin, int64_t end)
 ASKEW_DECLARE(baseline);
 #if defined(__x86_64__)
 ASKEW_DECLARE(avx2);

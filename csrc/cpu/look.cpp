@@ -1,4 +1,5 @@
-// Weights beside their levels on the CPU: codes, packed codes, snapped weights and what a report counts, in one pass.
+// Weights beside their levels on the CPU: codes, packed codes, snapped weights and what a report counts, in one pass;
+// and from packed codes back to weights.
 //
 // Compiled once for each instruction set, as loop.cpp is.
 #include "../maths/look.h"
@@ -8,6 +9,7 @@
 
 #if !defined(ASKEW_CPU_LOOK)
 #define ASKEW_CPU_LOOK cpu_look_baseline
+#define ASKEW_CPU_RESTORE cpu_restore_baseline
 #endif
 
 namespace askew {
@@ -23,10 +25,12 @@ struct Scales {
   P unit, inverse;
   bool fresh = true;
 
-  ASKEW_FN Scales(const Looking& looking, int64_t first, T per_unit_)
-      : scale(static_cast<const T*>(looking.scale)),
-        run(looking.scale_run),
-        count(looking.scale_count),
+  // Span: what has a scale, a scale_run and a scale_count.
+  template <typename Span>
+  ASKEW_FN Scales(const Span& span, int64_t first, T per_unit_)
+      : scale(static_cast<const T*>(span.scale)),
+        run(span.scale_run),
+        count(span.scale_count),
         which(first / run % count),
         run_end((first / run + 1) * run),
         per_unit(per_unit_) {}
@@ -249,7 +253,91 @@ ASKEW_FN void either(const Looking& looking, int64_t begin, int64_t end, Seen& s
     run<Storage, false>(looking, begin, end, seen, squares);
 }
 
+// What the digits of each byte stand for, in units of the codebook, and weights made of them.
+template <typename Storage, int per_byte>
+struct Restorer {
+  using T = Arithmetic<Storage>;
+  using P = NativePack<Storage>;
+  static constexpr int width = lanes<P>();
+
+  const Restoring& restoring;
+  alignas(64) T values[256 * per_byte];
+  alignas(64) T levels[block_size];
+
+  explicit Restorer(const Restoring& restoring_, T per_unit) : restoring(restoring_) {
+    for (int byte = 0; byte < 256; ++byte) {
+      for (int place = 0, rest = byte; place < per_byte; ++place, rest /= restoring.base) {
+        const int digit = rest % restoring.base, last = restoring.levels.count - 1;
+        values[byte * per_byte + place] =
+            static_cast<T>(restoring.levels.values[digit < last ? digit : last]) / per_unit;
+      }
+    }
+  }
+
+  ASKEW_FN void block(int64_t first, int64_t size, Scales<T, P>& scales) {
+    const uint8_t* packed = restoring.packed + first / per_byte;
+    const int64_t bytes = (size + per_byte - 1) / per_byte;
+    for (int64_t k = 0; k < bytes; ++k)
+      std::memcpy(levels + k * per_byte, values + packed[k] * per_byte, per_byte * sizeof(T));
+    Storage* to = at<Storage>(restoring.weight, first);
+    int64_t i = 0;
+    for (; i + width <= size; i += width) {
+      scales.at(first + i, width);
+      store(to + i, scales.unit * load<P>(levels + i));
+    }
+    if (i < size) {  // the last lanes of all: by way of a copy, so that nothing beyond them is touched
+      alignas(64) T level[width] = {};
+      Storage there[width];
+      std::memcpy(level, levels + i, (size - i) * sizeof(T));
+      scales.at(first + i, static_cast<int>(size - i));
+      store(there, scales.unit * load<P>(level));
+      std::memcpy(to + i, there, (size - i) * sizeof(Storage));
+    }
+  }
+};
+
+template <typename Storage, int per_byte>
+ASKEW_FN void restore_chunks(const Restoring& restoring, int64_t begin, int64_t end) {
+  using T = Arithmetic<Storage>;
+  const double* levels = restoring.levels.values;
+  const T per_unit = is_uniform(restoring.levels) ? static_cast<T>(levels[1] - levels[0]) : T(1);
+  Restorer<Storage, per_byte> restorer(restoring, per_unit);
+  Scales<T, NativePack<Storage>> scales(restoring, begin * sum_chunk, per_unit);
+  const int64_t last = end * sum_chunk < restoring.size ? end * sum_chunk : restoring.size;
+  for (int64_t i = begin * sum_chunk; i < last; i += block_size)
+    restorer.block(i, last - i < block_size ? last - i : int64_t{block_size}, scales);
+}
+
+template <typename Storage>
+ASKEW_FN void restore_digits(const Restoring& restoring, int64_t begin, int64_t end) {
+  switch (restoring.per_byte) {
+    case 8:
+      return restore_chunks<Storage, 8>(restoring, begin, end);
+    case 5:
+      return restore_chunks<Storage, 5>(restoring, begin, end);
+    case 4:
+      return restore_chunks<Storage, 4>(restoring, begin, end);
+    case 2:
+      return restore_chunks<Storage, 2>(restoring, begin, end);
+    default:
+      return restore_chunks<Storage, 1>(restoring, begin, end);
+  }
+}
+
 }  // namespace
+
+void ASKEW_CPU_RESTORE(const Restoring& restoring, int64_t begin, int64_t end) {
+  switch (restoring.dtype) {
+    case Dtype::float32:
+      return restore_digits<float>(restoring, begin, end);
+    case Dtype::float64:
+      return restore_digits<double>(restoring, begin, end);
+    case Dtype::bfloat16:
+      return restore_digits<BFloat16>(restoring, begin, end);
+    case Dtype::float16:
+      return restore_digits<Float16>(restoring, begin, end);
+  }
+}
 
 void ASKEW_CPU_LOOK(const Looking& looking, int64_t begin, int64_t end, Seen& seen, Squares* squares) {
   switch (looking.dtype) {

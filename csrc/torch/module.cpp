@@ -20,7 +20,7 @@ struct Capability {
   bool present;
 };
 
-#define ASKEW_KERNELS(name) {cpu_step_##name, cpu_fit_##name, cpu_look_##name}
+#define ASKEW_KERNELS(name) {cpu_step_##name, cpu_fit_##name, cpu_look_##name, cpu_restore_##name}
 const std::vector<Capability>& capabilities() {  // widest first
   static const std::vector<Capability> all = {
 #if defined(__x86_64__)

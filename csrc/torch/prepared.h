@@ -9,7 +9,7 @@
 
 #include "arguments.h"
 #include "backends.h"
-#include "learn.h"
+#include "learn_scales.h"
 #include "radial.h"
 
 namespace askew {

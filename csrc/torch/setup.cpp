@@ -136,15 +136,20 @@ Squares run(const Looking& looking, Seen& seen) {
   return total;
 }
 
-Tensor codes(const Tensor& weight, const Tensor& scale, int64_t run_, at::ArrayRef<double> levels, int64_t base,
-             int64_t per_byte) {
-  Looking looking = looking_at(weight, scale, run_, levels);
+// How codes are packed: digits of which base, how many to a byte.
+void check_digits(int64_t base, int64_t per_byte, Levels levels) {
   const std::tuple<int64_t, int64_t> digits{base, per_byte};
   TORCH_CHECK_VALUE(digits == std::tuple(256, 1) || digits == std::tuple(16, 2) || digits == std::tuple(4, 4) ||
                         digits == std::tuple(3, 5) || digits == std::tuple(2, 8),
                     "askew_cuda: base = ", base, " and per_byte = ", per_byte,
                     "; 256 and 1, 16 and 2, 4 and 4, 3 and 5, or 2 and 8");
-  TORCH_CHECK_VALUE(looking.levels.count <= base, "askew_cuda: ", looking.levels.count, " levels in base ", base);
+  TORCH_CHECK_VALUE(levels.count <= base, "askew_cuda: ", levels.count, " levels in base ", base);
+}
+
+Tensor codes(const Tensor& weight, const Tensor& scale, int64_t run_, at::ArrayRef<double> levels, int64_t base,
+             int64_t per_byte) {
+  Looking looking = looking_at(weight, scale, run_, levels);
+  check_digits(base, per_byte, looking.levels);
   const int64_t bytes = (looking.size + per_byte - 1) / per_byte;
   Tensor packed = at::empty({bytes}, weight.options().dtype(at::kByte));
   looking.packed = packed.mutable_data_ptr<uint8_t>();
@@ -169,6 +174,30 @@ void snap_(const Tensor& weight, const Tensor& scale, int64_t run_, at::ArrayRef
   looking.snapped = weight.mutable_data_ptr();
   Seen seen{};
   run(looking, seen);
+  if (!weight.is_inference()) weight.unsafeGetTensorImpl()->bump_version();  // autograd must see that it has changed
+}
+
+void restore_(const Tensor& weight, const Tensor& packed, int64_t base, int64_t per_byte, const Tensor& scale,
+              int64_t run_, at::ArrayRef<double> levels) {
+  const Looking looking = looking_at(weight, scale, run_, levels);
+  check_digits(base, per_byte, looking.levels);
+  const int64_t bytes = (looking.size + per_byte - 1) / per_byte;
+  TORCH_CHECK_VALUE(packed.scalar_type() == at::kByte && packed.numel() == bytes && packed.is_contiguous(),
+                    "askew_cuda: packed is ", packed.toString(), " of shape ", packed.sizes(), "; ", bytes,
+                    " bytes are needed, in order");
+  const Restoring restoring{looking.dtype,
+                            looking.levels,
+                            packed.const_data_ptr<uint8_t>(),
+                            static_cast<int>(base),
+                            static_cast<int>(per_byte),
+                            looking.scale,
+                            looking.scale_run,
+                            looking.scale_count,
+                            looking.size,
+                            weight.mutable_data_ptr()};
+  const CpuRestore restore = cpu_kernels.load()->restore;
+  at::parallel_for(0, chunks_of(looking.size, sum_chunk), 8,
+                   [&](int64_t begin, int64_t end) { restore(restoring, begin, end); });
   if (!weight.is_inference()) weight.unsafeGetTensorImpl()->bump_version();  // autograd must see that it has changed
 }
 
@@ -206,6 +235,9 @@ TORCH_LIBRARY_FRAGMENT(askew_cuda, m) {
   m.def("snap(Tensor weight, Tensor scale, int run, float[] levels) -> Tensor");
   m.def("snap_(Tensor(a!) weight, Tensor scale, int run, float[] levels) -> ()");
   m.def(
+      "restore_(Tensor(a!) weight, Tensor packed, int base, int per_byte, Tensor scale, int run, float[] levels) -> "
+      "()");
+  m.def(
       "measure(Tensor weight, Tensor scale, int run, float[] levels, float near, Tensor(a!)? codes, bool compare) -> "
       "(Tensor, Tensor)");
 }
@@ -215,5 +247,6 @@ TORCH_LIBRARY_IMPL(askew_cuda, CPU, m) {
   m.impl("codes", askew::codes);
   m.impl("snap", askew::snap);
   m.impl("snap_", askew::snap_);
+  m.impl("restore_", askew::restore_);
   m.impl("measure", askew::measure);
 }

@@ -1,4 +1,4 @@
-"""askew-cuda doctor and askew-cuda inspect."""
+"""askew-cuda doctor, askew-cuda inspect and askew-cuda export."""
 
 import json
 import subprocess
@@ -11,6 +11,7 @@ from torch import nn
 import askew_cuda as askew
 from askew_cuda import backends, doctor
 from askew_cuda.cli import main
+from askew_cuda.packed.export import load_gguf
 
 
 def test_doctor_names_what_is_here_and_why_the_rest_is_not(capsys):
@@ -109,3 +110,42 @@ def test_inspect_of_another_file_says_why(tmp_path, capsys):
     assert "other.safetensors" in capsys.readouterr().err
     assert main(["inspect", str(tmp_path / "absent")]) == 1
     assert "absent" in capsys.readouterr().err
+
+
+def blocks(tmp_path) -> str:
+    """A packed file of rows of 64."""
+    model = nn.ModuleDict({"a": nn.Linear(64, 2), "b": nn.Linear(64, 4, bias=False)})
+    rules = {"a.weight": askew.Quantizer("int4", scale=0.125), "b.weight": askew.Quantizer("ternary", scale=0.25)}
+    groups = askew.param_groups(model, rules, pretrained=True, verbose=False)
+    askew.save_packed(model, askew.AskewSGD(groups, lr=0.1), tmp_path / "model.safetensors")
+    return str(tmp_path / "model.safetensors")
+
+
+def test_export_writes_what_it_says(tmp_path, capsys):
+    file, out = blocks(tmp_path), tmp_path / "out"
+    assert main(["export", file, "--to", "gguf", "--out", f"{out}.gguf"]) == 0
+    assert capsys.readouterr().out.splitlines() == ["a.weight  Q4_0", "b.weight  Q2_0", f"written: {out}.gguf"]
+    other = nn.ModuleDict({"a": nn.Linear(64, 2), "b": nn.Linear(64, 4, bias=False)})
+    load_gguf(f"{out}.gguf", other)
+    assert set(other["b"].weight.unique().tolist()) <= {-0.25, 0.0, 0.25}
+    for to in ("compressed-tensors", "mlx"):
+        assert main(["export", file, "--to", to, "--out", str(out / to)]) == 0
+        assert (out / to / "config.json").exists()
+        assert (out / to / "model.safetensors").exists()
+    assert "a.weight  4" in capsys.readouterr().out
+
+
+def test_export_that_can_not_be_says_why(tmp_path, capsys):
+    file, out = blocks(tmp_path), str(tmp_path / "out")
+    for arguments, said in (
+        (["--to", "gguf", "--type", "TQ2_0"], "blocks of 256 don't fit"),
+        (["--to", "mlx", "--type", "Q4_0"], "--type goes with --to gguf"),
+        (["--to", "onnx"], "needs --template"),
+        (["--to", "gguf", "--template", str(tmp_path / "none")], "none"),
+    ):
+        assert main(["export", file, "--out", out, *arguments]) == 1
+        assert f"askew-cuda export: {said}"[:18] in (found := capsys.readouterr().err)
+        assert said in found
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(SystemExit):
+        main(["export", file, "--to", "i2_s", "--out", out])

@@ -34,7 +34,7 @@ INCLUDES = {
 OUTSIDE = {"maths/pack.h": {"immintrin.h"}, "cuda/kernel.cu": {"algorithm", "cuda_runtime.h"}}
 
 # What a function that needs it may import, not the module: the package imports without.
-OPTIONAL = {"matplotlib", "numpy"}
+OPTIONAL = {"matplotlib", "numpy", "onnx", "torchao"}
 # What is imported only where its library is in use.
 BESIDE = {
     "triton/__init__.py": {"triton"},
@@ -109,7 +109,8 @@ def imports(path: Path) -> list[tuple[ast.stmt, set[str], set[str]]]:
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             found.append((node, set(), {node.module.split(".")[0]}))
         elif isinstance(node, ast.ImportFrom):
-            up = path.parent.relative_to(ROOT / "askew_cuda").parts[: 2 - node.level] if node.level < 3 else ()
+            here = path.parent.relative_to(ROOT / "askew_cuda").parts
+            up = here[: len(here) + 1 - node.level]
             inside = [node.module] if node.module else [alias.name for alias in node.names]
             found.append((node, {".".join((*up, name)) for name in inside}, set()))
     return found

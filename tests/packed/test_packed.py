@@ -16,7 +16,7 @@ from torch import nn
 import askew_cuda as askew
 from askew_cuda.look import codes, snap
 from askew_cuda.packed import load_packed, save_packed
-from askew_cuda.packed.bits import PACKINGS, fault, pack, restore, unpack, unpack_at, width
+from askew_cuda.packed.bits import PACKINGS, fault, pack, restore, restore_, unpack, unpack_at, width
 from askew_cuda.packed.safetensors import TensorReader, TensorWriter
 from askew_cuda.quantizer import _NAMED
 
@@ -86,6 +86,39 @@ def test_every_codebook_granularity_and_dtype_comes_back_to_the_last_bit(name, g
         assert torch.equal(scale, trained_scale)
     save_packed(other, again, tmp_path / "b")
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("levels", "bits"), [(2, 1), (3, 1.6), (3, 2), (4, 2), (15, 4), (16, 4), (17, 8), (256, 8)])
+@pytest.mark.parametrize("layout", ["plain", "transposed"])
+def test_weights_restored_in_one_pass_are_those_of_their_codes(levels, bits, dtype, layout):
+    """By kernels of every instruction set, over the ends of blocks and packs, with a scale for anything from one weight
+    on."""
+    generator = torch.Generator().manual_seed(levels)
+    tables = [tuple(range(levels)), tuple(float(k) ** 3 for k in range(levels))] if levels <= 16 else [range(levels)]
+    extension = askew.backends.extension
+    known = ["plain Python"] if extension is None else extension.cpu_capabilities()
+    for shape, scales in [
+        ((3, 1284), (3, 1)),
+        ((3, 1284), (3, 1284)),
+        ((2, 21, 61), ()),
+        ((6, 35), (6, 5)),
+        ((1,), ()),
+    ]:
+        drawn = torch.randint(0, levels, shape, generator=generator, dtype=torch.uint8)
+        scale = (torch.rand(scales, generator=generator) + 0.5).to(
+            torch.float64 if dtype == torch.float64 else torch.float32
+        )
+        for table in tables:
+            wanted = restore(drawn, scale, table, dtype)
+            for name in known:
+                before = None if extension is None else extension.set_cpu_capability(name)
+                weight = torch.full(shape, 7, dtype=dtype)
+                weight = weight.mT.contiguous().mT if layout == "transposed" and len(shape) > 1 else weight
+                restore_(weight, pack(drawn, bits), bits, scale, table)
+                assert torch.equal(weight, wanted), (name, shape)
+                if extension is not None:
+                    extension.set_cpu_capability(before)
 
 
 @pytest.mark.parametrize("bits", PACKINGS)
@@ -429,6 +462,129 @@ def test_training_goes_on_from_the_file_and_ends_on_levels_again(optimizer, lr, 
     assert all(torch.equal(scale, old) for (*_, scale), old in zip(last, scales, strict=True))
 
 
+def test_scales_go_from_the_file_to_the_state_and_nowhere_else(tmp_path):
+    """One group per codebook and output dimension; numbers that are many are tensors."""
+    model = nn.ModuleList([nn.Linear(8, 8), nn.Linear(16, 4), nn.Linear(8, 2), nn.Linear(8, 2)])
+    optimizer = trained(model, {"2.weight": "ternary", "3.weight": "4bit/channel", "*": "4bit/group4"})
+    save_packed(model, optimizer, tmp_path / "a")
+    groups = load_packed(tmp_path / "a", model)
+    assert [(group["quantizer"], len(group["params"])) for group in groups] == [
+        ("4bit/group4", 2), ("ternary", 1), ("4bit/channel", 1), (None, 4),
+    ]  # fmt: skip
+    again = askew.AskewAdamW(groups, lr=0.1)
+    for group, made in zip(groups, again.param_groups, strict=True):
+        assert "scales" not in made
+        for (_, weight), scale in zip(group["params"], group.get("scales", ()), strict="scales" in group):
+            assert torch.equal(again.state[weight]["scale"], scale)
+            assert again.state[weight]["scale"].data_ptr() != scale.data_ptr()
+    assert not any(weight in again.state for _, weight in groups[-1]["params"])
+
+
+@pytest.mark.parametrize("given", ["groups of a file", "a quantizer"])
+def test_no_step_parses_numbers(given, tmp_path, monkeypatch):
+    """However many scales there are: the param groups hold none, or they are looked at once."""
+    model = nn.Linear(8, 512, bias=False)
+    scale = torch.rand(512, 1) + 0.5
+    optimizer = trained(model, {"*": askew.Quantizer("ternary", scale, "channel")})
+    if given == "groups of a file":
+        save_packed(model, optimizer, tmp_path / "a")
+        optimizer = askew.AskewSGD(load_packed(tmp_path / "a", model), lr=0.1, total_steps=9)
+        anneal = None
+    else:
+        anneal = askew.Anneal(optimizer, total_steps=9)
+    model.weight.grad = torch.ones_like(model.weight)
+    optimizer.step()
+    assert torch.equal(optimizer.state[model.weight]["scale"], scale)
+
+    def refused(*arguments):
+        raise AssertionError("a quantizer is made anew")
+
+    monkeypatch.setattr(askew.Quantizer, "__init__", refused)
+    for _ in range(8):
+        optimizer.step()
+        if anneal is not None:
+            anneal.step()
+    assert float(optimizer.param_groups[0]["epsilon"]) < 1
+
+
+WRONG_SCALES = [
+    pytest.param([torch.ones(4, 1)], r"scales = 1 for 2 weights", id="too few"),
+    pytest.param(torch.ones(2, 4, 1), r"scales = Tensor for 2 weights", id="one tensor"),
+    pytest.param(
+        [torch.ones(4, 1), torch.ones(4, 2)], r"scale of b has shape \(4, 2\); \(4, 1\) is needed", id="shape"
+    ),
+    pytest.param([torch.ones(4, 1), torch.ones(4, 1).double()], r"scale of b is torch.float64", id="wide"),
+    pytest.param([torch.ones(4, 1), torch.ones(4, 1).int()], r"scale of b is torch.int32", id="whole"),
+    pytest.param([torch.ones(4, 1), 1.0], r"scale of b = 1.0; a tensor", id="number"),
+    pytest.param([torch.ones(4, 1), torch.zeros(4, 1)], r"scale of b: 0.0 is outside of", id="zero"),
+    pytest.param([torch.ones(4, 1), torch.full((4, 1), math.nan)], r"scale of b: nan is outside of", id="nan"),
+]
+
+
+@pytest.mark.parametrize(("scales", "match"), WRONG_SCALES)
+def test_scales_that_do_not_fit_are_refused_by_name(scales, match):
+    first, second = nn.Parameter(torch.ones(4, 3)), nn.Parameter(torch.ones(4, 3))
+    optimizer = askew.AskewSGD([("c", nn.Parameter(torch.ones(3)))], lr=0.1)
+    group = {"params": [("a", first), ("b", second)], "quantizer": "ternary/channel", "scales": scales}
+    with pytest.raises((ValueError, TypeError), match=match):
+        optimizer.add_param_group(group)
+    assert len(optimizer.param_groups) == 1
+    assert not optimizer.state
+    with pytest.raises(ValueError, match=r"scales = 1 for 1 weights, quantizer = None"):
+        askew.AskewSGD([{"params": [("a", first)], "scales": [torch.ones(4, 1)]}], lr=0.1)
+
+
+@pytest.mark.parametrize("stepped", [True, False])
+def test_checkpoints_of_groups_with_one_scale_each_are_loaded(stepped, tmp_path):
+    """As load_packed once made them: the same run goes on, bit for bit."""
+    torch.manual_seed(0)
+    models = [nn.ModuleList([nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)]) for _ in range(2)]
+    scales = [torch.rand(4, 1) + 0.5, torch.rand(4, 1) + 0.5]
+    old = [
+        {"params": [(f"{k}.weight", layer.weight)], "quantizer": askew.Quantizer("2bit", scale, "channel")}
+        for k, (layer, scale) in enumerate(zip(models[0], scales, strict=True))
+    ]
+    both = {"lr": 0.3, "momentum": 0.9, "pretrained": "packed", "total_steps": 20}
+    before = askew.AskewSGD(old, **both)
+    models[1].load_state_dict(models[0].state_dict())
+    params = [(f"{k}.weight", layer.weight) for k, layer in enumerate(models[1])]
+    now = askew.AskewSGD(
+        [{"params": params, "quantizer": "2bit/channel", "scales": [torch.ones(4, 1), torch.ones(4, 1)]}], **both
+    )
+
+    def step(model, optimizer, k):
+        for number, layer in enumerate(model):
+            generator = torch.Generator().manual_seed(10 * k + number)
+            layer.weight.grad = torch.randn(4, 4, generator=generator)
+        optimizer.step()
+
+    for k in range(12 if stepped else 0):
+        step(models[0], before, k)
+    models[1].load_state_dict(models[0].state_dict())
+    now.load_state_dict(before.state_dict())
+    assert now.param_groups[0]["quantizer"] == "2bit/channel"
+    for layer, scale in zip(models[1], scales, strict=True):
+        assert torch.equal(now.state[layer.weight]["scale"], scale)
+    for k in range(12 if stepped else 0, 20):
+        for model, optimizer in zip(models, (before, now), strict=True):
+            step(model, optimizer, k)
+    assert bits_of(models[0]) == bits_of(models[1])
+    before.param_groups[1]["lr"] = 0.1
+    with pytest.raises(ValueError, match=r"0\.weight, 1\.weight .* lie in several groups of the checkpoint"):
+        now.load_state_dict(before.state_dict())
+
+
+@pytest.mark.parametrize("kind", ["a missing folder", "a folder in its place"])
+def test_a_file_that_can_not_be_written_is_reported_under_its_own_name(kind, tmp_path):
+    path = tmp_path / "none" / "a" if kind == "a missing folder" else tmp_path / "a"
+    if kind != "a missing folder":
+        path.mkdir()
+    with pytest.raises(OSError, match=r"'[^']*/a'$") as caught:
+        saved(path)
+    assert caught.value.filename == str(path)
+    assert [each.name for each in tmp_path.iterdir()] == ([] if kind == "a missing folder" else ["a"])
+
+
 def test_frozen_weights_that_are_quantized_stay_known_and_equal_quantizers_share_a_group(tmp_path):
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
     rules = {"2.weight": "ternary", "*": askew.Quantizer("ternary", scale=0.25)}
@@ -437,15 +593,10 @@ def test_frozen_weights_that_are_quantized_stay_known_and_equal_quantizers_share
         model.get_parameter(name).requires_grad_(False)
     groups = load_packed(tmp_path / "a", model)
     assert [[name for name, _ in group["params"]] for group in groups] == [
-        ["0.weight", "1.weight"],
-        ["2.weight"],
+        ["0.weight", "1.weight", "2.weight"],
         ["0.bias", "1.bias", "2.bias"],
     ]
-    assert groups[0]["quantizer"] == {
-        "levels": [-1.0, 0.0, 1.0],
-        "scale": 0.25,
-        "granularity": "tensor",
-        "group_size": None,
-    }
+    assert groups[0]["quantizer"] == "ternary"
+    assert torch.equal(groups[0]["scales"][0], torch.tensor(0.25))
     save_packed(model, askew.AskewSGD(groups, lr=0.1), tmp_path / "b")
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()

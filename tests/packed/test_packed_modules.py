@@ -232,6 +232,16 @@ def test_an_index_outside_of_the_embedding_is_refused(index):
     assert model.embed(torch.zeros(0, 2, dtype=torch.int32)).shape == (0, 2, 27)
 
 
+def test_packed_layers_are_exported_range_check_and_all():
+    """Without a question to the indices on the way."""
+    model, optimizer, snapped = trained()
+    pack_modules(model, optimizer)
+    program = torch.export.export(model, (INDEX,)).module()
+    assert torch.equal(program(INDEX), snapped(INDEX))
+    with pytest.raises(RuntimeError, match=r"outside of \[0, 11\)"):
+        program(INDEX + 9)
+
+
 def test_the_layers_move_as_others_do():
     model, optimizer, snapped = trained()
     pack_modules(model, optimizer).share_memory()

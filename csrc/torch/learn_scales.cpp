@@ -1,5 +1,5 @@
 // What scales learn of the sums of a step.
-#include "learn.h"
+#include "learn_scales.h"
 
 #include <ATen/Parallel.h>
 #include <torch/library.h>

@@ -1,0 +1,19 @@
+"""Packed files in the formats of other runtimes, each exactly as it was trained or not at all: a file per format."""
+
+from .bitnet import load_bitnet
+from .compressed import export_compressed
+from .gguf import export_gguf, load_gguf
+from .mlx import export_mlx
+from .onnx import export_onnx
+from .torchao import export_torchao, torchao_state
+
+__all__ = [
+    "export_compressed",
+    "export_gguf",
+    "export_mlx",
+    "export_onnx",
+    "export_torchao",
+    "load_bitnet",
+    "load_gguf",
+    "torchao_state",
+]

@@ -1,0 +1,359 @@
+"""GGUF, which llama.cpp runs: packed files written as blocks of the very codes and scales that were trained, and GGUF
+files read back as weights to train on.
+
+No table of names is kept. A file for llama.cpp is made from the one that its converter made of the snapped model: every
+tensor whose rows are those of a quantized weight, in whatever order, is replaced by blocks, and all else stays.
+"""
+
+import math
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...quantizer import Codebook, Quantizer
+from ..file import Trained, model_state, read_tensors
+from .blocks import TYPES, Blocks, BlockType, digits_for, level_digits, read_blocks, values, written_blocks
+from .ggml_file import PLAIN_TYPES, GgufReader, NewTensor, plain_text, plain_whole, same_shape, write_gguf
+from .grids import Groups, by_groups, last_run, survives, taken_over
+
+_TYPE_OF = {dtype: number for number, dtype in PLAIN_TYPES.items()}
+_BY_NUMBER = {kind.number: kind for kind in TYPES.values()}
+_ARCHITECTURE = "general.architecture"
+
+
+def export_gguf(
+    source: str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    *,
+    template: str | os.PathLike[str] | None = None,
+    type: str | None = None,
+) -> dict[str, str]:
+    """Writes a packed file as GGUF. Every reader computes the very weights that were trained: each block is read back
+    and compared, bit for bit, before anything is written. The file appears at once and whole, or not at all.
+
+    Args:
+        source: a file of :func:`askew_cuda.save_packed`.
+        path: of the GGUF file.
+        template: a GGUF file that llama.cpp's converter made of the snapped model, in F32, F16 or BF16; its metadata,
+            names and order of rows are taken over. None: tensors under the model's own names, for
+            :func:`load_gguf`.
+        type: of blocks, such as "Q4_0"; None takes, for each tensor, the smallest that holds its codebook.
+
+    Returns: The block type of each quantized tensor, under its name in the GGUF file.
+
+    Raises: ValueError: no type, or not this one, holds a tensor's levels and granularity, a scale is not a float16
+        number, or the template has no such rows; the message says what would do. OSError: a file can't be read or
+        written.
+    """
+    if type is not None and type not in TYPES:
+        raise ValueError(f"export_gguf: type = {type!r}; take one of {', '.join(TYPES)}, or None")
+    tensors, _ = read_tensors(source)
+    trained = {name: each for name, each in tensors.items() if isinstance(each, Trained)}
+    made = {name: blocks_of(name, each, type) for name, each in trained.items()}
+    if template is not None:
+        return _into_template(path, template, trained, made)
+    new: dict[str, NewTensor] = {}
+    for name, tensor in tensors.items():
+        if isinstance(tensor, Trained):
+            kind, blocks = made[name]
+            new[name] = _new(kind, tuple(tensor.codes.shape), written_blocks(kind, blocks))
+        else:
+            new[name] = _plain(name, tensor)
+    metadata = {
+        _ARCHITECTURE: plain_text("askew_cuda"),
+        "general.quantization_version": plain_whole(2),
+    }
+    write_gguf(path, metadata, new)
+    return {name: kind.name for name, (kind, _) in made.items()}
+
+
+def blocks_of(name: str, trained: Trained, type: str | None = None) -> tuple[BlockType, Blocks]:
+    """A tensor as blocks of the smallest type that holds it exactly, or of a given one.
+
+    Raises: ValueError: there is none; with what is wrong with each.
+    """
+    wrong = []
+    for kind in TYPES.values() if type is None else (TYPES[type],):
+        found = _blocks(kind, trained)
+        if not isinstance(found, str):
+            return kind, found
+        wrong.append(f"{kind.name}: {found}")
+    can = [kind.name for kind in TYPES.values() if type is not None and not isinstance(_blocks(kind, trained), str)]
+    advice = f"; {' or '.join(can)} would do" if can else ""
+    raise ValueError(
+        f"{name}, {trained.quantizer.summary()}, shape {tuple(trained.codes.shape)}, can't be written to GGUF as "
+        f"trained: {'; '.join(wrong)}{advice}"
+    )
+
+
+def _blocks(kind: BlockType, trained: Trained) -> Blocks | str:
+    """The tensor in blocks of this type, or why not."""
+    levels = trained.quantizer.codebook.levels
+    groups = by_groups(trained, kind.weights)
+    if groups is None:
+        return (
+            f"blocks of {kind.weights} don't fit scales for every {last_run(trained)} weights along the last dimension"
+        )
+    codes, scale = groups.codes.reshape(-1, kind.weights).int(), groups.scale.reshape(-1, 1)
+    digits = digits_for(kind, levels)
+    turned = _turned_blocks(kind, levels, codes) if digits is None else None
+    if digits is not None:
+        coded, d = digits.of_code[codes], scale * digits.factor
+    elif turned is not None:
+        coded, d = turned[0], scale * turned[1]
+    else:
+        return f"its digits don't hold levels {_shown(levels)}"
+    m = None if digits is None or digits.shift is None else scale * digits.shift
+    if not survives(d, torch.float16) or not bool(d.half().all()) or not (m is None or survives(m, torch.float16)):
+        return (
+            f"its scales are float16, which {float(scale.flatten()[0]):.9g} or another is not: round them to 7 "
+            "significant bits before annealing (askew_cuda.scales.short), inside of 2^-14 .. 2^15"
+        )
+    blocks = Blocks(coded, d.half(), None if m is None else m.half())
+    if not torch.equal(values(kind, blocks), trained.weight().reshape(-1, kind.weights).to(_wide(trained.dtype))):
+        return f"{trained.dtype} weights are rounded, and it would not round them"
+    return blocks
+
+
+def _turned_blocks(kind: BlockType, levels: tuple[float, ...], codes: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Digits, and what d is times the scale, (blocks, 1), where some blocks need a negative d to hold their levels, as
+    llama.cpp's own quantizer gives half of them; None where that does not do either. A 0 then has a minus.
+    """
+    if kind.first is None or kind.step != 1:
+        return None
+    top = kind.first + kind.digits - 1
+    most = max(-kind.first, top)
+    found = level_digits(levels, -most, 1, 2 * most + 1)
+    if found is None:
+        return None
+    stood = found.of_code[codes].int() - most
+    outside = ((stood < kind.first) | (stood > top)).any(1, keepdim=True)
+    stood = torch.where(outside, -stood, stood)
+    if bool(((stood < kind.first) | (stood > top)).any()):
+        return None
+    return (stood - kind.first).to(torch.uint8), torch.where(outside, -found.factor, found.factor)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _shown(levels: tuple[float, ...]) -> str:
+    return ", ".join(f"{level:g}" for level in levels[:8]) + (f" .. ({len(levels)})" if len(levels) > 8 else "")
+
+
+def _new(kind: BlockType, shape: tuple[int, ...], raw: Tensor) -> NewTensor:
+    return NewTensor(kind.number, shape, lambda: raw.reshape(-1))
+
+
+def _plain(name: str, tensor: Tensor) -> NewTensor:
+    """A tensor that is not quantized, as it is."""
+    if tensor.dtype not in _TYPE_OF or tensor.dim() > 4 or not tensor.numel():
+        raise ValueError(
+            f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; GGUF holds {', '.join(map(str, _TYPE_OF))} in "
+            "up to four dimensions: take a template, whose other tensors are taken over as they are"
+        )
+    return NewTensor(_TYPE_OF[tensor.dtype], tuple(tensor.shape), lambda: tensor.reshape(-1).view(torch.uint8))
+
+
+# By way of a template
+
+
+def _into_template(
+    path: str | os.PathLike[str],
+    template: str | os.PathLike[str],
+    trained: dict[str, Trained],
+    made: dict[str, tuple[BlockType, Blocks]],
+) -> dict[str, str]:
+    found: dict[str, str] = {}
+    used: set[str] = set()
+    marks: dict[torch.dtype, dict[tuple[int, ...], list[str]]] = {}  # of our weights, in the types of the template
+    with open(template, "rb") as file:
+        reader = GgufReader(file, template)
+        new: dict[str, NewTensor] = {}
+        for name, entry in reader.tensors.items():
+            new[name] = NewTensor(entry.number, entry.shape, lambda name=name: reader.read(name))  # type: ignore[misc]
+            dtype = PLAIN_TYPES.get(entry.number, torch.int8)
+            if not dtype.is_floating_point:
+                continue
+            if dtype not in marks:
+                marks[dtype] = {}
+                for own, each in trained.items():
+                    marks[dtype].setdefault(_row_mark(each.weight().to(dtype)), []).append(own)
+            there = reader.read(name).view(dtype).reshape(entry.shape)
+            for own in marks[dtype].get(_row_mark(there), ()):
+                order = _order(there, trained[own].weight())
+                if order is not None:
+                    kind, blocks = made[own]
+                    width = entry.shape[-1] // kind.weights * kind.size
+                    raw = written_blocks(kind, blocks).reshape(-1, width)[order]
+                    new[name] = _new(kind, entry.shape, raw)
+                    found[name] = kind.name
+                    used.add(own)
+                    break
+        missing = sorted(set(trained) - used)
+        if missing:
+            raise reader.error(
+                f"none of its tensors has the rows of {', '.join(missing[:5])} ({len(missing)} in all): a template is "
+                "made of the snapped model, loaded by load_packed and saved, by llama.cpp's converter, with --outtype "
+                "f32, f16 or bf16"
+            )
+        write_gguf(path, reader.metadata, new, reader.alignment)
+    return found
+
+
+def _order(rows: Tensor, ours: Tensor) -> Tensor | None:
+    """Which of our rows each row of theirs is, (rows,) int64; None where they are not the same rows. Converters
+    exchange rows, of queries and keys for instance, and never columns.
+    """
+    ours = ours.to(rows.dtype)
+    rows, ours = (each.reshape(-1, each.shape[-1]) if each.dim() else each.reshape(1, 1) for each in (rows, ours))
+    if torch.equal(rows, ours):
+        return torch.arange(len(rows))
+    theirs, mine = (_hashes(each) for each in (rows, ours))
+    if not torch.equal(theirs.sort().values, mine.sort().values):
+        return None
+    order = torch.empty_like(theirs)
+    order[theirs.argsort(stable=True)] = mine.argsort(stable=True)
+    return order if torch.equal(rows, ours[order]) else None
+
+
+def _row_mark(rows: Tensor) -> tuple[int, ...]:
+    """The same for equal rows in whatever order."""
+    rows = rows.reshape(-1, rows.shape[-1]) if rows.dim() else rows.reshape(1, 1)
+    return (*rows.shape, int(_hashes(rows).sum()))
+
+
+def _hashes(rows: Tensor) -> Tensor:
+    """(rows,) int64, equal for equal rows."""
+    words = rows.contiguous().view(torch.int16 if rows.dtype.itemsize == 2 else torch.int32).long()
+    factors = torch.randint(2**62, (words.shape[1],), generator=torch.Generator().manual_seed(0))
+    return (words * factors).sum(1)  # modulo 2^64
+
+
+# The way back
+
+
+def load_gguf(
+    path: str | os.PathLike[str], model: nn.Module, names: Mapping[str, str] | None = None
+) -> list[dict[str, Any]]:
+    """Reads a GGUF file into a model, every weight as the file's other readers compute it, and returns what goes on
+    training it. All is checked before anything in the model changes.
+
+    Args:
+        path: of a file with tensors in F32, F16, BF16, Q1_0, Q2_0, TQ1_0, TQ2_0, Q4_0, Q8_0, and in Q4_1 or Q2_K where
+            their shifts are those of a codebook, as :func:`export_gguf` writes them.
+        model: of the architecture in the file; the weights are float32 wherever the file's are. Mutated.
+        names: from names in the model's state_dict to those in the file; None where they are the same. A model whose
+            rows llama.cpp's converter exchanges (queries and keys of Llama) needs them in the file's order.
+
+    Returns: Param groups for a fresh AskewSGD or AskewAdamW, as :func:`askew_cuda.load_packed` returns them.
+
+    Raises: ValueError: the file is damaged or does not fit the model, or blocks are no codebook's; the message names
+        file and tensor, and the model is unchanged. OSError: it can't be read.
+    """
+    own, _ = model_state(model, "load_gguf")
+    given = {} if names is None else names
+    with open(path, "rb") as file:
+        reader = GgufReader(file, path)
+        missing = sorted(name for name in own if given.get(name, name) not in reader.tensors)
+        if missing:
+            raise reader.error(
+                f"{', '.join(missing[:5])} ({len(missing)} in all) of the model are not in it; names= says what they "
+                f"are called there, such as {next(iter(reader.tensors), None)!r}"
+            )
+        found = {name: _value(reader, given.get(name, name), name, tensor) for name, tensor in own.items()}
+    return taken_over(model, own, found)
+
+
+def _value(reader: GgufReader, there: str, name: str, target: Tensor) -> Trained | Tensor:
+    """What the file holds for a tensor of the model."""
+    entry = reader.tensors[there]
+    if not same_shape(entry.shape, target.shape):
+        raise reader.error(f"{there!r} has shape {entry.shape}; {tuple(target.shape)}, as {name}, is needed")
+    raw = reader.read(there)
+    if entry.number in PLAIN_TYPES:
+        value = raw.view(PLAIN_TYPES[entry.number]).reshape(target.shape)
+        kept = value.to(target.dtype).to(value.dtype)
+        if not bool(((kept == value) | value.isnan()).all()):
+            raise reader.error(
+                f"{there!r} is {value.dtype}, more than {target.dtype}, as {name}, holds; widen the model"
+            )
+        return value
+    kind = _BY_NUMBER.get(entry.number)
+    if kind is None:
+        raise reader.error(f"{there!r} is of type {entry.number}; {', '.join(TYPES)} and plain numbers can be read")
+    if target.dtype not in (torch.float32, torch.float64) or target.dim() < 1:
+        raise reader.error(f"{there!r} stands for float32 weights; {name} is {target.dtype}: take model.float()")
+    try:
+        return trained_of(kind, read_blocks(kind, raw.reshape(-1, kind.size)), tuple(target.shape), target.dtype)
+    except ValueError as error:
+        raise reader.error(f"{there!r}: {error}") from error
+
+
+def trained_of(kind: BlockType, blocks: Blocks, shape: tuple[int, ...], dtype: torch.dtype) -> Trained:
+    """Blocks as codes of a codebook and positive scales, as few as there are different ones along the last dimension.
+
+    Raises: ValueError: a scale is NaN, infinite or, where no level is 0, zero; or the shifts are no codebook's.
+    """
+    d = blocks.d.float()
+    if not d.numel():
+        raise ValueError("it is empty, and has no scale")
+    if not bool(d.isfinite().all()):
+        raise ValueError("a scale is NaN or infinite")
+    levels = _levels(kind, blocks)
+    digits = blocks.digits.long()
+    if bool((d < 0).any()):
+        levels, digits = _mirrored(levels, digits, d)
+    dead = d == 0
+    if bool(dead.any()):
+        if 0 not in levels:
+            raise ValueError("a scale is 0, and no level is")
+        digits = torch.where(dead, levels.index(0), digits)
+        d = torch.where(dead, 1.0, d)
+    groups = Groups(digits.to(torch.uint8), d.abs().reshape(-1, shape[-1] // kind.weights))
+    quantizer, scale = _fewest(Codebook(levels), groups, shape, kind.weights)
+    trained = Trained(quantizer, 0, dtype, groups.codes.reshape(shape), scale.to(_wide(dtype)))
+    if not torch.equal(trained.weight().float().reshape(blocks.digits.shape), values(kind, blocks)):
+        raise ValueError(f"blocks of {kind.name} whose products are rounded otherwise than those of a codebook")
+    return trained
+
+
+def _levels(kind: BlockType, blocks: Blocks) -> tuple[float, ...]:
+    """What the digits stand for, in units of d."""
+    if blocks.m is None:
+        assert kind.first is not None
+        return tuple(float(kind.first + kind.step * digit) for digit in range(kind.digits))
+    first = blocks.m.float() / blocks.d.float()
+    value = float(first[0])
+    if not math.isfinite(value) or not bool((first == value).all()) or value * 2 != round(value * 2):
+        raise ValueError(f"blocks of {kind.name} have shifts of their own, which are those of no codebook")
+    return tuple(value + digit for digit in range(kind.digits))
+
+
+def _mirrored(levels: tuple[float, ...], digits: Tensor, d: Tensor) -> tuple[tuple[float, ...], Tensor]:
+    """Levels and digits of positive scales, where some are negative: those levels stand on the other side of 0."""
+    stood = torch.tensor(levels, dtype=torch.float64)[digits] * torch.where(d < 0, -1.0, 1.0)
+    if not bool(torch.isin(stood, torch.tensor(levels, dtype=torch.float64)).all()):
+        levels = tuple(sorted({*(0.0 - level for level in levels), *levels}))
+        if len(levels) > 256:
+            raise ValueError(f"a negative scale with a digit of {levels[0]:g}")
+    return levels, torch.searchsorted(torch.tensor(levels, dtype=torch.float64), stood.contiguous())
+
+
+def _fewest(book: Codebook, groups: Groups, shape: tuple[int, ...], size: int) -> tuple[Quantizer, Tensor]:
+    """The coarsest granularity that has these scales: per tensor, channel, or the largest groups."""
+    scale = groups.scale
+    if bool((scale == scale.flatten()[0]).all()):
+        return Quantizer(book), scale.flatten()[0].clone()
+    if len(shape) < 2:
+        raise ValueError(f"scales of its own for every {size} weights of one dimension, which has one")
+    rows = scale.reshape(shape[0], -1)
+    if bool((rows == rows[:, :1]).all()):
+        return Quantizer(book, granularity="channel"), rows[:, :1].reshape(-1, *(1 for _ in shape[1:])).clone()
+    while rows.shape[1] % 2 == 0 and bool((rows[:, ::2] == rows[:, 1::2]).all()):
+        rows, size = rows[:, ::2], 2 * size
+    return Quantizer(book, granularity="group", group_size=size), rows.contiguous()
