@@ -30,7 +30,7 @@ LOADED = (
     "torch.distributed.tensor.parallel",
     "askew_cuda",
 )
-SECONDS = 180  # for a task; a deadlock is a failure and not a wait
+SECONDS = 600  # for a task; a deadlock is a failure and not a wait
 
 
 def _serve(rank: int, size: int, where: str, pipe: Connection) -> None:
