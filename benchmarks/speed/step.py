@@ -36,12 +36,15 @@ def our_variants(tensors: Tensors, backend: str, everything: bool) -> dict[str, 
         "4 bit, capture": tensors.ours(backend),
         "4 bit, interval": tensors.ours(backend, anneal="interval"),
     }
+    if backend != "triton" or tensors.dtype.itemsize > 2:  # where Triton's kernel would round twice
+        found["4 bit, a scale that learns"] = tensors.ours(backend, learns=True)
     if everything:
         found |= {f"{name}, capture": tensors.ours(backend, levels=levels) for name, levels in LEVELS.items()}
         found["nf4 (table of 16), interval"] = tensors.ours(
             backend, levels=LEVELS["nf4 (table of 16)"], anneal="interval"
         )
         found |= {f"4 bit, a scale per {count}": tensors.ours(backend, granularity=count) for count in (128, 1024)}
+        found["4 bit, a scale per 128 that learns"] = tensors.ours(backend, granularity=128, learns=True)
         found["4 bit + codes"] = tensors.ours(backend, codes=True)
         found["4 bit + bf16 copy"] = tensors.ours(backend, snapped=torch.bfloat16)
         found["4 bit + codes + bf16 copy"] = tensors.ours(backend, codes=True, snapped=torch.bfloat16)

@@ -15,6 +15,7 @@ from torch.optim.sgd import sgd
 
 import askew_cuda as askew
 from askew_cuda import backends as kernels
+from askew_cuda.checks import Call, Learning
 from benchmarks import machine
 from benchmarks.speed import harness
 from benchmarks.speed.harness import Variant
@@ -112,8 +113,9 @@ class Tensors:
         granularity: int | None = None,
         codes: bool = False,
         snapped: torch.dtype | None = None,
+        learns: bool = False,
     ) -> Variant:
-        """``granularity``: weights under one scale; None: all of them."""
+        """``granularity``: weights under one scale; None: all of them. ``learns``: the scales do."""
         groups = 1 if granularity is None else self.size // granularity
         scale = torch.full(
             (groups,), SCALE, dtype=torch.float64 if self.dtype == torch.float64 else torch.float32, device=self.device
@@ -130,10 +132,24 @@ class Tensors:
         settings = {"lr": LR, "epsilon": MIDWAY, "anneal": anneal, **CONSTRAINT}
         operators = kernels.operators(backend)
         if self.rule == "sgd":
-            lists = (weight, grad, *states, scales, list(levels), *outputs)
-            return Variant(lambda: operators.sgd_(*lists, **SGD, **settings), self.moved + more)
-        lists = (weight, grad, *states, [], self.counter, scales, list(levels), *outputs)
-        return Variant(lambda: operators.adamw_(*lists, **ADAMW, **settings), self.moved + more)
+            name, operator, lists = "sgd_", operators.sgd_, (weight, grad, *states, scales, list(levels), *outputs)
+            settings |= SGD
+        else:
+            lists = (weight, grad, *states, [], self.counter, scales, list(levels), *outputs)
+            name, operator = "adamw_", operators.adamw_
+            settings |= ADAMW
+        if not learns:
+            return Variant(lambda: operator(*lists, **settings), self.moved + more)
+        settings["growths"] = [torch.ones_like(each) for each in scales]
+        settings["sums"] = [scale.new_zeros(len(states) + 1, groups, dtype=torch.float64)]
+        learning = Learning([torch.zeros_like(each) for each in scales], [self.size // groups], 0.1)
+        learn = kernels.ready_to_learn(backend, Call.of(name, *lists, **settings), learning)
+
+        def run() -> None:
+            operator(*lists, **settings)
+            learn()
+
+        return Variant(run, self.moved + more)
 
 
 Step = Callable[[], object]
