@@ -100,11 +100,12 @@ def estimate(
 
 def learning_rate(group: dict[str, Any], quantizer: Quantizer) -> float:
     """The rate at which the scales of a group learn (E7), a multiple of lr: its own, or, where it is None, as measured
-    (docs/recipes.md): 0.05 for two levels, 0.1 for more, 0 where weights are trained already, which tell their scale.
+    (docs/recipes.md): 0.05 for two levels, 0.1 for more; 0 where weights are trained already, which tell their scale,
+    and between normalisation layers, where the output does not depend on it.
     """
     if group["scale_lr"] is not None:
         return float(group["scale_lr"])
-    if group["pretrained"]:
+    if group["pretrained"] or group["normalized"]:
         return 0.0
     return 0.05 if len(quantizer.codebook) == 2 else 0.1
 

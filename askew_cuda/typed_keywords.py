@@ -85,7 +85,8 @@ class Keywords(_OfWeights, _OfTraining, total=False):
         authors' code, "gradient" (interval only).
     scale_lr: learning rate of the scales, a multiple of lr, at least 0: while all weights are free (epsilon = 1), a
         scale learns how large the box of its levels is to be; once annealing has begun it stays. 0: it stays as it was
-        estimated. None: as measured, 0.05 for two levels and 0.1 for more, 0 for weights that are trained already.
+        estimated. None: as measured, 0.05 for two levels and 0.1 for more; 0 for weights that are trained already, and
+        with ``normalized``.
     recovery: share in (0, 1] of the distance that a constrained weight makes up in a step. alpha: the paper's rate, per
         unit of lr, instead of it. Default: recovery 0.5, or alpha 1 with skew_at="gradient".
     max_step: cap on the pull, in units of half the distance between levels. clip: keep weights within the outermost

@@ -129,6 +129,8 @@ def test_a_checkpoint_whose_scales_are_fixed_keeps_them_fixed():
         ({}, torch.float32, True),  # the default
         ({"scale_lr": 0.0}, torch.float32, False),
         ({"pretrained": True}, torch.float32, False),  # their scale is known
+        ({"normalized": True}, torch.float32, False),  # their scale does not matter
+        ({"normalized": True, "scale_lr": 0.1}, torch.float32, True),
         ({"pretrained": True, "scale_lr": 0.1}, torch.float32, True),
         ({"quantizer": askew.Quantizer("ternary", scale=0.1)}, torch.float32, False),  # the user's own
         ({"pretrained": "packed", "scale_lr": 0.1}, torch.float32, False),
