@@ -142,15 +142,15 @@ def restore(codes: Tensor, scale: Tensor, levels: Sequence[float], dtype: torch.
     if reference.UniformCodebook.fits(levels):  # as its tensors compute it, with numbers: nothing is sent to a device
         unit = levels[1] - levels[0]
         return (spread * unit * (codes.to(scale.dtype) + levels[0] / unit)).to(dtype)
-    table = _table if torch.compiler.is_compiling() else _kept_table
+    table = _level_table if torch.compiler.is_compiling() else _kept_level_table
     return (spread * table(tuple(levels), scale.dtype, scale.device)[codes.long()]).to(dtype)
 
 
-def _table(levels: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def _level_table(levels: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.tensor(levels, dtype=dtype, device=device)
 
 
-_kept_table = functools.lru_cache(maxsize=64)(_table)  # sending it there waits for the device
+_kept_level_table = functools.lru_cache(maxsize=64)(_level_table)  # sending it there waits for the device
 
 
 def restore_(weight: Tensor, packed: Tensor, bits: float, scale: Tensor, levels: Sequence[float]) -> None:
