@@ -6,6 +6,7 @@ least possible. Codes are in logical row-major order, whatever the memory format
 up with zeros.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -92,8 +93,8 @@ def unpack_at(packed: Tensor, bits: float, positions: Tensor) -> Tensor:
     base, per_byte = PACKINGS[bits]
     if per_byte == 1:
         return packed[positions]
-    places = torch.tensor([base**k for k in range(per_byte)], dtype=torch.uint8, device=packed.device)
-    found, place = packed[positions // per_byte], places[positions % per_byte]
+    place = _places_of(base, per_byte, packed.device)[positions % per_byte]
+    found = packed[positions // per_byte]
     if torch.compiler.is_exporting():  # as in _digits
         return ((found.int() // place.int()) % base).to(torch.uint8)
     return (found // place) % base
@@ -138,8 +139,19 @@ def restore(codes: Tensor, scale: Tensor, levels: Sequence[float], dtype: torch.
     """
     if codes.numel() == 0:  # scales of nothing may not broadcast
         return torch.empty(codes.shape, dtype=dtype, device=codes.device)
-    book = reference.codebook(levels, scale)
-    return (reference.spread(scale, codes) * book.unit * book.level(codes.to(scale.dtype))).to(dtype)
+    spread = reference.spread(scale, codes)
+    if reference.UniformCodebook.fits(levels):  # as its tensors compute it, with numbers: nothing is sent to a device
+        unit = levels[1] - levels[0]
+        return (spread * unit * (codes.to(scale.dtype) + levels[0] / unit)).to(dtype)
+    table = _level_table if torch.compiler.is_compiling() else _kept_level_table
+    return (spread * table(tuple(levels), scale.dtype, scale.device)[codes.long()]).to(dtype)
+
+
+def _level_table(levels: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(levels, dtype=dtype, device=device)
+
+
+_kept_level_table = functools.lru_cache(maxsize=64)(_level_table)  # sending it there waits for the device
 
 
 def restore_(weight: Tensor, packed: Tensor, bits: float, scale: Tensor, levels: Sequence[float]) -> None:
@@ -170,7 +182,7 @@ def _digits(packed: Tensor, bits: float) -> Tensor:
     base, per_byte = PACKINGS[bits]
     if per_byte == 1:
         return packed
-    places = torch.tensor([base**k for k in range(per_byte)], dtype=torch.uint8, device=packed.device)
+    places = _places_of(base, per_byte, packed.device)
     if torch.compiler.is_exporting():  # ONNX has no shift that torch's exporter knows, and runtimes divide int32
         return ((packed.unsqueeze(1).int() // places.int()) % base).to(torch.uint8).reshape(-1)
     if base == 3:
@@ -178,3 +190,9 @@ def _digits(packed: Tensor, bits: float) -> Tensor:
     # the same digits, without a division
     shifts = torch.arange(per_byte, dtype=torch.uint8, device=packed.device) * int(bits)
     return (packed.unsqueeze(1) >> shifts).bitwise_and_(base - 1).reshape(-1)
+
+
+def _places_of(base: int, count: int, device: torch.device) -> Tensor:
+    """What a digit counts in each place of a byte: (count,) uint8, made on the device."""
+    made: Tensor = base ** torch.arange(count, dtype=torch.uint8, device=device)
+    return made

@@ -232,6 +232,24 @@ def test_an_index_outside_of_the_embedding_is_refused(index):
     assert model.embed(torch.zeros(0, 2, dtype=torch.int32)).shape == (0, 2, 27)
 
 
+@pytest.mark.parametrize("granularity", ["tensor", "channel", "group9"])
+def test_nothing_is_sent_to_a_device_and_waited_for_once_a_layer_has_run(granularity, monkeypatch):
+    """A tensor that is made of Python's numbers is such a wait on a GPU. Without kernels, as there."""
+    model, optimizer, snapped = trained(granularity)
+    pack_modules(model, optimizer)
+    monkeypatch.setattr(askew.backends, "extension", None)
+    wanted = [model.embed.weight, *(layer.weight for layer in model.conv), model.head.weight]
+
+    def refused(*arguments, **keywords):
+        raise AssertionError("numbers of Python's become a tensor")
+
+    monkeypatch.setattr(torch, "tensor", refused)
+    monkeypatch.setattr(torch.Tensor, "new_tensor", refused)
+    again = [model.embed.weight, *(layer.weight for layer in model.conv), model.head.weight]
+    assert all(map(torch.equal, wanted, again))
+    assert torch.equal(model(INDEX), snapped(INDEX))
+
+
 def test_packed_layers_are_exported_range_check_and_all():
     """Without a question to the indices on the way."""
     model, optimizer, snapped = trained()

@@ -15,13 +15,15 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("rule", CASES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+# 6 bits of a level times 7 of a scale are more than float16 has: refused, as tests/packed/export/test_words.py says.
+EACH = [(rule, dtype) for rule in CASES for dtype in (torch.float32, torch.float16)]
+EACH.remove(("6bit/channel", torch.float16))
+
+
+@pytest.mark.parametrize(("rule", "dtype"), EACH)
 def test_mlx_computes_what_was_trained(rule, dtype, tmp_path):
     model = packed(tmp_path / "a", {"layer.weight": rule}, dtype=dtype)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "tiny"}))
-    if (rule, dtype) == ("6bit/channel", torch.float16):
-        pytest.skip("refused, as tests/packed/export/test_words.py says")
     made = export_mlx(tmp_path / "a", tmp_path / "out", config=tmp_path / "config.json")
     assert made == {"layer.weight": CASES[rule]}
     bits, size = CASES[rule]
