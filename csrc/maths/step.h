@@ -1,7 +1,7 @@
 // START HERE. One weight, one step: base rule, skew, move, code. Everything else in csrc/ brings numbers here and back.
 //
 // P is a float, a double, or a SIMD pack of them (pack.h); T is the type of one number. h holds the scalars of the step
-// (settings.h). The tags (E1)-(E6) are those of askew_cuda/reference.py, which explains the method and states the same
+// (settings.h). The tags (E1)-(E7) are those of askew_cuda/reference.py, which explains the method and states the same
 // operations in PyTorch. Every operation is an IEEE operation that rounds once, in the order written here, and no
 // multiply-add is fused (build flags): all backends agree bit for bit. `a < b ? a : b` returns b when either is NaN;
 // every select below is written so that a NaN gradient, or weight, comes out as NaN.

@@ -122,7 +122,6 @@ def test_ours_is_the_optimizer_on_plain_networks(base, pretrained, granularity):
             "weight_decay": base.weight_decay,
             "quantizer": name,
             "pretrained": pretrained,
-            "scale_lr": 0.0 if pretrained else 0.1,
         }
         optimizers.append(rule([weights, {"params": parameters[2:], "weight_decay": 0.0}], lr=base.lr, **extra))
         anneals.append(askew.Anneal(optimizers[-1], total_steps=9))

@@ -29,13 +29,6 @@ def rate(base: Base, fan_in: int) -> float:
     return base.lr * min(1.0, WIDE / fan_in) if base.rule == "sgd" else base.lr
 
 
-def scale_lr(width: str, pretrained: bool) -> float:
-    """How fast the scales of a fresh network learn, a multiple of the learning rate, by docs/recipes.md."""
-    if pretrained:
-        return 0.0
-    return 0.05 if width == "binary" else 0.1
-
-
 class OursRun(Run):
     """askew_cuda on stacked weights: one parameter per network, a view of the stacked one.
 
@@ -100,6 +93,5 @@ class Ours(Method):
         keywords = {
             "quantizer": width if granularity == "tensor" else f"{width}/{granularity}",
             "pretrained": pretrained,
-            "scale_lr": scale_lr(width, pretrained),
         }
         return OursRun(quantized, rest, base, total_steps, keywords | self.keywords, self.anneal, self.by_width)
