@@ -30,12 +30,12 @@ lint: build/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/clang-format --dry-run --Werror csrc/*.h csrc/*/*
+	$(VENV)/bin/clang-format --dry-run --Werror csrc/*.h csrc/*/* tests/gpu/*.cpp
 
 format: build/installed
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
-	$(VENV)/bin/clang-format -i csrc/*.h csrc/*/*
+	$(VENV)/bin/clang-format -i csrc/*.h csrc/*/* tests/gpu/*.cpp
 
 clean:
 	rm -rf $(VENV) build askew_cuda/*.so *.egg-info

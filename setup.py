@@ -1,8 +1,10 @@
 """Builds the compiled extension where that is possible; a pure Python package otherwise.
- ASKEW_BUILD=auto (default): what the machine has the tools for; cuda: CPU and CUDA kernels, or an error; cpu: the CPU
+
+ASKEW_BUILD=auto (default): what the machine has the tools for; cuda: CPU and CUDA kernels, or an error; cpu: the CPU
 kernels, or an error; none: nothing compiled. TORCH_CUDA_ARCH_LIST: the GPU architectures, as torch understands it. The
 extension is built against the torch that is installed where the package goes; that torch needs no CUDA of its own.
- ASKEW_WERROR=1: a warning of a compiler is an error. That is for CI: other compilers have other warnings.
+
+ASKEW_WERROR=1: a warning of a compiler is an error. That is for CI: other compilers have other warnings.
 """
 
 import os
@@ -19,7 +21,10 @@ MODES = ("auto", "cuda", "cpu", "none")
 CUDA_SOURCES = ["csrc/cuda/kernel.cu", "csrc/torch/stream.cpp"]
 SOURCES = [
     *(f"csrc/cpu/{name}.cpp" for name in ("avx512", "loop", "avx2", "look", "fit")),
-    *(f"csrc/torch/{name}.cpp" for name in ("plan", "operators", "setup", "prepared", "arguments", "module")),
+    *(
+        f"csrc/torch/{name}.cpp"
+        for name in ("plan", "operators", "setup", "prepared", "arguments", "radial", "learn", "module")
+    ),
 ]
 # at::parallel_for is a plain call in a file that is compiled without OpenMP. On Linux torch brings the same libgomp
 # under its own name.

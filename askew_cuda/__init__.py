@@ -13,7 +13,18 @@ from .monitor import Monitor, Sample, monitor
 from .optimizer import FinalizeReport, TensorReport
 from .optimizers import AskewAdamW, AskewSGD
 from .packed.file import load_packed, save_packed
-from .packed.modules import PackedConv2d, PackedEmbedding, PackedLinear, pack_modules
+from .packed.modules import (
+    PackedBilinear,
+    PackedConv1d,
+    PackedConv2d,
+    PackedConv3d,
+    PackedConvTranspose1d,
+    PackedConvTranspose2d,
+    PackedConvTranspose3d,
+    PackedEmbedding,
+    PackedLinear,
+    pack_modules,
+)
 from .paper import paper
 from .param_groups import param_groups
 from .quantizer import Codebook, Quantizer
@@ -25,7 +36,13 @@ __all__ = [
     "Codebook",
     "FinalizeReport",
     "Monitor",
+    "PackedBilinear",
+    "PackedConv1d",
     "PackedConv2d",
+    "PackedConv3d",
+    "PackedConvTranspose1d",
+    "PackedConvTranspose2d",
+    "PackedConvTranspose3d",
     "PackedEmbedding",
     "PackedLinear",
     "Quantizer",

@@ -1,5 +1,6 @@
 """The backends: which are here, why the others are not, which one a call takes, and the call.
- Each backend offers ``sgd_`` and ``adamw_`` with the arguments of :mod:`askew_cuda.reference`, whose results it
+
+Each backend offers ``sgd_`` and ``adamw_`` with the arguments of :mod:`askew_cuda.reference`, whose results it
 reproduces.
 """
 
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import checks, reference
-from .checks import DTYPES, Call
+from .checks import DTYPES, Call, Learning
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 
@@ -58,6 +59,7 @@ if extension is not None:
         ),
         "snap": lambda weight, scale, run, levels: torch.empty_like(weight),
         "snap_": lambda weight, scale, run, levels: None,
+        "learn_scales_": lambda *lists, **settings: None,
         "measure": lambda weight, scale, run, levels, near, codes, compare: (
             weight.new_empty(5 + len(levels), dtype=torch.int64),
             weight.new_empty(3, dtype=torch.float64),
@@ -209,14 +211,26 @@ def ready(backend: str, call: Call) -> Callable[[], None]:
         from .triton import launch  # not before: it takes Triton
 
         return functools.partial(getattr(launch, call.operator), **call.arguments())
-    # through the dispatcher, where torch.compile, fake tensors and tracing listen; it takes scalars as tensors
-    arguments = call.arguments()
+    # through the dispatcher, where torch.compile, fake tensors and tracing listen
+    return functools.partial(getattr(torch.ops.askew_cuda, call.operator).default, **_as_tensors(call.arguments()))
+
+
+def _as_tensors(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a compiled operator, which takes numbers that change from step to step as tensors."""
     for name in ("lr", "epsilon", "grad_scale", "found_inf", "seed"):
         value = arguments.get(name)
         if value is not None and not isinstance(value, torch.Tensor):
             dtype = torch.int64 if name == "seed" else torch.float64
             arguments[name] = torch.tensor(value, dtype=dtype, device="cpu")
-    return functools.partial(getattr(torch.ops.askew_cuda, call.operator).default, **arguments)
+    return arguments
+
+
+def ready_to_learn(backend: str, call: Call, learning: Learning) -> Callable[[], None]:
+    """What follows a call whose scales learn, as :func:`ready`."""
+    arguments = learning.arguments(call)
+    if backend in ("reference", "triton"):
+        return functools.partial(reference.learn_scales_, **arguments)
+    return functools.partial(torch.ops.askew_cuda.learn_scales_.default, **_as_tensors(arguments))
 
 
 class Operators(NamedTuple):

@@ -177,7 +177,7 @@ def _state(kept: dict[str, Any], weight: Tensor, group: Group, name: str) -> dic
             state[key] = value.detach().to(weight.device if group.get("capturable") else "cpu", dtype, copy=True)
         elif not isinstance(value, Tensor):
             state[key] = copy.deepcopy(value)
-        elif key == "scale":
+        elif key in ("scale", "scale_velocity", "scale_growth"):
             _check_shape(value, _scale_shape(weight, group), key, name)
             scale = place_beside(value.detach(), weight)
             state[key] = scale.to(weight.device, reference.arithmetic(weight.dtype), copy=True)

@@ -40,17 +40,45 @@ class Call(NamedTuple):
     settings: dict[str, Any]
 
     @classmethod
-    def of(cls, operator: str, *lists: Any, remainders: Sequence[Tensor] = (), **settings: Any) -> "Call":
+    def of(
+        cls,
+        operator: str,
+        *lists: Any,
+        remainders: Sequence[Tensor] = (),
+        growths: Sequence[Tensor] = (),
+        sums: Sequence[Tensor] = (),
+        **settings: Any,
+    ) -> "Call":
         """From the arguments as a signature has them."""
         steps = ("steps",) if operator == "adamw_" else ()
         names = ("weights", "grads", *STATES[operator], *steps, "scales", "levels", "codes", "snapped", "remainders")
-        by_name = {"remainders": remainders, **dict(zip(names, lists, strict=False))}
+        by_name: dict[str, Any] = {"remainders": remainders, "growths": growths, "sums": sums}
+        by_name |= zip((*names, "growths", "sums"), lists, strict=False)
         levels = tuple(by_name.pop("levels"))
         return cls(operator, by_name, levels, settings)
 
     def arguments(self) -> dict[str, Any]:
         """All of them, by name."""
         return {**self.lists, "levels": self.levels, **self.settings}
+
+
+class Learning(NamedTuple):
+    """What the scales of a call learn with; :func:`askew_cuda.reference.learn_scales_` describes it."""
+
+    velocities: Sequence[Tensor]
+    counts: Sequence[int]
+    scale_lr: float
+
+    def arguments(self, call: Call) -> dict[str, Any]:
+        """All that ``learn_scales_`` takes after this call, by name."""
+        lists = {name: call.lists[name] for name in ("scales", "growths", "sums")}
+        settings = call.settings
+        shared = {name: settings.get(name) for name in ("lr", "epsilon", "maximize", "grad_scale", "found_inf")}
+        if call.operator == "sgd_":
+            shared |= {"momentum": settings["momentum"], "dampening": settings["dampening"]}
+        else:
+            shared |= {"momentum": settings["beta1"], "dampening": settings["beta1"]}
+        return {**lists, **self._asdict(), **shared}
 
 
 def check_call(call: Call, names: Names | None = None) -> None:
@@ -65,6 +93,7 @@ def check_call(call: Call, names: Names | None = None) -> None:
     subject.check_lists()
     subject.check_levels()
     subject.check_scales()
+    subject.check_growths()
     subject.check_names()
     subject.check_rule()
     subject.check_constraint()
@@ -111,7 +140,11 @@ class Subject:
                     )
                 if lacks_memory(tensor):
                     raise ValueError(f"{self.what(name, i)} has no memory: {_FREED}")
-                if name not in ("grads", "scales") and tensor.is_inference() and not torch.is_inference_mode_enabled():
+                if (
+                    name not in ("grads", "scales", "growths")
+                    and tensor.is_inference()
+                    and not torch.is_inference_mode_enabled()
+                ):
                     raise RuntimeError(
                         f"{self.what(name, i)} was made in inference mode, where alone it can be written to; clone() it"
                     )
@@ -209,6 +242,31 @@ class Subject:
                     f"{list(weight.shape)}; one number, in each dimension 1, the weight's size or a divisor of it, "
                     "such as (channels, 1, ..), or (rows, groups) are understood"
                 )
+
+    def check_growths(self) -> None:
+        """What lets scales learn (E7)."""
+        growths, sums, scales = self.lists.get("growths", ()), self.lists.get("sums", ()), self.lists["scales"]
+        if len(growths) != len(sums) or (growths and len(growths) != len(scales)):
+            raise ValueError(
+                f"askew_cuda: growths has {len(growths)} tensors and sums {len(sums)} for {len(scales)} scales; one "
+                "for each of both, or none"
+            )
+        kinds = 2 if self.call.operator == "sgd_" else 3
+        for i, (scale, growth, each) in enumerate(zip(scales, growths, sums, strict=False)):
+            if growth.shape != scale.shape or growth.dtype != scale.dtype:
+                raise ValueError(
+                    f"{self.what('growths', i)} is {growth.dtype} of shape {list(growth.shape)} but scales[{i}] is "
+                    f"{scale.dtype} of shape {list(scale.shape)}"
+                )
+            self.check_device("growths", i, growth)
+            there = reference.with_double(scale).device
+            if each.dtype != torch.float64 or list(each.shape) != [kinds, scale.numel()] or each.device != there:
+                raise ValueError(
+                    f"{self.what('sums', i)} is {each.dtype} of shape {list(each.shape)} on {each.device}; float64 of "
+                    f"shape {[kinds, scale.numel()]} on {there} is needed"
+                )
+            if not each.is_contiguous():
+                raise ValueError(f"{self.what('sums', i)} has strides {each.stride()}; contiguous() is needed")
 
     def check_names(self) -> None:
         """Whether the settings are those of the operator, and complete."""

@@ -1,8 +1,7 @@
 """The scale of least squared error in PyTorch: the reference of the operator ``askew_cuda::fit_scales``, equal to it
 bit for bit. ``csrc/maths/fit.h`` explains the search and states the same; the numbers below are the same in both.
 
-Sums are in float64 and in one order, that of ``csrc/maths/order.h``: weights are dealt in turn to 16 lanes, each of
-which adds up its own, lanes are added as a tree, blocks of 1,280 weights in sequence, chunks of 16 blocks in sequence.
+Sums are in float64 and in the order of :mod:`askew_cuda.summation`.
 """
 
 from collections.abc import Sequence
@@ -12,10 +11,8 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .summation import CHUNK, add_up, in_sequence
 
-LANES, STEPS, BLOCKS = 16, 80, 16  # of a sum; steps of a block, blocks of a chunk
-BLOCK = LANES * STEPS
-CHUNK = BLOCKS * BLOCK
 PHASES = 5  # the largest weight on the outermost level; two grids; least squares, twice
 AT_ONCE = 2**20  # weights that PyTorch works on at a time, whole chunks of sums: 8 MiB per float64 temporary
 
@@ -44,35 +41,6 @@ def grids_for(levels: Sequence[float], columns: int) -> Grids:
     if columns >= 64:
         return Grids(9, 2, least, 0.87, 1.0011, 256)
     return Grids(10, 4, least, 0.909, 1.00075, 256)
-
-
-def add_lanes(lanes: Tensor) -> Tensor:
-    """(..., LANES) float64 to (...): upper halves onto lower ones."""
-    while lanes.shape[-1] > 1:
-        half = lanes.shape[-1] // 2
-        lanes = lanes[..., :half] + lanes[..., half:]
-    return lanes[..., 0]
-
-
-def add_up(values: Tensor) -> Tensor:
-    """(rows, columns) float64 to (rows, chunks): what each chunk adds up to."""
-    rows, columns = values.shape
-    chunks, steps, blocks = -(-columns // CHUNK), STEPS, BLOCKS
-    if columns < CHUNK:  # zeros that are added at an end change nothing
-        steps, blocks = min(STEPS, -(-columns // LANES)), -(-columns // BLOCK)
-    size = chunks * blocks * steps * LANES
-    dealt = torch.nn.functional.pad(values, (0, size - columns)).reshape(rows, chunks, blocks, steps, LANES)
-    lanes = torch.zeros_like(dealt[:, :, :, 0])
-    for step in dealt.unbind(3):
-        lanes += step
-    return in_sequence(torch.zeros_like(lanes[:, :, 0, 0]), add_lanes(lanes))
-
-
-def in_sequence(total: Tensor, parts: Tensor) -> Tensor:
-    """total (...) and then each of the parts (..., n), added one by one."""
-    for part in parts.unbind(-1):
-        total = total + part
-    return total
 
 
 def fit_scales(rows: Tensor, levels: Sequence[float]) -> Tensor:

@@ -53,6 +53,11 @@ def _is_fan_in(fan_in: Any) -> bool:
     return all(each is None or (type(each) is int and each >= 1) for each in fans)
 
 
+def _is_init_bound(bound: Any) -> bool:
+    bounds = bound if isinstance(bound, (tuple, list)) else [bound]
+    return all(each is None or (type(each) in (int, float) and 0 < each < math.inf) for each in bounds)
+
+
 _CHANNEL_DIM = (
     "the weights' output dimension is needed, such as 0, or, for stacked experts, those of expert and output, such as "
     "(0, 2)"
@@ -60,6 +65,10 @@ _CHANNEL_DIM = (
 _FAN_IN = (
     "how many weights are summed up into one output, or a list with one such number for each weight of the group; None "
     "where it is not known"
+)
+_INIT_BOUND = (
+    "the layer's fresh weights are uniform within plus and minus this number, above 0; or a list with one such number "
+    "for each weight of the group; None where it is 1 / sqrt(fan_in)"
 )
 _SHARE = "a share of total_steps lies in [0, 1]"
 _SHAPES = f"{', '.join(map(repr, SHAPES))} or a callable progress -> r"
@@ -74,6 +83,7 @@ _OURS = {
     "trained_norms": Keyword(False, _among(False, True), "True or False"),
     "channel_dim": Keyword(0, _is_channel_dim, _CHANNEL_DIM),
     "fan_in": Keyword(None, _is_fan_in, _FAN_IN),
+    "init_bound": Keyword(None, _is_init_bound, _INIT_BOUND),
     "quantize_frozen": Keyword(False, _among(False, True), "True or False"),
     "epsilon": Keyword(1.0, lambda x: 0 <= x <= 1, _ANNEALED, "number"),
     "total_steps": Keyword(None, lambda x: x >= 1, "at least 1 is needed", "whole", optional=True),
@@ -81,6 +91,9 @@ _OURS = {
     "end": Keyword(None, lambda x: 0 <= x <= 1, _SHARE, "number", optional=True),
     "shape": Keyword("quadratic", lambda x: callable(x) or (isinstance(x, str) and x in SHAPES), _SHAPES),
     "steps_done": Keyword(0, lambda x: x >= 0, "a count of steps is at least 0", "whole"),
+    "scale_lr": Keyword(
+        None, lambda x: 0 <= x < math.inf, "a finite multiple of lr, at least 0", "number", optional=True
+    ),
     "recovery": Keyword(
         None,
         lambda x: 0 < x <= 1,
@@ -144,7 +157,7 @@ _PAIRED = frozenset(name for pair, _, _ in _PAIRS for name in pair)
 # These say how a machine computes, not what: a checkpoint does not bring them along.
 EXECUTION = ("backend", "outputs", "foreach", "fused", "capturable", "differentiable")
 # These say what the layers of this model are, and belong to its weights as their names do.
-LAYERS = ("channel_dim", "fan_in")
+LAYERS = ("channel_dim", "fan_in", "init_bound")
 # These say how this training is to be annealed: a checkpoint does not bring them along, but for how far it has come.
 SCHEDULE = ("total_steps", "hold", "end", "shape")
 

@@ -19,10 +19,15 @@ from .quantizer import ChannelDim, output_dims
 class Layout(NamedTuple):
     """How a weight lies in memory: its output dimension, or those of expert and output; and how many weights are summed
     up into one output.
+
+    init_bound: where the layer draws its fresh weights from another interval than +-1 / sqrt(fan_in), the end of it.
+    groups: how many outputs, one of each group of the layer, share an index of the output dimension.
     """
 
     channel_dim: int | tuple[int, ...]
     fan_in: int
+    init_bound: float | None = None
+    groups: int = 1
 
 
 class Occurrence(NamedTuple):
@@ -67,8 +72,24 @@ class Kind(NamedTuple):
 
 
 def _output_first(module: nn.Module, weight: Tensor) -> Layout:
-    """(out, in), (out, in / groups, ..): Linear, Conv, recurrent layers, attention; and the rows of an embedding."""
+    """(out, in), (out, in / groups, ..): Linear, Conv; and the rows of an embedding."""
     return Layout(0, math.prod(weight.shape[1:]))
+
+
+def _recurrent(module: nn.Module, weight: Tensor) -> Layout:
+    """(gates hidden, in): RNN, LSTM, GRU and their cells, whose weights all start within +-1 / sqrt(hidden)."""
+    assert isinstance(module, (nn.RNNBase, nn.RNNCellBase))
+    return Layout(0, weight.shape[1], 1 / math.sqrt(max(module.hidden_size, 1)))
+
+
+def _attention(module: nn.Module, weight: Tensor) -> Layout:
+    """(out, in): MultiheadAttention, whose projections of queries, keys and values start as Xavier's uniform init."""
+    return Layout(0, weight.shape[1], math.sqrt(6 / sum(weight.shape)))
+
+
+def _bilinear(module: nn.Module, weight: Tensor) -> Layout:
+    """(out, in1, in2): Bilinear, which sums up over both inputs, but starts within +-1 / sqrt(in1)."""
+    return Layout(0, weight.shape[1] * weight.shape[2], 1 / math.sqrt(weight.shape[1]))
 
 
 def _input_first(module: nn.Module, weight: Tensor) -> Layout:
@@ -79,15 +100,15 @@ def _input_first(module: nn.Module, weight: Tensor) -> Layout:
 def _transposed(module: nn.Module, weight: Tensor) -> Layout:
     """(in, out / groups, ..): ConvTranspose. Each output sees every stride-th weight of the field.
 
-    Where there are as many groups as inputs, each input has outputs of its own; in between, channel k of all groups has
-    one scale.
+    Where there are as many groups as inputs, each input has outputs of its own; in between, the outputs number k of all
+    groups have one index.
     """
     assert isinstance(module, nn.modules.conv._ConvTransposeNd)
     field = math.prod(max(size / step, 1) for size, step in zip(module.kernel_size, module.stride, strict=True))
     fan_in = round(module.in_channels // module.groups * field)
     if module.groups == module.in_channels > 1:
         return Layout(0 if weight.shape[1] == 1 else (0, 1), fan_in)
-    return Layout(1, fan_in)
+    return Layout(1, fan_in, groups=module.groups)
 
 
 def _experts(transposed: bool) -> Describe:
@@ -100,7 +121,7 @@ def _one(*names: str) -> Callable[[nn.Module], list[Weights]]:
     return lambda module: [list(names)]
 
 
-def _recurrent(module: nn.Module) -> list[Weights]:
+def _levels(module: nn.Module) -> list[Weights]:
     """A layer for each level of an RNN, LSTM or GRU, both directions."""
     assert isinstance(module, nn.RNNBase)
     directions = ("", "_reverse") if module.bidirectional else ("",)
@@ -114,11 +135,10 @@ _KINDS: dict[type[nn.Module], Kind] = {
     nn.Linear: Kind(_one("weight"), _output_first),
     nn.modules.conv._ConvNd: Kind(_one("weight"), _output_first),
     nn.modules.conv._ConvTransposeNd: Kind(_one("weight"), _transposed),
-    nn.RNNBase: Kind(_recurrent, _output_first),
-    nn.RNNCellBase: Kind(_one("weight_ih", "weight_hh"), _output_first),
-    nn.MultiheadAttention: Kind(
-        _one("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"), _output_first
-    ),
+    nn.Bilinear: Kind(_one("weight"), _bilinear),
+    nn.RNNBase: Kind(_levels, _recurrent),
+    nn.RNNCellBase: Kind(_one("weight_ih", "weight_hh"), _recurrent),
+    nn.MultiheadAttention: Kind(_one("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"), _attention),
     nn.Embedding: Kind(_one("weight"), _output_first, "embedding"),
     nn.EmbeddingBag: Kind(_one("weight"), _output_first, "embedding"),
 }

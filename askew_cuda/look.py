@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends, fit, reference
+from . import backends, fit, reference, summation
 
 
 class Runs(NamedTuple):
@@ -93,7 +93,7 @@ def _compiled(weight: Tensor) -> bool:
 
 def _parts(laid: Runs) -> Iterator[tuple[Tensor, Tensor]]:
     """(weights, the scale of each) a part at a time."""
-    step = fit.AT_ONCE // fit.CHUNK * fit.CHUNK
+    step = fit.AT_ONCE // summation.CHUNK * summation.CHUNK
     for first in range(0, len(laid.weight), step):
         part = laid.weight[first : first + step]
         index = torch.arange(first, first + len(part), device=part.device) // laid.run % len(laid.scale)
@@ -263,7 +263,7 @@ def _measure(laid: Runs, levels: Sequence[float], near: float, codes: Tensor | N
         largest = max(largest, float(torch.where(fine, away, 0).max()))
         w = torch.where(fine, place.w, 0).double()
         error = w - torch.where(fine, place.level.to(place.w.dtype), 0).double()
-        squares = fit.in_sequence(squares, fit.add_up((w * w).unsqueeze(0)))
-        errors = fit.in_sequence(errors, fit.add_up((error * error).unsqueeze(0)))
+        squares = summation.in_sequence(squares, summation.add_up((w * w).unsqueeze(0)))
+        errors = summation.in_sequence(errors, summation.add_up((error * error).unsqueeze(0)))
         first += len(part)
     return Measured._make((*counts, tuple(occupancy.tolist()), largest, float(squares), float(errors)))

@@ -17,10 +17,11 @@ from .hints import LostSteps
 from .interrupts import deferred
 from .keywords import CONSTRAINT, Group, check_keywords, check_state_dtype, resolve_rate
 from .look import Measured, codes, measure, snap_, snapping
-from .plan import Batch, Plan, Traced, parts
+from .plan import Batch, Plan, Traced, parts, ready
 from .quantizer import Quantizer
 
 _CPU = torch.device("cpu")
+LEARNING = ("scale_velocity", "scale_growth")  # in the state of weights whose scale learns
 
 
 def next_seed(seed: int) -> int:
@@ -138,7 +139,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
             schedule.put_epsilon(group, annealed.pop("epsilon"))
         group.update(annealed)
         unique = {weight: i for i, weight in reversed(list(enumerate(group["params"])))}  # torch has warned of others
-        for key in ("params", "param_names", "fan_in"):
+        for key in ("params", "param_names", "fan_in", "init_bound"):
             if isinstance(group.get(key), (list, tuple)):
                 group[key] = [group[key][i] for i in reversed(unique.values())]
         self._quantizer(group)
@@ -178,12 +179,13 @@ class QuantizedOptimizer(torch.optim.Optimizer):
     def _check_weights(self, params: Any, settings: Group, quantizer: Quantizer | None) -> None:
         """Whether the weights of a group can be stepped as the group says."""
         params = [params] if isinstance(params, Tensor) else params
-        fan_in = settings["fan_in"]
-        if isinstance(fan_in, (list, tuple)) and len(fan_in) != len(params):
-            raise ValueError(
-                f"fan_in has {len(fan_in)} numbers for a group of {len(params)} weights; one for each is needed, or "
-                "one for all of them"
-            )
+        for key in ("fan_in", "init_bound"):
+            given = settings[key]
+            if isinstance(given, (list, tuple)) and len(given) != len(params):
+                raise ValueError(
+                    f"{key} has {len(given)} numbers for a group of {len(params)} weights; one for each is needed, or "
+                    "one for all of them"
+                )
         for index, item in enumerate(params):
             name, weight = item if isinstance(item, tuple) else (f"params[{index}]", item)
             if not isinstance(weight, Tensor):
@@ -245,12 +247,11 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         return not (weight.requires_grad or group["quantize_frozen"] or weight in self._stepped)
 
     @staticmethod
-    def _fan_in(group: Group, weight: Tensor) -> int | None:
-        """The fan-in of the weight's layer, where the group says it."""
-        fan_in = group["fan_in"]
-        if isinstance(fan_in, (list, tuple)):
-            return next(each for each, other in zip(fan_in, group["params"], strict=True) if other is weight)
-        return fan_in
+    def _of_layer(group: Group, weight: Tensor) -> dict[str, Any]:
+        """fan_in and init_bound of the weight's layer, where the group says them."""
+        at = next(index for index, other in enumerate(group["params"]) if other is weight)
+        given = {key: group[key] for key in ("fan_in", "init_bound")}
+        return {key: each[at] if isinstance(each, (list, tuple)) else each for key, each in given.items()}
 
     def _estimate(self, group: Group, quantizer: Quantizer, name: str, weight: Tensor, whole: Tensor) -> Tensor:
         return scales.estimate(
@@ -260,7 +261,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
             normalized=bool(group["normalized"]),
             name=name,
             channel_dim=group["channel_dim"],
-            fan_in=self._fan_in(group, weight),
+            **self._of_layer(group, weight),
         )
 
     def _new_scale(self, group: Group, quantizer: Quantizer, name: str, weight: Tensor, whole: Tensor) -> Tensor:
@@ -277,7 +278,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
             )
         fresh = group["normalized"] and not group["trained_norms"]
         if group["clip"] and not (
-            group["pretrained"] or fresh or scales.is_torch_default(whole, self._fan_in(group, weight))
+            group["pretrained"] or fresh or scales.is_torch_default(whole, **self._of_layer(group, weight))
         ):
             outside = scales.share_outside(whole.detach(), scale, levels)
             if outside > 0.25:
@@ -326,8 +327,9 @@ class QuantizedOptimizer(torch.optim.Optimizer):
                         wanted.append((group, quantizer, name, weight))
         found = self._new_scales(self._new_scale, wanted, self._company)
         with deferred():
-            for (group, _, _, weight), scale in zip(wanted, found, strict=True):
+            for (group, quantizer, _, weight), scale in zip(wanted, found, strict=True):
                 self._set_scale(group, weight, scale)
+                self.state[weight].update(self._to_learn(group, quantizer, weight, scale))
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -421,7 +423,8 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         """The step as torch.compile sees it: the operators, and no plan."""
         found = list(parts(self, Traced()))
         for part in found:
-            backends.ready(part.backend, part.call)()
+            for call in ready(part):
+                call()
         if found:
             for group in self.param_groups:
                 schedule.advance(group)
@@ -434,6 +437,9 @@ class QuantizedOptimizer(torch.optim.Optimizer):
             for gone in [weight for weight in table if weight not in members]:
                 del table[gone]
         for part in plan.parts:
+            if part.settles:
+                for weight in part.batch.weights:
+                    self._fix_scale(weight)
             self._stepped.update(dict.fromkeys(part.batch.weights, True))
             quantizer = self._quantizer(part.group)
             if quantizer is not None:
@@ -457,23 +463,53 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         """Batches that step in different calls, and what is set in each whatever the group says."""
         yield batch, {}
 
-    def _scales(self, group: Group, quantizer: Quantizer, batch: Batch) -> list[Tensor]:
-        """The scale of each weight; estimated now where it is missing, all that are missing together."""
+    def _scales(self, group: Group, batch: Batch) -> Iterator[tuple[Batch, dict[str, list[Tensor]]]]:
+        """The weights whose scales learn and the others, with what their state holds of scales; scales that are missing
+        are estimated now, all together.
+        """
+        quantizer = self._quantizer(group)
+        if quantizer is None:
+            yield batch, {}
+            return
+        fresh = ["scale" not in state for state in batch.states]
         made: dict[Tensor, Tensor] = {}
 
         def make(weight: Tensor) -> Tensor:
             if not made:
-                missing = {
-                    each for each, state in zip(batch.weights, batch.states, strict=True) if "scale" not in state
-                }
+                missing = {each for each, new in zip(batch.weights, fresh, strict=True) if new}
                 wanted = [(group, quantizer, name, each) for name, each in self._named(group) if each in missing]
                 found = self._new_scales(self._new_scale, wanted, self._company)
                 made.update((each, scale) for (*_, each), scale in zip(wanted, found, strict=True))
             return made[weight]
 
-        for weight, state in zip(batch.weights, batch.states, strict=True):
-            self._check_scale(group, weight, "scale" in state)
-        return batch.tensors("scale", make)
+        for weight, new in zip(batch.weights, fresh, strict=True):
+            self._check_scale(group, weight, not new)
+        scales = batch.tensors("scale", make)
+        for weight, state, scale, new in zip(batch.weights, batch.states, scales, fresh, strict=True):
+            if new:
+                for key, value in self._to_learn(group, quantizer, weight, scale).items():
+                    batch.additions.put(state, key, value)
+        learns = [batch.additions.has(state, "scale_velocity") for state in batch.states]
+        for each, keys in ((True, ("scale", *LEARNING)), (False, ("scale",))):
+            alike = batch if all(each == one for one in learns) else batch.pick([each == one for one in learns])
+            yield alike, {key: alike.tensors(key, self._scale_of) for key in keys} if alike.weights else {}
+
+    def _scale_of(self, weight: Tensor) -> Tensor:
+        raise KeyError(
+            f"the state of {self._name_of(weight)} has a part of what its scale learns with; load a checkpoint"
+        )
+
+    def _to_learn(self, group: Group, quantizer: Quantizer, weight: Tensor, scale: Tensor) -> dict[str, Tensor]:
+        """What the state of a weight has besides a scale that learns: one that was estimated, of weights that are free
+        and whose storage does not round its growth away.
+        """
+        rounds = weight.dtype.itemsize == 2 and group["low_precision"] == "nearest"
+        epsilon = group["epsilon"]
+        free = isinstance(epsilon, Tensor) or epsilon == 1
+        estimated = isinstance(quantizer.scale, str) and group["pretrained"] != "packed"
+        if scales.learning_rate(group, quantizer) > 0 and free and estimated and not rounds:
+            return {"scale_velocity": torch.zeros_like(scale), "scale_growth": torch.ones_like(scale)}
+        return {}
 
     def _check_scale(self, group: Group, weight: Tensor, has_scale: bool) -> None:
         """Whether a weight's scale is that of its quantizer, and is still there once annealing has begun."""
@@ -496,8 +532,14 @@ class QuantizedOptimizer(torch.optim.Optimizer):
     def _set_scale(self, group: Group, weight: Tensor, scale: Tensor) -> None:
         quantizer = self._quantizer(group)
         assert quantizer is not None
+        self._fix_scale(weight)
         self.state[weight]["scale"] = scale
         self._scaled[weight] = quantizer
+
+    def _fix_scale(self, weight: Tensor) -> None:
+        """The scale learns no more."""
+        for key in LEARNING:
+            self.state[weight].pop(key, None)
 
     def _overflowed(self, wait: bool = False) -> bool:
         """Whether AMP found an infinity: the step then does nothing. Unless told to, it does not wait for a device to

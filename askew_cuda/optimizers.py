@@ -23,7 +23,9 @@ _KEYWORDS = """
     channel_dim: the output dimension of the weights, 0 for (out, in, ..), 1 for (in, out), or those of expert and
         output. What has scales of its own, with a quantizer per channel or per group.
     fan_in: how many weights are summed up into one output; one number, or one for each weight.
-        :func:`~askew_cuda.param_groups` writes these four, from what it knows of the layers. Bare parameters get the
+    init_bound: where a layer starts with weights that are uniform in another interval than +-1 / sqrt(fan_in), the end
+        of it: so fresh weights are known, which say nothing about their scale. One number, or one for each weight.
+        :func:`~askew_cuda.param_groups` writes these five, from what it knows of the layers. Bare parameters get the
         defaults, whatever stands beside them: not normalised; the output first, all other dimensions inputs. And a
         quantizer takes EVERY parameter of its group, biases and gains of norms included, which networks are better off
         without: give those a group with quantizer None, or use param_groups, which does.
@@ -56,7 +58,8 @@ _KEYWORDS = """
         tells where p begins when it is a part of a larger weight.
     backend: "auto", "cuda", "triton", "cpu" or "reference".
     fused, foreach: accepted as torch's are; every backend is fused. differentiable: not offered.
- State per weight: torch's, ``scale``, and ``remainder`` (int16) where it is kept. Raises ValueError, TypeError or
+
+    State per weight: torch's, ``scale``, and ``remainder`` (int16) where it is kept. Raises ValueError, TypeError or
     RuntimeError (a backend that is absent) with the argument, its value and the remedy.
     """
 

@@ -1,6 +1,5 @@
 """Which weights are quantized, and how: rules to param groups, and the table that says so, and why."""
 
-import itertools
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -185,12 +184,21 @@ def _has_trained_norms(model: nn.Module) -> bool:
     return any(bool((gain != gain[0]).any()) for gain in known)
 
 
+def _sharing(weight: Tensor, quantizer: Quantizer, layout: Layout | None) -> str:
+    """Whether a scale covers outputs of several groups of a layer, although it is to be of one output or less."""
+    if layout is None or layout.groups == 1 or quantizer.granularity == "tensor":
+        return ""
+    apart = quantizer.group_size is not None and weight.shape[0] // layout.groups % quantizer.group_size == 0
+    return "" if apart else f", each scale shared by the {layout.groups} groups"
+
+
 def _table(named: dict[str, Tensor], found: Survey, choice: Choice) -> str:
     """A line per parameter: name, shape, layer, quantizer, fan-in, number of levels or why there are none."""
     rows = [("weight", "shape", "layer", "quantizer", "fan-in", "levels")]
     for name, weight in named.items():
         quantizer, layout, frozen = choice.chosen.get(name), found.layout(weight), not weight.requires_grad
         last = choice.why.get(name, "") if quantizer is None else str(len(quantizer.codebook))
+        last += "" if quantizer is None else _sharing(weight, quantizer, layout)
         last += ", frozen" * frozen
         fan = "" if quantizer is None or layout is None else str(layout.fan_in)
         shape, kind = "x".join(map(str, weight.shape)), found.places[weight][0].layer
@@ -242,14 +250,14 @@ def param_groups(
         no_decay: True splits off what trainers don't decay into groups with weight_decay 0: parameters of less than two
             dimensions, those of norms, and those that the model lists in no_weight_decay().
         names: False leaves the names of the parameters out, for wrappers that don't take any, such as
-            ZeroRedundancyOptimizer; groups are then split where layers differ in their fan-in.
+            ZeroRedundancyOptimizer; groups are then split where layers differ in their fan-in or their init.
         verbose: print the table.
         keywords: go into every quantized group, such as anneal="interval". ``normalized`` overrides whether the network
             has normalisation layers.
 
     Returns:
         Groups with named parameters, quantized ones first. Beside the quantizer they say what is known of their layers:
-        ``channel_dim``, ``fan_in`` (one number per weight), ``normalized`` and ``trained_norms``.
+        ``channel_dim``, ``fan_in`` and ``init_bound`` (one number per weight), ``normalized`` and ``trained_norms``.
 
     Raises: ValueError: nothing is left to quantize, a rule matches nothing or is no regular expression, a specification
         is wrong, or a weight does not suit it; the message says what to do. TypeError: ``weights`` is neither.
@@ -274,12 +282,12 @@ def param_groups(
 
 def _without_names(group: dict[str, Any]) -> list[dict[str, Any]]:
     """The group as groups of bare parameters, in which everything holds for all of them."""
-    pairs = list(zip(group["params"], group.get("fan_in", itertools.repeat(None)), strict=False))
-    fans = dict.fromkeys(fan_in for _, fan_in in pairs)
-    return [
-        {**group, "fan_in": fan_in, "params": [weight for (_, weight), each in pairs if each == fan_in]}
-        for fan_in in fans
-    ]
+    lists = {key: group[key] for key in ("fan_in", "init_bound") if isinstance(group.get(key), list)}
+    alike: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for i, (_, weight) in enumerate(group["params"]):
+        own = {key: values[i] for key, values in lists.items()}
+        alike.setdefault(tuple(own.values()), {**group, **own, "params": []})["params"].append(weight)
+    return list(alike.values())
 
 
 def _decide(
@@ -336,10 +344,19 @@ def _quantized_groups(
         channel_dim = 0 if layout is None else layout.channel_dim
         group = groups.setdefault(
             (quantizer, channel_dim, free),
-            {"params": [], "quantizer": quantizer.plain(), "channel_dim": channel_dim, "fan_in": [], **settings},
+            {
+                "params": [],
+                "quantizer": quantizer.plain(),
+                "channel_dim": channel_dim,
+                "fan_in": [],
+                "init_bound": [],
+                **settings,
+            },
         )
         if free:
             group["weight_decay"] = 0.0
         group["params"].append((name, weight))
-        group["fan_in"].append(None if layout is None or weight.dim() < 2 else layout.fan_in)
+        known = None if weight.dim() < 2 else layout
+        group["fan_in"].append(None if known is None else known.fan_in)
+        group["init_bound"].append(None if known is None else known.init_bound)
     return list(groups.values())

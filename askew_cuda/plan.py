@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from . import backends, checks, distributed, keywords, schedule
-from .checks import Call
+from . import scales as scale_rules
+from .checks import Call, Learning
 from .keywords import Group, check_state_dtype, counter_dtype
+from .reference import with_double
 
 if TYPE_CHECKING:
     from .optimizer import QuantizedOptimizer
@@ -75,6 +77,10 @@ class Additions:
                 "torch.cuda.graph asks for is such a step"
             )
 
+    def has(self, kept: dict[Any, Any], key: Any) -> bool:
+        """Whether ``kept`` has it, or will."""
+        return key in kept or (id(kept), key) in self._added
+
     def commit(self) -> None:
         """From now on the optimizer has it."""
         for (_, key), (kept, value) in self._added.items():
@@ -129,7 +135,23 @@ class Part(NamedTuple):
     kept: dict[str, list[Tensor]]  # state tensors of the weights, by their key in the state
     fixed: dict[str, Any]  # settings that this call has whatever its group says
     call: Call
+    learning: Learning | None  # what follows the call where its scales learn
     names: checks.Names
+
+    def arguments(self) -> dict[str, Any]:
+        """Those of both, for the extension's plan, which makes them one after the other."""
+        return self.call.arguments() | (self.learning._asdict() if self.learning else {})
+
+    @property
+    def is_joint(self) -> bool:
+        """Whether scales learn whose weights lie on several ranks: their sums go around between the two calls."""
+        return self.learning is not None and distributed.is_joint(self.batch.weights, self.kept["scale"])
+
+    @property
+    def settles(self) -> bool:
+        """Whether its scales have learned enough: the host knows that annealing has begun."""
+        epsilon = self.call.settings["epsilon"]
+        return self.learning is not None and not isinstance(epsilon, Tensor) and epsilon < 1
 
 
 def batches(optimizer: "QuantizedOptimizer", group: Group, additions: Additions) -> Iterator[Batch]:
@@ -155,12 +177,15 @@ def parts(optimizer: "QuantizedOptimizer", additions: Additions) -> Iterator[Par
     for group in optimizer.param_groups:
         for batch in batches(optimizer, group, additions):
             for some, fixed in optimizer._split(group, batch):
-                if some.weights:
-                    yield part_of(optimizer, group, some, fixed)
+                for alike, scales in optimizer._scales(group, some):
+                    if alike.weights:
+                        yield part_of(optimizer, group, alike, scales, fixed)
 
 
-def part_of(optimizer: "QuantizedOptimizer", group: Group, batch: Batch, fixed: dict[str, Any]) -> Part:
-    """The call of a batch."""
+def part_of(
+    optimizer: "QuantizedOptimizer", group: Group, batch: Batch, scales: dict[str, list[Tensor]], fixed: dict[str, Any]
+) -> Part:
+    """The call of a batch. ``scales``: what its state holds of them, by key: none, scales, or scales that learn."""
     first, quantizer = batch.weights[0], optimizer._quantizer(group)
     if is_captured([first]):
         check_capture(group, batch)
@@ -173,9 +198,16 @@ def part_of(optimizer: "QuantizedOptimizer", group: Group, batch: Batch, fixed: 
         lists[name] = kept[key] = batch.tensors(key, lambda w: torch.zeros_like(w, dtype=wide, requires_grad=False))
     if operator == "adamw_":
         lists["steps"] = kept["step"] = counters(batch, optimizer._counted_there(group))
-    lists |= {"scales": [], "codes": [], "snapped": [], "remainders": []}
-    if quantizer is not None:
-        lists["scales"] = kept["scale"] = optimizer._scales(group, quantizer, batch)
+    lists |= {"scales": [], "codes": [], "snapped": [], "remainders": [], "growths": [], "sums": []}
+    kept |= scales
+    lists["scales"] = scales.get("scale", [])
+    learning = None
+    if quantizer is not None and "scale_velocity" in scales:
+        lists["growths"], kinds = scales["scale_growth"], 2 if operator == "sgd_" else 3
+        lists["sums"] = [sums_for(distributed.local(scale), kinds) for scale in lists["scales"]]
+        counts = [w.numel() // max(1, s.numel()) for w, s in zip(batch.weights, lists["scales"], strict=True)]
+        velocities = [distributed.local(velocity) for velocity in scales["scale_velocity"]]
+        learning = Learning(velocities, counts, scale_rules.learning_rate(group, quantizer))
     for name in group["outputs"]:
         lists[name] = [buffer(optimizer, name, weight, batch.additions) for weight in batch.weights]
     if group["low_precision"] == "remainder" and first.dtype.itemsize == 2:
@@ -191,7 +223,24 @@ def part_of(optimizer: "QuantizedOptimizer", group: Group, batch: Batch, fixed: 
     levels = () if quantizer is None else quantizer.codebook.levels
     backend = optimizer._choose(group, first.device, first.dtype)
     call = Call(operator, distributed.here(lists), levels, settings_of(optimizer, group, batch) | fixed)
-    return Part(backend, group, batch, kept, fixed, call, names)
+    return Part(backend, group, batch, kept, fixed, call, learning, names)
+
+
+def sums_for(scale: Tensor, kinds: int) -> Tensor:
+    """Where a step puts the sums that a scale learns by: (kinds, scales) float64."""
+    there = with_double(scale).device
+    return torch.zeros((kinds, scale.numel()), dtype=torch.float64, device=there)
+
+
+def ready(part: Part) -> list[Callable[[], None]]:
+    """The calls of a part, to be made one after the other."""
+    calls = [backends.ready(part.backend, part.call)]
+    if part.is_joint:
+        weights, scales, sums = part.batch.weights, part.kept["scale"], part.call.lists["sums"]
+        calls.append(partial(distributed.sum_over_ranks_, sums, weights, scales))
+    if part.learning is not None:
+        calls.append(backends.ready_to_learn(part.backend, part.call, part.learning))
+    return calls
 
 
 def counters(batch: Batch, there: bool) -> list[Tensor]:
@@ -325,14 +374,16 @@ class Plan:
         self.compiled, self.together, self.others = None, [], self.parts
         self.ready: list[Callable[[], None]] = []  # the others, as lay_out() has made them ready
         if plain and backends.extension is not None:
-            self.together = [part for part in self.parts if part.backend in ("cpu", "cuda")]
-            self.others = [part for part in self.parts if part.backend not in ("cpu", "cuda")]
-            calls = [(part.call.operator, part.call.arguments()) for part in self.together]
+            alone = [part.backend in ("cpu", "cuda") and not part.is_joint for part in self.parts]
+            self.together = list(compress(self.parts, alone))
+            self.others = [part for part, here in zip(self.parts, alone, strict=True) if not here]
+            calls = [(part.call.operator, part.arguments()) for part in self.together]
             self.compiled = backends.extension.Plan(calls)
         self.calls = [[i for i, part in enumerate(self.together) if part.group is group] for group in self.groups]
         # A weight that has a gradient and no call waits for its first one; what is fixed holds for this step alone.
         whole = len(weights) + len(self.idle) == sum(map(len, self.members))
-        self.lasts = plain and whole and not (self.others or captured or any(part.fixed for part in self.parts))
+        once = captured or any(part.fixed or part.settles for part in self.parts)
+        self.lasts = plain and whole and not (self.others or once)
 
     def _extents(self) -> Iterator[checks.Extent]:
         for part in self.parts:
@@ -397,6 +448,8 @@ class Plan:
         part = self.together[i]
         if not changed.keys() <= FREE or self.compiled is None:
             return False
+        if part.learning and not isinstance(changed.get("epsilon", 1), Tensor) and changed.get("epsilon", 1) < 1:
+            return False  # its scales learn no more
         keywords.check_keywords(part.group, changed)
         if not changed.keys() <= keywords.KEYWORDS.keys():
             optimizer._check_rule(part.group)
@@ -429,7 +482,7 @@ class Plan:
         """
         if self.compiled is not None:
             self.compiled.lay_out()
-        self.ready = [backends.ready(part.backend, part.call) for part in self.others]
+        self.ready = [call for part in self.others for call in ready(part)]
 
     def run(self, entries: list[tuple[dict[str, Any], str, Any]]) -> None:
         """The step. What it adds to the optimizer comes to be with it, and so do entries of param groups: (group, key,

@@ -27,12 +27,21 @@ levels only.
 (E5)  move             w + d, kept within the outermost levels (``clip``)
 (E6)  code             index of the level nearest to the new weight; a tie goes to the lower one, NaN to 0. The snapped
                        weight is that level; NaN of NaN, so that a network that diverged does not look well
+(E7)  scale            while all are free (epsilon = 1), a scale s may learn. With the codes held, dL / d log s is the
+                       radial part of the gradient, sum(g w): G = sum(g w) / sum(w^2) over the weights of the scale, as
+                       they are when the gradient is taken; AdamW divides it by the root of the mean of its corrected
+                       second moments. v = momentum v + (1 - dampening) G, in AdamW with beta1 for both;
+                       x = scale_lr lr v, within +-0.05; growth f = (2 - x) / (2 + x), which is exp(-x) to a part in
+                       100,000. The next step begins with w f and s f, which moves no code. From the first step with
+                       epsilon < 1 on, f = 1 for good
 
 ``interval`` is the paper's annealing: Leconte, Schechtman, Moulines, "ASkewSGD: an annealed interval-constrained
 optimisation method to train quantized neural networks", AISTATS 2023, with the velocity constraint of Muehlebach &
 Jordan, "On constraints in first-order optimization", JMLR 23, 2022. ``capture`` is ours: the dual set, which pins the
 confident weights first and leaves the uncertain ones free to go on choosing; freezing the confident first has been
 done, with a straight-through estimator, by INQ (2017), OFQ's confidence-guided annealing (ICML 2023) and StoMPP (2026).
+(E7) is ours, too: the box that a scale spans is as large as the loss asks for, and no constant that serves one network
+serves the next.
 
 One arithmetic. Every operation rounds once, in the order written here, in float64 for float64 weights and in float32
 for all others; 16-bit storage is widened on load and rounded to nearest even on store. Scalars are rounded to that type
@@ -53,8 +62,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import summation
 from .rounding import Number, Storage
 
+MAX_GROWTH = 0.05  # (E7): of the logarithm of a scale, in a step
 Tensors = Sequence[Tensor]
 
 
@@ -183,12 +194,14 @@ def blocks(weight: Tensor, shape: Sequence[int]) -> Tensor:
     """The weights of each scale, (scales, weights), in logical order; the inverse of :func:`spread`.
 
     Args:
-        weight: (...), not empty.
+        weight: (...).
         shape: of its scale.
 
     >>> blocks(torch.arange(6).reshape(2, 3), (1, 3)).tolist()
     [[0, 3], [1, 4], [2, 5]]
     """
+    if weight.numel() == 0:
+        return weight.reshape(math.prod(shape), 0)
     if len(shape) != weight.dim():
         return weight.reshape(math.prod(shape), -1)
     runs = [length for count, size in zip(shape, weight.shape, strict=True) for length in (count, size // count)]
@@ -337,6 +350,23 @@ def skew_interval(d: Tensor, w: Tensor, unit: Tensor, book: AnyCodebook, now: No
     return torch.where(keep, d, flip(torch.where(pull < cap, pull, cap), at.e))
 
 
+def radial_sums(g: Tensor, w: Tensor, shape: Sequence[int]) -> list[Tensor]:
+    """(E7): sum(g w) and sum(w^2) over the weights of each scale, (scales,) float64; without those that are not finite,
+    or whose gradient is not.
+
+    Args: g, w: (...). shape: of the weight's scale.
+    """
+    g, w = with_double(g), with_double(w)
+    finite = g.isfinite() & w.isfinite()
+    g, w = torch.where(finite, g, 0).double(), torch.where(finite, w, 0).double()
+    return [summation.total(blocks(terms, shape)) for terms in (g * w, w * w)]
+
+
+def grow(w: Tensor, scale: Tensor, growth: Tensor) -> tuple[Tensor, Tensor]:
+    """(E7): the weight and its scale as a step begins with them."""
+    return w * spread(growth, w), scale * growth
+
+
 def derive(s: Settings, levels: Sequence[float], dtype: torch.dtype, device: torch.device) -> Now:
     """The numbers of a step of weights that are as exact as ``dtype``."""
 
@@ -420,6 +450,15 @@ def adamw_displacement(
     return -now.lr * (direction + s.weight_decay * w), mean, square, largest
 
 
+def second_moments(square: Tensor, step: Tensor, s: Settings, shape: Sequence[int]) -> Tensor:
+    """(E7): the sum of the corrected second moments over the weights of each scale, (scales,) float64; without those
+    that are not finite. ``square`` (...) is the state after the step, ``step`` the count before it.
+    """
+    square = with_double(square)
+    root = rounded(bias_corrections(step, s.beta1, s.beta2)[1], square.dtype, square.device).double()
+    return summation.total(blocks(torch.where(square.isfinite(), square, 0).double() * (root * root), shape))
+
+
 def bias_corrections(step: Tensor, beta1: float, beta2: float) -> tuple[Number, Number]:
     """1 / (1 - beta1^t) and 1 / sqrt(1 - beta2^t) of the step after so many, in double."""
     if torch.compiler.is_compiling():  # a trace knows no values; torch's power may be a last bit away from C's
@@ -459,7 +498,8 @@ def write_outputs(
 def sgd_(
     weights: Tensors, grads: Tensors, momentum_buffers: Tensors, scales: Tensors, levels: Sequence[float],
     codes: Tensors, snapped: Tensors, *, found_inf: Number | None = None, remainders: Tensors = (),
-    seed: Tensor | int | None = None, streams: Sequence[int] = (), first_elements: Sequence[int] = (), **settings: Any,
+    seed: Tensor | int | None = None, streams: Sequence[int] = (), first_elements: Sequence[int] = (),
+    growths: Tensors = (), sums: Tensors = (), **settings: Any,
 ) -> None:  # fmt: skip
     """One askew SGD step of every weight, in place: the reference of the operator ``askew_cuda::sgd_``.
 
@@ -477,6 +517,9 @@ def sgd_(
         seed: int64, of stochastic rounding of 16-bit weights; or None. streams: N numbers of the weights,
             first_elements: N numbers of their first elements, where they are parts of larger weights; random bits
             depend on these three and the element alone.
+        growths: N tensors like the scales, f of (E7): weights and scales are multiplied by them first; or empty.
+        sums: N x (2, scales of the weight), float64, with growths: receives sum(g w) and sum(w^2) of (E7), of the
+            weights before that, for :func:`learn_scales_`. Mutated.
         settings: the fields of :class:`Settings`, but for AdamW's. A Number may be a 0-d tensor.
 
     A NaN gradient makes its own weight NaN and no other. Empty tensors are fine.
@@ -487,10 +530,14 @@ def sgd_(
     now = derive(s, levels, storage.dtype(weights[0]), weights[0].device)
     book = codebook(levels, now.lr) if levels else None
     for i, weight in enumerate(weights):
-        w = storage.load(i, weight)
-        grid = None if book is None else make_grid(scales[i], w, book)
+        w, g = storage.load(i, weight), grads[i].to(arithmetic(weight.dtype))
+        scale = scales[i] if scales else None
+        if growths:
+            storage.write(sums[i], torch.stack(radial_sums(g, w, scales[i].shape)))
+            w, scale = grow(w, scales[i], growths[i])
+        grid = None if book is None or scale is None else make_grid(scale, w, book)
         buffer = momentum_buffers[i].to(w.dtype) if momentum_buffers else None
-        g = gradient(grads[i].to(w.dtype), w, grid, s, now)
+        g = gradient(g, w, grid, s, now)
         d, buffer = sgd_displacement(g, w, buffer, s, now)
         if buffer is not None:
             storage.write(momentum_buffers[i], buffer)
@@ -503,7 +550,7 @@ def adamw_(
     weights: Tensors, grads: Tensors, exp_avgs: Tensors, exp_avg_sqs: Tensors, max_exp_avg_sqs: Tensors, steps: Tensors,
     scales: Tensors, levels: Sequence[float], codes: Tensors, snapped: Tensors, *, found_inf: Number | None = None,
     remainders: Tensors = (), seed: Tensor | int | None = None, streams: Sequence[int] = (),
-    first_elements: Sequence[int] = (), **settings: Any,
+    first_elements: Sequence[int] = (), growths: Tensors = (), sums: Tensors = (), **settings: Any,
 ) -> None:  # fmt: skip
     """One askew AdamW step (decoupled weight decay) of every weight, in place: the reference of ``askew_cuda::adamw_``.
 
@@ -511,6 +558,8 @@ def adamw_(
         exp_avgs, exp_avg_sqs: N x (...), the weights' dtype or float32. Mutated.
         max_exp_avg_sqs: the same with amsgrad, else empty. Mutated.
         steps: N x (), float32 or float64, steps taken so far. Each is increased by one.
+        sums: N x (3, scales of the weight); the third receives the sum of the corrected second moments, which the
+            direction is divided by the roots of.
         settings: the fields of :class:`Settings`, but for SGD's.
 
     All others: as in :func:`sgd_`.
@@ -521,16 +570,72 @@ def adamw_(
     now = derive(s, levels, storage.dtype(weights[0]), weights[0].device)
     book = codebook(levels, now.lr) if levels else None
     for i, weight in enumerate(weights):
-        w = storage.load(i, weight)
-        grid = None if book is None else make_grid(scales[i], w, book)
+        w, g = storage.load(i, weight), grads[i].to(arithmetic(weight.dtype))
+        scale = scales[i] if scales else None
+        radial = radial_sums(g, w, scales[i].shape) if growths else []
+        if growths:
+            w, scale = grow(w, scales[i], growths[i])
+        grid = None if book is None or scale is None else make_grid(scale, w, book)
         mean, square = exp_avgs[i].to(w.dtype), exp_avg_sqs[i].to(w.dtype)
         largest = max_exp_avg_sqs[i].to(w.dtype) if s.amsgrad else None
-        g = gradient(grads[i].to(w.dtype), w, grid, s, now)
+        g = gradient(g, w, grid, s, now)
         d, mean, square, largest = adamw_displacement(g, w, mean, square, largest, steps[i], s, now)
         storage.write(exp_avgs[i], mean)
         storage.write(exp_avg_sqs[i], square)
         if largest is not None:
             storage.write(max_exp_avg_sqs[i], largest)
+        if growths:
+            divisor = (max_exp_avg_sqs if s.amsgrad else exp_avg_sqs)[i]
+            radial.append(second_moments(divisor.to(w.dtype), steps[i], s, scales[i].shape))
+            storage.write(sums[i], torch.stack(radial))
         storage.write(steps[i], steps[i] + 1)
         storage.store(i, weight, move(w, d, grid, s, now))
         write_outputs(weight, grid, codes[i] if codes else None, snapped[i] if snapped else None, storage)
+
+
+@torch.no_grad()
+def learn_scales_(
+    scales: Tensors, velocities: Tensors, growths: Tensors, sums: Tensors, counts: Sequence[int], *, lr: Number,
+    epsilon: Number, scale_lr: float, momentum: float, dampening: float, maximize: bool = False,
+    grad_scale: Number | None = None, found_inf: Number | None = None,
+) -> None:  # fmt: skip
+    """(E7), what follows from the sums of a step: scales take over the growth that it began with, and get the next one.
+    The reference of ``askew_cuda::learn_scales_``.
+
+    Args:
+        scales: N tensors, float32 or float64, as the step was given them. Mutated.
+        velocities: N tensors like the scales, v; infinity: this scale learns no more. Mutated.
+        growths: N tensors like the scales, f, as the step was given them. Mutated.
+        sums: N x (2 or 3, numel of the scale), float64, as the step left them; three of AdamW's.
+        counts: N numbers, weights that share a scale.
+        lr, epsilon, maximize, grad_scale, found_inf: those of the step; a Number may be a 0-d tensor.
+        scale_lr: learning rate of the scales, a multiple of lr, >= 0.
+        momentum, dampening: SGD's; AdamW's beta1 for both.
+
+    Computed in float64, whatever the scales are in. A scale whose weights are all 0, or whose sums are not finite, has
+    G = 0; one that would leave the normal numbers of its dtype does not grow.
+    """
+    storage = Storage((), None, (), (), found_inf)
+    if not scales or storage.is_closed:
+        return
+    device = sums[0].device
+    rate, number, amplified = (
+        rounded(each, torch.float64, device) for each in (lr, epsilon, 1.0 if grad_scale is None else grad_scale)
+    )
+    rate = scale_lr * rate
+    factor = (-1 if maximize else 1) / amplified
+    for scale, velocity, growth, radial, count in zip(scales, velocities, growths, sums, counts, strict=True):
+        part = factor * radial[0] / radial[1]
+        if len(radial) == 3:
+            part = part / sqrt(radial[2] / count)
+        part = torch.where(part.isfinite(), part, 0).reshape(scale.shape)
+        before = velocity.to(device).double()
+        v = momentum * before + (1 - dampening) * part
+        x = rate * v
+        x = torch.where(x > MAX_GROWTH, MAX_GROWTH, torch.where(x < -MAX_GROWTH, -MAX_GROWTH, x))
+        f, taken = (2 - x) / (2 + x), scale * growth
+        after, limits = taken.to(device).double() * f, torch.finfo(scale.dtype)
+        over = (number < 1) | before.isinf()
+        storage.write(growth, torch.where((after >= limits.tiny) & (after <= limits.max) & ~over, f, 1))
+        storage.write(velocity, torch.where(over, math.inf, v))
+        storage.write(scale, taken)

@@ -151,7 +151,7 @@ class Storage(NamedTuple):
 
     def write(self, kept: Tensor, value: Tensor) -> None:
         """To nearest."""
-        value = value.to(kept.dtype)
+        value = value.to(kept.device, kept.dtype)
         if isinstance(self.found_inf, Tensor):
             value = torch.where(self.found_inf.reshape(()).to(kept.device) != 0, kept, value)
         # Views, since torch.compile (2.11, 2.13) loses what is written to a 0-d float64 tensor itself.

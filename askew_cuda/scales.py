@@ -4,6 +4,7 @@ layer. PyTorch operations, float64 sums.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ def estimate(
     normalized: bool = False,
     channel_dim: ChannelDim = 0,
     fan_in: int | None = None,
+    init_bound: float | None = None,
 ) -> Tensor:
     """The scale that a weight gets, by the quantizer's rule.
 
@@ -41,6 +43,8 @@ def estimate(
         channel_dim: the output dimension of the layer; for stacked experts those of expert and output.
         fan_in: how many weights are summed up into one output of the layer. None: nothing is known of the layer. Where
             "auto" goes by the shape, the output then comes first, and all other dimensions are inputs.
+        init_bound: the layer's fresh weights are uniform within +- this; None: within +-1 / sqrt(fan_in). It matters to
+            "auto".
 
     Returns: of the shape that ``quantizer.scale_shape`` says, float32 (float64 for float64 weights), > 0; weight units
         per level unit. A row of zeros gets the mean of the tensor's other scales, an empty tensor 1.
@@ -71,7 +75,8 @@ def estimate(
     rows = reference.blocks(weight, shape).to(dtype)  # in logical order, whatever the layout
     if quantizer.scale == "auto":
         fans = _fans(weight, channel_dim, fan_in)
-        scale = _auto(rows, weight, quantizer.codebook, pretrained, normalized, fans, fan_in is not None)
+        default = not (pretrained or normalized) and is_torch_default(weight, fan_in, init_bound)
+        scale = _auto(rows, weight, quantizer.codebook, pretrained, normalized, default, fans, fan_in is not None)
     else:
         scale = _by_rule(rows, quantizer.codebook, quantizer.scale, name)
     # A dead row, of zeros or of what weight decay left of it, says nothing.
@@ -93,6 +98,17 @@ def estimate(
     return scale.to(dtype).reshape(shape).to(there)
 
 
+def learning_rate(group: dict[str, Any], quantizer: Quantizer) -> float:
+    """The rate at which the scales of a group learn (E7), a multiple of lr: its own, or, where it is None, as measured
+    (docs/recipes.md): 0.05 for two levels, 0.1 for more, 0 where weights are trained already, which tell their scale.
+    """
+    if group["scale_lr"] is not None:
+        return float(group["scale_lr"])
+    if group["pretrained"]:
+        return 0.0
+    return 0.05 if len(quantizer.codebook) == 2 else 0.1
+
+
 def _check_range(scale: Tensor, dtype: torch.dtype, what: str, remedy: str) -> None:
     """A scale that is 0, infinite or without a reciprocal in its dtype would make NaN of everything."""
     least, most = torch.finfo(dtype).tiny, torch.finfo(dtype).max
@@ -104,16 +120,19 @@ def _check_range(scale: Tensor, dtype: torch.dtype, what: str, remedy: str) -> N
         )
 
 
-def is_torch_default(weight: Tensor, fan_in: int | None = None) -> bool:
-    """Whether a weight looks like torch's default Linear or Conv initialisation, uniform in +-1 / sqrt(fan_in): of the
-    fan-in that torch counts for its shape, or of the layer's own.
+def is_torch_default(weight: Tensor, fan_in: int | None = None, init_bound: float | None = None) -> bool:
+    """Whether a weight looks like torch's default initialisation of its layer, uniform in +-``init_bound``. Where that
+    is None, it is Linear's and Conv's, 1 / sqrt(fan_in): of the fan-in that torch counts for its shape, or of the
+    layer's own.
     """
     if weight.dim() < 2 or weight.numel() == 0:
         return False
+    fans = {math.prod(weight.shape[1:]), fan_in or math.prod(weight.shape[1:])}
+    bounds = [1 / math.sqrt(fan) for fan in fans] if init_bound is None else [init_bound]
     largest, rms = max(abs(float(each)) for each in weight.detach().aminmax()), None
-    for fan in {math.prod(weight.shape[1:]), fan_in or math.prod(weight.shape[1:])}:
-        wanted = 1 / math.sqrt(3 * fan)
-        if not largest <= (1 + 2 * torch.finfo(weight.dtype).eps) / math.sqrt(fan):
+    for bound in bounds:
+        wanted = bound / math.sqrt(3)
+        if not largest <= (1 + 2 * torch.finfo(weight.dtype).eps) * bound:
             continue
         rms = look.rms(weight) if rms is None else rms
         if abs(rms - wanted) <= (0.05 + 2 / math.sqrt(weight.numel())) * wanted:
@@ -139,6 +158,7 @@ def _auto(
     codebook: Codebook,
     pretrained: bool | str,
     normalized: bool,
+    default: bool,
     fans: tuple[float, float],
     known: bool,
 ) -> Tensor:
@@ -150,7 +170,7 @@ def _auto(
     three are not set tighter, and where no level is 0, which would take them in, dead weights do not count.
     """
     zeros = known and not bool(weight.any())
-    by_shape = normalized or zeros or (not pretrained and is_torch_default(weight, round(fans[0]) if known else None))
+    by_shape = normalized or zeros or default
     if weight.dim() >= 2 and by_shape and (zeros or not pretrained):
         scale = _of_torch_default(fans, codebook) if normalized else _by_shape(fans, codebook)
         return torch.full((len(rows),), scale, dtype=torch.float64, device=rows.device)

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "maths/hyper.h"
+#include "maths/learn.h"
 #include "maths/rounding.h"
 
 namespace askew {
@@ -15,6 +16,8 @@ struct Span {
   uint8_t* codes;
   void* snapped;
   const void* scale;               // of the arithmetic type; scale_of() says which one a weight has
+  const void* growth;              // (E7): as scale
+  double* sums;                    // (E7): of each block, one kind after the other; null: not summed up here
   int64_t scale_run, scale_count;  // weights that share one, scales until they begin anew
   int64_t outer_run, outer_count;  // where the next scale_count of them follow; less than two times: nowhere
   int64_t size;
@@ -31,6 +34,38 @@ ASKEW_FN int64_t scale_of(const Span& span, int64_t i) {
   return span.outer_count < 2 ? inner : i / span.outer_run % span.outer_count * span.scale_count + inner;
 }
 
+// (E7) The scales of one tensor that learn, and what they learn by.
+struct ScaleSpan {
+  void *scale, *velocity, *growth;  // of the arithmetic type
+  const double* sums;               // of g w, of w^2, of AdamW's second moments: one kind of all scales after the other
+  int64_t size;                     // scales
+  double count;                     // weights that share one
+  bool has_second, is_double;
+
+  template <typename T> ASKEW_FN void learn(int64_t k, const Learning& l) const {
+    askew::learn(static_cast<T*>(scale)[k], static_cast<T*>(velocity)[k], static_cast<T*>(growth)[k], sums[k],
+                 sums[size + k], has_second ? sums + 2 * size + k : nullptr, count, l);
+  }
+};
+
+struct ScaleSettings {
+  double scale_lr, momentum, gain;
+  bool maximize;
+  double lr, epsilon, grad_scale;
+};
+ASKEW_FN Learning learning_of(const ScaleSettings& s) {
+  return {s.scale_lr * s.lr, (s.maximize ? -1 : 1) / s.grad_scale, s.momentum, s.gain, s.epsilon < 1};
+}
+
+// (E7) The blocks that a span's weights are summed up in; its scales have one run each.
+ASKEW_FN SumBlocks sum_blocks(const Span& span) { return SumBlocks::of(span.scale_run); }
+// Weights from i on: where the first block begins that begins there or later.
+ASKEW_FN int64_t whole_blocks(const Span& span, int64_t i) {
+  const SumBlocks blocks = sum_blocks(span);
+  return i < span.size ? blocks.begin(blocks.first_from(i)) : span.size;
+}
+constexpr int sum_kinds(Rule rule) { return rule == Rule::sgd ? 2 : 3; }
+
 // All that a backend needs for one call.
 struct Launch {
   Dtype dtype;        // of weights and gradients
@@ -42,6 +77,7 @@ struct Launch {
   Dtype snapped_dtype;
   const Span* spans;
   int64_t span_count;
+  bool sums_alone;  // (E7): no step, only the sums
 };
 
 // Weights are dealt in chunks, so that one large tensor and many small ones spread over threads alike. A chunk never

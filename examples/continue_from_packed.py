@@ -1,5 +1,6 @@
 """Goes on training from a packed file: a ternary digits model meets mirrored digits, and learns them.
- Trains on scikit-learn's digits, saves codes and scales, and forgets everything else. Then the cameras change: all
+
+Trains on scikit-learn's digits, saves codes and scales, and forgets everything else. Then the cameras change: all
 images are mirrored. A fresh model is read from the file, an optimizer takes over levels and scales, and the ternary
 weights leave their levels and find new ones. ``python -m examples.continue_from_packed``
 """

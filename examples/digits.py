@@ -1,5 +1,6 @@
 """Digits: scikit-learn's 8 x 8 handwritten digits and a small MLP, the task that the demo and the accuracy table share.
- Trains one network three ways on the same data in the same order: in full precision, with a straight-through estimator,
+
+Trains one network three ways on the same data in the same order: in full precision, with a straight-through estimator,
 and with askew_cuda. Every weight matrix is quantized, the first and the last one included; biases are not.
 """
 

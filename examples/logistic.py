@@ -2,7 +2,8 @@
 patterns.
 
     python -m examples.logistic [--seeds 32] [--size 1.0]
- As in the authors' notebook: inputs uniform in [-1, 1]^10, labels drawn from the model with weights -size or +size,
+
+As in the authors' notebook: inputs uniform in [-1, 1]^10, labels drawn from the model with weights -size or +size,
 6,000 samples, no bias, the loss summed over a batch of 100 and divided by 6,000, SGD at lr 2, halved at epoch 30, 50
 epochs. In their notebook epsilon stays 1 for all 50; the other rows let it fall. A data set per seed; all seeds train
 at once, which elementwise rules don't notice.

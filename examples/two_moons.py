@@ -1,7 +1,8 @@
 """The paper's non-convex toy: two moons and a network of nine weights, next to all 512 networks with weights -1 and 1.
 
     python -m examples.two_moons [--seeds 32]
- As in the authors' notebook: 2,000 training and 200 test points, inputs standardised; 2-3-1, ReLU, no bias, batch
+
+As in the authors' notebook: 2,000 training and 200 test points, inputs standardised; 2-3-1, ReLU, no bias, batch
 normalisation without affine part after both layers; batches of 100, 50 epochs, lr 0.1 without a schedule; AskewSGD on
 Adam's gradient, alpha 1, epsilon 0.99 per epoch from epoch 20 on. That ends at 0.75, so that the network which is
 trained is not the one which is rounded. All seeds train at once.

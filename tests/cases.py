@@ -1,5 +1,6 @@
 """One table of cases for all backends. A case is plain data; tensors are built afresh, from its own seed, at each run.
- The table is a covering selection: every pair of values of two factors occurs together in some case, and so does every
+
+The table is a covering selection: every pair of values of two factors occurs together in some case, and so does every
 triple of the factors in TRIPLES; what can't go together is listed in FORBIDDEN. A new backend is one more entry in
 BACKENDS.
 """
@@ -115,6 +116,7 @@ class Case(NamedTuple):
     values: str  # "finite", or "hostile": with NaN and infinities
     lr: float
     rounding: str = "nearest"  # of 16-bit weights
+    learns: bool = False  # whether its scales do
     seed: int = 0
 
     @property
@@ -152,6 +154,7 @@ FACTORS: dict[str, tuple] = {
     "values": ("finite", "hostile"),
     "lr": (0.25, 0.037),
     "rounding": ("nearest", "remainder", "stochastic"),
+    "learns": (False, True),
 }
 TRIPLES = (("dtype", "codebook", "annealing"), ("dtype", "rule", "annealing"), ("codebook", "annealing", "epsilon"))
 # Pairs of values that can't go together.
@@ -160,12 +163,13 @@ FORBIDDEN: tuple[tuple[str, Callable, str, Callable], ...] = (
     ("dtype", lambda dtype: dtype.itemsize > 2, "rounding", lambda rounding: rounding != "nearest"),
     ("codebook", lambda name: name == "none", "granularity", lambda granularity: granularity != "tensor"),
     ("codebook", lambda name: name == "none", "outputs", lambda outputs: outputs != ()),
+    ("codebook", lambda name: name == "none", "learns", lambda learns: learns),
 )
 
 
 def required() -> tuple[list[str], list[frozenset]]:
-    """(names of the factors, all that must be covered). One item of cover: the (factor, value) indices that have to
-    occur together.
+    """The names of the factors, and all that must be covered: each item is a set of (factor, value) indices that have
+    to occur together in some case.
     """
     names = list(FACTORS)
     forbidden = set()
@@ -207,9 +211,8 @@ def covering() -> list[Case]:
                 if not all(frozenset((cell, other)) in allowed for other in chosen):
                     continue
                 now = chosen | {cell}
-                gain = (
-                    sum(item in left and item <= now for item in holding[cell]) + source.random() / 2
-                )  # ties: by chance
+                # ties are broken by chance
+                gain = sum(item in left and item <= now for item in holding[cell]) + source.random() / 2
                 if gain > best_gain:
                     best, best_gain = cell, gain
             chosen.add(best)
@@ -244,6 +247,7 @@ def case_id(case: Case) -> str:
     ]
     words += [f"scaled{case.grad_scale:g}"] if case.grad_scale else []
     words += [case.rounding] if case.rounding != "nearest" else []
+    words += ["learns"] if case.learns else []
     return "-".join(map(str, [*words, f"lr{case.lr:g}", case.seed]))
 
 
@@ -352,6 +356,13 @@ def build(case: Case, device: str = "cpu") -> Built:
     drawn, scales = draw(case)
     lists = {name: [] for name in ("weights", "grads", *STATES, "steps", "codes", "snapped", "remainders")}
     lists["scales"] = [scale.clone().to(device) for scale in scales]
+    lists["growths"], lists["sums"] = [], []
+    if case.learns:
+        generator, kinds = torch.Generator().manual_seed(case.seed), 3 if case.is_adamw else 2
+        for scale in lists["scales"]:  # some stay, some grow, some shrink
+            growth = 1 + torch.randint(-1, 2, scale.shape, generator=generator) * 0.05
+            lists["growths"].append(growth.to(scale))
+            lists["sums"].append(torch.full((kinds, scale.numel()), 77, dtype=torch.float64, device=device))
     buffers = []
     for name, values, layout in drawn:
         buffer = guarded(values, layout, device)
@@ -382,12 +393,12 @@ def _compiled(operator: Callable[..., None], capability: str) -> Callable[..., N
             key: torch.tensor(value, dtype=torch.float64) if isinstance(value, float) else value
             for key, value in scalars.items()
         }
-        remainders = settings.pop("remainders", ())
+        at_the_end = [settings.pop(name, ()) for name in ("remainders", "growths", "sums")]
         rounds = {"seed": None, "streams": [], "first_elements": []}
         rounds |= {key: settings.pop(key) for key in rounds if key in settings}
         before = EXTENSION.set_cpu_capability(capability)
         try:
-            operator(*lists, remainders, **tensors, **settings, **rounds)
+            operator(*lists, *at_the_end, **tensors, **settings, **rounds)
         finally:
             EXTENSION.set_cpu_capability(before)
 
@@ -445,9 +456,10 @@ def on_threads(count: int, backend: Backend) -> Backend:
 def call(case: Case, lists: dict[str, list[Tensor]], backend: Backend, **changes: object) -> None:
     """One step of the case's tensors."""
     settings = {"lr": case.lr, "epsilon": case.epsilon, "clip": case.clip, "grad_scale": case.grad_scale}
-    if lists["remainders"]:
-        settings["remainders"] = lists["remainders"]
-    if case.rounding == "stochastic":  # weights numbered, and parts of larger ones, one across 2^32
+    for name in ("remainders", "growths", "sums"):
+        if lists[name]:
+            settings[name] = lists[name]
+    if case.rounding == "stochastic":  # weights have numbers and are parts of larger ones; one crosses element 2^32
         settings |= {"seed": torch.tensor(case.seed), "streams": [7, 8, 9], "first_elements": [2**32 - 20, 0, 5]}
     settings |= {"levels": case.levels} | RULES[case.rule] | ANNEALINGS[case.annealing] | changes
     operator, names = (backend.adamw_, [*STATES[1:], "steps"]) if case.is_adamw else (backend.sgd_, STATES[:1])
@@ -457,13 +469,13 @@ def call(case: Case, lists: dict[str, list[Tensor]], backend: Backend, **changes
 
 
 def run(case: Case, backend: Backend, **changes: object) -> dict[str, Tensor]:
-    """One step of fresh tensors; everything mutable, by name, as it is afterwards. Fails where anything else was
-    written to.
+    """Makes one step of fresh tensors. Returns everything mutable, by name, as it is afterwards; fails where anything
+    else was written to.
     """
     built = build(case, backend.device)
     before = [(name, buffer.outside().clone(), buffer.view.clone()) for name, buffer in built.buffers]
     call(case, built.lists, backend, **changes)
-    after = {f"steps[{i}]": step for i, step in enumerate(built.lists["steps"])}
+    after = {f"{name}[{i}]": each.cpu() for name in ("steps", "sums") for i, each in enumerate(built.lists[name])}
     for (name, outside, inside), (_, buffer) in zip(before, built.buffers, strict=True):
         if not torch.equal(buffer.outside(), outside):
             raise AssertionError(f"{case_id(case)}: memory beside {name} was written to")

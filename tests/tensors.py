@@ -27,7 +27,7 @@ class Guarded(NamedTuple):
 
 
 def same_layout(layout: str, dims: int) -> str:
-    """The layout for a tensor of fewer dimensions: those that only differ in two or more are contiguous."""
+    """The layout for a tensor of so few dimensions: contiguous, where the given one needs two or more to differ."""
     return layout if dims > 1 or layout in ("misaligned", "strided") else "contiguous"
 
 

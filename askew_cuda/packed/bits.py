@@ -1,5 +1,6 @@
 """Codes to bytes and back, and codes to weights: what packed files and packed layers share.
- A byte holds its codes as digits, the first code in the lowest place: base 2, 4, 16 and 256 are 1, 2, 4 and 8 bits,
+
+A byte holds its codes as digits, the first code in the lowest place: base 2, 4, 16 and 256 are 1, 2, 4 and 8 bits,
 little end first; base 3 puts five ternary codes into a byte (3^5 = 243), 1.6 bits each, where log2(3) = 1.585 is the
 least possible. Codes are in logical row-major order, whatever the memory format of the weight; the last byte is filled
 up with zeros.
@@ -15,19 +16,14 @@ from .. import reference
 
 
 class Packing(NamedTuple):
-    """Digits of which base, and how many of them a byte holds."""
+    """The base of the digits, and how many of them a byte holds."""
 
     base: int
     per_byte: int
 
 
-PACKINGS = {
-    1: Packing(2, 8),
-    1.6: Packing(3, 5),
-    2: Packing(4, 4),
-    4: Packing(16, 2),
-    8: Packing(256, 1),
-}  # by bits per weight
+# By bits per weight.
+PACKINGS = {1: Packing(2, 8), 1.6: Packing(3, 5), 2: Packing(4, 4), 4: Packing(16, 2), 8: Packing(256, 1)}
 TERNARY = {"1.6bit": 1.6, "2bit": 2}
 
 
@@ -102,7 +98,9 @@ def unpack_at(packed: Tensor, bits: float, positions: Tensor) -> Tensor:
 
 
 def fault(packed: Tensor, bits: float, numel: int, levels: int) -> str | None:
-    """What is wrong with packed codes, in words; None for what :func:`pack` makes of codes below ``levels``."""
+    """What is wrong with packed codes, in words; None where nothing is: :func:`pack` may have made them of codes below
+    ``levels``.
+    """
     base, per_byte = PACKINGS[bits]
     if packed.numel() and base**per_byte < 256 and int(packed.max()) >= base**per_byte:
         return f"a byte is {int(packed.max())}; five ternary codes make at most {base**per_byte - 1}"
@@ -116,7 +114,7 @@ def fault(packed: Tensor, bits: float, numel: int, levels: int) -> str | None:
 
 
 def restore(codes: Tensor, scale: Tensor, levels: Sequence[float], dtype: torch.dtype) -> Tensor:
-    """The weights that codes stand for, bitwise what ``quantizer.snap`` gives: scale * level, rounded once more to
+    """The weights that codes stand for, bitwise what ``look.snap`` gives: scale * level, rounded once more to
     ``dtype``.
 
     Args:
@@ -143,7 +141,6 @@ def _digits(packed: Tensor, bits: float) -> Tensor:
     places = torch.tensor([base**k for k in range(per_byte)], dtype=torch.uint8, device=packed.device)
     if base == 3:
         return (packed.unsqueeze(1) // places).remainder_(base).reshape(-1)
-    shifts = torch.arange(per_byte, dtype=torch.uint8, device=packed.device) * int(
-        bits
-    )  # the same digits, without a division
+    # the same digits, without a division
+    shifts = torch.arange(per_byte, dtype=torch.uint8, device=packed.device) * int(bits)
     return (packed.unsqueeze(1) >> shifts).bitwise_and_(base - 1).reshape(-1)

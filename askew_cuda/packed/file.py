@@ -1,6 +1,7 @@
 """Packed files: a model with codes and scales in place of its quantized weights, in one safetensors file that training
 can go on from.
- A quantized weight ``name`` is stored as ``name.codes`` (bytes, see :mod:`askew_cuda.packed.bits`) and ``name.scale``;
+
+A quantized weight ``name`` is stored as ``name.codes`` (bytes, see :mod:`askew_cuda.packed.bits`) and ``name.scale``;
 everything else in the model's state_dict as it is. The manifest, JSON in the header's metadata, says how to read it::
 
     {"version": 2,
@@ -265,9 +266,8 @@ def _packed(weight: Tensor, scale: Tensor, levels: tuple[float, ...], bits: floa
 
 def _settled(codes: Tensor, scale: Tensor, levels: tuple[float, ...], dtype: torch.dtype) -> Tensor:
     """Codes that the restored weights have again, so that loading and saving changes no byte. In 16 bits the outermost
-    of many levels
-    may be rounded to a number that is closer to its neighbour, which is rounded to the same: then the neighbour's code
-        is taken.
+    of many levels may be rounded to a number that is closer to its neighbour, which is rounded to the same number: then
+    the neighbour's code is taken.
     """
     if dtype.itemsize != 2:
         return codes
@@ -333,7 +333,7 @@ def read_manifest(reader: TensorReader) -> dict[str, Any]:
 
 
 def read_packed(reader: TensorReader, name: str, raw: object) -> Packed:
-    """An entry of the manifest that says nothing impossible; whether it fits file and model is still to be seen."""
+    """An entry of the manifest, found to say nothing impossible; whether it fits file and model is still to be seen."""
     keys = {"shape", "dtype", "layout", "quantizer", "channel_dim", "levels", "bits"}
     if not isinstance(raw, dict) or set(raw) != keys:
         raise reader.error(f"{name!r} is described by {reprlib.repr(raw)}; {', '.join(sorted(keys))} are needed")

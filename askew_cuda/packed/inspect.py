@@ -14,8 +14,7 @@ def inspect(path: str | os.PathLike[str]) -> str:
     """Tensors, bits, levels, ranges of the scales, occupancy of the levels and sizes of a file that save_packed wrote.
 
     Raises: ValueError: the file is damaged, foreign or of another version; the message names file, tensor and
-        expectation. OSError: it
-            can't be read.
+        expectation. OSError: it can't be read.
     """
     with open(path, "rb") as file:
         reader = TensorReader(file, path)

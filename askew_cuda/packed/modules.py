@@ -1,7 +1,8 @@
-"""Packed layers: Linear, Conv2d and Embedding that hold codes and scales in place of a weight, and unpack it when they
-are called.
- For a model that is only used: the weight exists while its layer computes, and in no other moment. Memory is the aim,
-not speed.
+"""Packed layers: linear layers, convolutions and embeddings that hold codes and scales in place of a weight, and unpack
+it when they are called.
+
+For a model that is only used: the weight exists while its layer computes, and at no other time. The aim is memory, not
+speed.
 """
 
 import json
@@ -36,7 +37,7 @@ class PackedLayer(nn.Module):
     trained_dtype: torch.dtype
 
     def __init__(self, layer: nn.Module, packed: Tensor, scale: Tensor, quantizer: Quantizer, bits: float):
-        nn.Module.__init__(self)  # that of the layer would make a weight
+        nn.Module.__init__(self)  # the layer's own would make a weight
         weight = layer.get_parameter("weight")
         self.__dict__.update(vars(layer))
         self._parameters = {name: value for name, value in layer._parameters.items() if name != "weight"}
@@ -44,9 +45,8 @@ class PackedLayer(nn.Module):
         self.register_buffer("codes", packed)
         self.register_buffer("scale", scale.clone())
         self.levels, self.bits, self.shape = quantizer.codebook.levels, bits, tuple(weight.shape)
-        self.strides = torch.empty_like(
-            weight, device="meta"
-        ).stride()  # of channels_last, say: kernels round by memory format
+        # Of channels_last, say: kernels round differently in other memory formats.
+        self.strides = torch.empty_like(weight, device="meta").stride()
         self.dtype = self.trained_dtype = weight.dtype
         plain = replace(quantizer, scale="auto").plain()
         self.label = plain if isinstance(plain, str) else f"{len(self.levels)} levels/{quantizer.granularity}"
@@ -63,8 +63,8 @@ class PackedLayer(nn.Module):
         return weight
 
     def _restore(self, codes: Tensor, scale: Tensor) -> Tensor:
-        """Rounded to the dtype of the training first: casting a packed layer gives what casting the snapped one
-        does.
+        """The weight, rounded to the dtype of the training first, so that casting a packed layer gives what casting the
+        snapped one does.
         """
         return restore(codes, scale, self.levels, self.trained_dtype).to(self.dtype)
 
@@ -119,8 +119,32 @@ class PackedLinear(PackedLayer, nn.Linear):  # type: ignore[override] # weight i
     """nn.Linear with a packed weight; made by :func:`pack_modules`."""
 
 
+class PackedConv1d(PackedLayer, nn.Conv1d):  # type: ignore[override] # weight is a property here
+    """nn.Conv1d with a packed weight; made by :func:`pack_modules`."""
+
+
 class PackedConv2d(PackedLayer, nn.Conv2d):  # type: ignore[override] # weight is a property here
     """nn.Conv2d with a packed weight; made by :func:`pack_modules`."""
+
+
+class PackedConv3d(PackedLayer, nn.Conv3d):  # type: ignore[override] # weight is a property here
+    """nn.Conv3d with a packed weight; made by :func:`pack_modules`."""
+
+
+class PackedConvTranspose1d(PackedLayer, nn.ConvTranspose1d):  # type: ignore[override] # weight is a property here
+    """nn.ConvTranspose1d with a packed weight; made by :func:`pack_modules`."""
+
+
+class PackedConvTranspose2d(PackedLayer, nn.ConvTranspose2d):  # type: ignore[override] # weight is a property here
+    """nn.ConvTranspose2d with a packed weight; made by :func:`pack_modules`."""
+
+
+class PackedConvTranspose3d(PackedLayer, nn.ConvTranspose3d):  # type: ignore[override] # weight is a property here
+    """nn.ConvTranspose3d with a packed weight; made by :func:`pack_modules`."""
+
+
+class PackedBilinear(PackedLayer, nn.Bilinear):  # type: ignore[override] # weight is a property here
+    """nn.Bilinear with a packed weight; made by :func:`pack_modules`."""
 
 
 class PackedEmbedding(PackedLayer, nn.Embedding):  # type: ignore[override] # weight is a property here
@@ -145,7 +169,17 @@ class PackedEmbedding(PackedLayer, nn.Embedding):  # type: ignore[override] # we
         return self._restore(unpack_at(self.codes, self.bits, positions), scale).reshape(*input.shape, dim)
 
 
-PACKED = {nn.Linear: PackedLinear, nn.Conv2d: PackedConv2d, nn.Embedding: PackedEmbedding}
+PACKED: dict[type[nn.Module], type[PackedLayer]] = {
+    nn.Linear: PackedLinear,
+    nn.Bilinear: PackedBilinear,
+    nn.Conv1d: PackedConv1d,
+    nn.Conv2d: PackedConv2d,
+    nn.Conv3d: PackedConv3d,
+    nn.ConvTranspose1d: PackedConvTranspose1d,
+    nn.ConvTranspose2d: PackedConvTranspose2d,
+    nn.ConvTranspose3d: PackedConvTranspose3d,
+    nn.Embedding: PackedEmbedding,
+}
 
 
 def pack_modules(model: nn.Module, optimizer: torch.optim.Optimizer, *, ternary: str = "1.6bit") -> nn.Module:
@@ -153,8 +187,10 @@ def pack_modules(model: nn.Module, optimizer: torch.optim.Optimizer, *, ternary:
     snapped model.
 
     Args:
-        model: whose nn.Linear, nn.Conv2d and nn.Embedding layers with quantized weights are replaced, in place. Tied
-            weights share their codes. The weights are freed when the optimizer is dropped, too.
+        model: whose layers with quantized weights are replaced, in place. All of them must be of nn.Linear,
+            nn.Bilinear, nn.Conv1d to 3d, nn.ConvTranspose1d to 3d or nn.Embedding themselves, not of subclasses, which
+            may compute something else. Tied weights share their codes. The weights are freed when the optimizer is
+            dropped, too.
         optimizer: the AskewSGD or AskewAdamW with the scales, or a wrapper of it. Not mutated, and of no use for this
         model afterwards.
         ternary: codes of three levels at "1.6bit", five to a byte, or at "2bit".
@@ -200,10 +236,8 @@ def _layers(model: nn.Module, weights: set[Tensor]) -> dict[Tensor, list[nn.Modu
             if is_sharded(weight):
                 why = "the weight is sharded, and no rank has all of its codes"
             elif kind not in PACKED or name != "weight":
-                why = (
-                    f"{name} of {kind.__name__} can't be packed; the weights of nn.Linear, nn.Conv2d and nn.Embedding "
-                    "themselves can"
-                )
+                known = ", ".join(f"nn.{each.__name__}" for each in PACKED)
+                why = f"{name} of {kind.__name__} can't be packed; the weights of {known} themselves can"
             elif getattr(module, "max_norm", None) is not None:
                 why = "an Embedding with max_norm writes to its weight when it is called, and can't be packed"
             elif "forward" in vars(module):

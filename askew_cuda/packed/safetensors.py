@@ -1,10 +1,11 @@
 """safetensors files, tensor by tensor: written in one go into the place of the old file, read with nothing taken for
 granted.
- The format: the length of the header (8 bytes, little end first), the header (JSON: dtype, shape and offsets of each
+
+The format: the length of the header (8 bytes, little end first), the header (JSON: dtype, shape and offsets of each
 tensor, and ``__metadata__``, strings), the data. The package ``safetensors`` reads what is written here and the other
-way round, and tests hold the two together; it is not used here because it writes only what is in memory all at once,
-and because it maps a file into memory to read it, where a file that is cut short meanwhile kills the process. Nothing
-is ever unpickled.
+way round, and tests hold the two together. It is not used here because it can only write what is in memory all at once,
+and because it reads a file by mapping it into memory, where a file that is cut short meanwhile kills the process.
+Nothing is ever unpickled.
 """
 
 import contextlib
@@ -52,11 +53,10 @@ class Entry(NamedTuple):
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """A new file that takes the place of ``path`` when the block ends, all at once; after an exception nothing has
-    happened. It is written beside it, as ``.askew_cuda-*.tmp``: a process that is killed meanwhile leaves that behind,
-    and the old file whole.
+    happened. It is written beside ``path``, as ``.askew_cuda-*.tmp``: a process that is killed meanwhile leaves that
+    behind, and the old file whole.
 
-       Raises:
-           OSError: the folder can't be written to.
+    Raises: OSError: the folder can't be written to.
     """
     target = Path(os.path.realpath(path))  # a symbolic link stays one
     temporary = target.with_name(f".askew_cuda-{secrets.token_hex(8)}.tmp")
@@ -70,9 +70,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    with contextlib.suppress(
-        OSError
-    ):  # makes the new name last through a power failure, where the system lets folders be synced
+    # So that the new name survives a power failure, where the system lets folders be synced.
+    with contextlib.suppress(OSError):
         folder = os.open(target.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -86,9 +85,9 @@ class TensorWriter:
 
     Args:
         file: open for writing, empty.
-        tensors: dtype and shape of each tensor by name. The larger the items, the further in front, so that all are
-            aligned.
-        metadata: from the SHA-256 of each tensor, in hexadecimal, to the header's strings. Their length must not depend
+        tensors: dtype and shape of each tensor by name. Tensors of larger items come first in the file, so that all of
+            them are aligned.
+        metadata: makes the header's strings of the SHA-256 of each tensor, in hexadecimal. Their length must not depend
             on it.
 
     Raises:
@@ -242,7 +241,7 @@ class TensorReader:
         return entry
 
     def read(self, name: str) -> tuple[Tensor, str]:
-        """A tensor of its own memory, on the CPU, and the SHA-256 of its bytes, in hexadecimal.
+        """A tensor in memory of its own, on the CPU, and the SHA-256 of its bytes, in hexadecimal.
 
         Raises:
             ValueError: the file ends before it does, or a truth value is neither 0 nor 1.

@@ -1,4 +1,4 @@
-// The scales of rows on the CPU: the search of maths/fit.h, each trial one pass over weights that stay in a core's
+// The scales of rows on the CPU: the search of maths/fit.h. Each trial is one pass over weights that stay in a core's
 // cache.
 //
 // Compiled once for each instruction set, as loop.cpp is.

@@ -101,7 +101,8 @@ struct Looker {
   P largest{};
   alignas(64) uint8_t codes[block_size];
 
-  // Weights per level, of a chunk. Several counts, since one that is increased has to be written before it is read.
+  // Weights per level, of a chunk. Several tables in turn, since a count has to be written back before it can be
+  // increased again.
   static constexpr int tallies = 4;
   uint32_t tally[tallies][256];
 
@@ -116,7 +117,7 @@ struct Looker {
         seen(seen_),
         near(static_cast<T>(looking_.near)) {}
 
-  // As the storage has it.
+  // x as it comes back from its storage.
   static ASKEW_FN P stored(P x) {
     if constexpr (sizeof(Storage) == sizeof(T)) {
       return x;
@@ -127,7 +128,7 @@ struct Looker {
     }
   }
 
-  // A pack, for whose first weight the sums have lane `lane`; live: all bits set where there is a weight.
+  // One pack, whose first weight goes to lane `lane` of the sums; live: all bits set where there is a weight.
   ASKEW_FN void one(int lane, const Storage* from, Storage* to, uint8_t* code, Counts live, const Codebook& codebook) {
     const P w = load<P>(from);
     const auto found = look(w, scales.unit, scales.inverse, codebook);
@@ -146,7 +147,7 @@ struct Looker {
       add_errors(lane, known, level);
     }
   }
-  // The differences are taken in double, as the sums.
+  // The differences are taken in double, as the sums are.
   ASKEW_FN void add_errors(int lane, P w, P level) {
     const auto square = [](Doubles x) { return x * x; };
     const int at = lane / LaneSums::width;
@@ -161,7 +162,7 @@ struct Looker {
       on_level = away = lost = nan = Counts{};
       weights = errors = LaneSums{};
     }
-    // a copy: a stored byte could otherwise change it, for all that the compiler knows
+    // a copy: otherwise a stored byte could change it, for all that the compiler knows
     const std::conditional_t<(sizeof(Codebook) > 1024), const Codebook&, Codebook> book = codebook;
     int64_t i = 0;
     for (; i + sum_lanes <= size; i += sum_lanes) {

@@ -2,8 +2,8 @@
 //
 // Compiled once for each instruction set (avx2.cpp, avx512.cpp; this file alone is the baseline: SSE2, NEON). Lane
 // for lane the packs do what step.h says, so results don't depend on the width, nor on where a weight lies in a pack.
+#include "block_sums.h"
 #include "cpu.h"
-#include "native.h"
 
 #if !defined(ASKEW_CPU_STEP)
 #define ASKEW_CPU_STEP cpu_step_baseline
@@ -29,10 +29,8 @@ struct Loop {
   // all that the compiler knows.
   std::conditional_t<(sizeof(Codebook) > 1024), const Codebook&, Codebook> codebook;
   Hyper<P> h;
-  bool wide_state;
+  Access<Storage> access;
   Dtype snapped_dtype;
-  Rounding rounding;
-  uint64_t seed;
 
   // Weights [begin, end) of a span.
   ASKEW_FN void run(const Span& span, int64_t begin, int64_t end) const {
@@ -49,7 +47,7 @@ struct Loop {
           const int64_t boundary = (i / span.scale_run + 1) * span.scale_run;
           run_end = boundary < end ? boundary : end;
         }
-        grid = make_grid(broadcast(scale_at(span, i), P{}), codebook, h);
+        grid = make_grid(broadcast(of_scale<0>(span, i), P{}), broadcast(of_scale<1>(span, i), P{}), codebook, h);
       }
       for (; i + packs * width <= run_end; i += packs * width) turn<packs>(span, i, grid);
       for (; i + width <= run_end; i += width) one(span, i, grid);
@@ -57,9 +55,13 @@ struct Loop {
         const int count = end - i < width ? static_cast<int>(end - i) : width;
         if constexpr (Codebook::quantized) {
           if (run_end < end) {
-            P scale{};
-            for (int lane = 0; lane < width; ++lane) scale[lane] = scale_at(span, i + (lane < count ? lane : 0));
-            grid = make_grid(scale, codebook, h);
+            P scale{}, growth{};
+            for (int lane = 0; lane < width; ++lane) {
+              const int64_t j = i + (lane < count ? lane : 0);
+              scale[lane] = of_scale<0>(span, j);
+              growth[lane] = of_scale<1>(span, j);
+            }
+            grid = make_grid(scale, growth, codebook, h);
           }
         }
         if (count == width)
@@ -71,60 +73,22 @@ struct Loop {
     }
   }
 
-  static ASKEW_FN T scale_at(const Span& span, int64_t i) {
+  // A weight's scale, or its growth (where there is none: anything).
+  template <bool growth> static ASKEW_FN T of_scale(const Span& span, int64_t i) {
+    const void* from = growth && span.growth ? span.growth : span.scale;
     const bool one = span.scale_count == 1 && span.outer_count < 2;
-    return static_cast<const T*>(span.scale)[one ? 0 : scale_of(span, i)];
+    return static_cast<const T*>(from)[one ? 0 : scale_of(span, i)];
   }
 
   // Weights from i on whose scales lie side by side, as far as whole packs go: each neighbour has the next scale.
   ASKEW_FN int64_t run_side_by_side(const Span& span, int64_t i, int64_t end) const {
     const int64_t inner = i % span.scale_count, wrap = i - inner + span.scale_count;
-    const T* scales = static_cast<const T*>(span.scale) + scale_of(span, i);
-    for (const int64_t last = wrap < end ? wrap : end; i + width <= last; i += width, scales += width)
-      one(span, i, make_grid(load<P>(scales), codebook, h));
+    const int64_t first = scale_of(span, i) - i;
+    const T *scales = static_cast<const T*>(span.scale),
+            *growths = span.growth ? static_cast<const T*>(span.growth) : scales;
+    for (const int64_t last = wrap < end ? wrap : end; i + width <= last; i += width)
+      one(span, i, make_grid(load<P>(scales + first + i), load<P>(growths + first + i), codebook, h));
     return i;
-  }
-
-  ASKEW_FN P load_weight(const Span& span, int64_t i) const {
-    if constexpr (sizeof(Storage) == 2) {
-      if (rounding == Rounding::remainder)
-        return join<P>(load_halves<P>(at<Storage>(span.weight, i)), load_halves<P>(at<int16_t>(span.remainder, i)),
-                       Storage{});
-    }
-    return load<P>(at<Storage>(span.weight, i));
-  }
-  ASKEW_FN void store_weight(const Span& span, int64_t i, P x) const {
-    if constexpr (sizeof(Storage) == 2) {
-      using Word = Pack<uint32_t, width>;
-      if (rounding == Rounding::remainder) {
-        const Split<Word> both = split<Word>(x, Storage{});
-        store_halves(at<Storage>(span.weight, i), both.half);
-        return store_halves(at<int16_t>(span.remainder, i), both.remainder);
-      }
-      if (rounding == Rounding::stochastic) {
-        const uint64_t first = static_cast<uint64_t>(span.first_element + i);
-        Word low{};
-        for (int lane = 0; lane < width; ++lane) low[lane] = static_cast<uint32_t>(first + lane);
-        const Word high =
-            Word{} + static_cast<uint32_t>(first >> 32) + (low < static_cast<uint32_t>(first) ? Word{} + 1 : Word{});
-        const Word random = random_bits(make_key(seed, span.stream), low, high);
-        return store_halves(at<Storage>(span.weight, i), stochastic<Storage>(x, random));
-      }
-    }
-    store(at<Storage>(span.weight, i), x);
-  }
-
-  ASKEW_FN P load_state(const Span& span, int which, int64_t i) const {
-    if constexpr (sizeof(Storage) == 2) {
-      if (wide_state) return load<P>(at<T>(span.state[which], i));
-    }
-    return load<P>(at<Storage>(span.state[which], i));
-  }
-  ASKEW_FN void store_state(const Span& span, int which, int64_t i, P x) const {
-    if constexpr (sizeof(Storage) == 2) {
-      if (wide_state) return store(at<T>(span.state[which], i), x);
-    }
-    store(at<Storage>(span.state[which], i), x);
   }
 
   // `count` packs from weight i on.
@@ -135,21 +99,21 @@ struct Loop {
 #pragma GCC unroll 4
     for (int k = 0; k < count; ++k) {
       const int64_t j = i + k * width;
-      w[k] = load_weight(span, j);
+      w[k] = access.load_weight(span, j);
       g[k] = load<P>(at<Storage>(span.grad, j));
 #pragma GCC unroll 4
       for (int which = 0; which < states; ++which)
-        state[k][which] = span.state[which] ? load_state(span, which, j) : P{};
+        state[k][which] = span.state[which] ? access.load_state(span, which, j) : P{};
     }
 #pragma GCC unroll 4
     for (int k = 0; k < count; ++k) w[k] = step<RuleType, Annealing>(w[k], g[k], state[k], grid, codebook, h);
 #pragma GCC unroll 4
     for (int k = 0; k < count; ++k) {
       const int64_t j = i + k * width;
-      store_weight(span, j, w[k]);
+      access.store_weight(span, j, w[k]);
 #pragma GCC unroll 4
       for (int which = 0; which < states; ++which)
-        if (span.state[which]) store_state(span, which, j, state[k][which]);
+        if (span.state[which]) access.store_state(span, which, j, state[k][which]);
     }
     if constexpr (Codebook::quantized) {
       if (span.codes || span.snapped) {
@@ -185,7 +149,7 @@ struct Loop {
     alignas(64) char snapped[width * sizeof(double)];
     uint16_t remainder[width] = {};
     uint8_t codes[width];
-    const size_t state_size = wide_state ? sizeof(T) : sizeof(Storage);
+    const size_t state_size = access.wide_state ? sizeof(T) : sizeof(Storage);
     const size_t snapped_size = snapped_dtype == Dtype::float64 ? 8 : snapped_dtype == Dtype::float32 ? 4 : 2;
     std::memcpy(weight, at<Storage>(span.weight, i), count * sizeof(Storage));
     std::memcpy(grad, at<Storage>(span.grad, i), count * sizeof(Storage));
@@ -228,17 +192,33 @@ template <typename V>
 void run_chunks(const Launch& launch, const int64_t* first_chunk, int64_t begin, int64_t end) {
   const auto codebook = native_codebook<typename V::Storage, V::book>(launch.levels);
   using Run = Loop<typename V::Storage, typename V::RuleType, typename V::Annealing, std::decay_t<decltype(codebook)>>;
-  const Run loop{codebook,          hyper<typename Run::P>(launch.settings),
-                 launch.wide_state, launch.snapped_dtype,
-                 launch.rounding,   launch.settings.seed};
+  const Access<typename V::Storage> access{launch.wide_state, launch.rounding, launch.settings.seed};
+  const Run loop{codebook, hyper<typename Run::P>(launch.settings), access, launch.snapped_dtype};
+  const BlockSums sums{access};
+  const double root = static_cast<double>(loop.h.now.bias2[0]);
   int64_t which = span_of_chunk(first_chunk, launch.span_count, begin);
   for (int64_t chunk = begin; chunk < end; ++which) {
     const int64_t first = first_chunk[which], next = first_chunk[which + 1];
     const int64_t last = next < end ? next : end;
     if (chunk >= last) continue;  // an empty span
     const Span span = launch.spans[which];
-    const int64_t upto = (last - first) * cpu_chunk;
-    loop.run(span, (chunk - first) * cpu_chunk, upto < span.size ? upto : span.size);
+    int64_t from = (chunk - first) * cpu_chunk, upto = (last - first) * cpu_chunk;
+    if (upto > span.size) upto = span.size;
+    // (E7) A block of sums is summed up before its step, and AdamW's second moments after it; else all is one block.
+    const SumBlocks blocks = sum_blocks(span);
+    const bool summed = V::book != Book::none && span.sums;
+    const int64_t all = summed ? blocks.first_from(span.size) : 0;
+    if (summed) {
+      from = whole_blocks(span, from);
+      upto = whole_blocks(span, upto);
+    }
+    for (int64_t b = summed ? blocks.first_from(from) : 0; from < upto; ++b) {
+      const int64_t end = summed ? blocks.end(b) : upto;
+      if (summed) sums.radial(span, from, end, span.sums + b, span.sums + all + b);
+      if (!launch.sums_alone) loop.run(span, from, end);
+      if (V::RuleType::states > 1 && summed) sums.second(span, from, end, root * root, span.sums + 2 * all + b);
+      from = end;
+    }
     chunk = last;
   }
 }

@@ -24,7 +24,7 @@ template <typename Any> ASKEW_FN const Any* at(const void* base, int64_t i) {
   return static_cast<const Any*>(base) + i;
 }
 
-// A codebook for packs of Storage's arithmetic; V says which kind.
+// A codebook for packs of Storage's arithmetic; `book` says which kind.
 template <typename Storage, Book book>
 ASKEW_FN auto native_codebook(Levels levels) {
   if constexpr (book == Book::none) {
@@ -50,7 +50,8 @@ ASKEW_FN void visit_codebook(Levels levels, const Visitor& visit) {
     visit(native_codebook<Storage, Book::table256>(levels));
 }
 
-// `part` of a pack as doubles. By instructions: GCC converts a part of a register by way of memory.
+// The first or second half of a pack (all of it, where it is of doubles) as doubles. Written with instructions, since
+// GCC converts a part of a register by way of memory.
 template <int part, typename P> ASKEW_FN Doubles widened(P x) {
   if constexpr (sizeof(x[0]) == sizeof(double)) {
     return x;
@@ -80,7 +81,7 @@ template <typename Factor> ASKEW_FN Doubles plus_product(Doubles sum, Doubles x,
     return sum + x * y;
 }
 
-// The lanes of a pack as a tree: upper halves onto lower ones.
+// Adds up the lanes of a pack as a tree: upper halves onto lower ones.
 template <typename P> ASKEW_FN double add_down(P x) {
   if constexpr (lanes<P>() == 2)
     return x[0] + x[1];
@@ -100,6 +101,12 @@ struct LaneSums {
     const int at = first / width;
     sums[at] = plus_product<Lane<P>>(sums[at], widened<0>(x), widened<0>(y));
     if constexpr (lanes<P>() > width) sums[at + 1] = plus_product<Lane<P>>(sums[at + 1], widened<1>(x), widened<1>(y));
+  }
+  // Adds the numbers of a pack times a factor.
+  template <typename P> ASKEW_FN void add_times(int first, P x, double factor) {
+    const int at = first / width;
+    sums[at] = sums[at] + widened<0>(x) * factor;
+    if constexpr (lanes<P>() > width) sums[at + 1] = sums[at + 1] + widened<1>(x) * factor;
   }
   ASKEW_FN double total() {  // add_lanes(), by packs as long as they are whole
 #pragma GCC unroll 8

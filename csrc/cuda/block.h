@@ -4,11 +4,13 @@
 
 #include "../variants.h"
 #include "cuda.h"
+#include "lane_sums.h"
 #include "moves.h"
 
 namespace askew {
 
 constexpr int block_threads = 256;
+constexpr int64_t longest_chunk = block_chunk + block_size;  // where blocks of sums are not cut
 // A table's levels as a kernel argument: the threads of a block fill the table.
 template <typename V> struct ListArgument {
   int count;
@@ -28,6 +30,7 @@ struct KernelArguments {
   bool wide_state;
   Rounding rounding;
   Dtype snapped_dtype;
+  bool sums_alone;
   int64_t span_count;
   const Span* spans;           // in device memory; null: the lists below
   const int64_t* first_chunk;  // [span_count + 1]
@@ -52,6 +55,7 @@ ASKEW_HOST_FN KernelArguments<V> arguments_of(const Launch& launch, const CudaCa
   arguments.wide_state = launch.wide_state;
   arguments.rounding = launch.rounding;
   arguments.snapped_dtype = launch.snapped_dtype;
+  arguments.sums_alone = launch.sums_alone;
   arguments.spans = call.spans;
   arguments.first_chunk = call.first_chunk;
   return arguments;
@@ -94,7 +98,7 @@ struct Runs {
             clamped(span.scale_run), clamped(span.scale_count - first)};
   }
   static ASKEW_FN int32_t clamped(int64_t length) {
-    return static_cast<int32_t>(length < block_chunk ? length : block_chunk);
+    return static_cast<int32_t>(length < longest_chunk ? length : longest_chunk);
   }
 
   // The scale of a weight; `end` becomes the position where its run ends.
@@ -135,17 +139,35 @@ ASKEW_FN void prepare(Block<V>& block, const KernelArguments<V>& arguments, int6
   const int64_t which = span_of_chunk(first_chunk, arguments.span_count, number);
   const Span& span = spans[which];
   const int64_t begin = (number - first_chunk[which]) * block_chunk, left = span.size - begin;
+  int64_t size = left < block_chunk ? left : block_chunk, from = begin;
+  if (span.sums) {
+    from = whole_blocks(span, begin);
+    size = whole_blocks(span, begin + size) - from;
+  }
   block.skipped = numbers.found_inf.at && numbers.found_inf.read() != 0;
   block.span = span;
-  block.begin = begin;
-  block.size = static_cast<int32_t>(left < block_chunk ? left : block_chunk);
-  if constexpr (V::book != Book::none) block.runs = Runs<typename V::T>::of(span, begin);
+  block.begin = from;
+  block.size = static_cast<int32_t>(size);
+  if constexpr (V::book != Book::none) block.runs = Runs<typename V::T>::of(span, from);
   block.now = arguments.h.now;
   if (numbers.lr.at) set_lr(block.now, settings, numbers.lr.read());
   if (numbers.epsilon.at) set_epsilon(block.now, numbers.epsilon.read());
   if (numbers.grad_scale.at) set_grad_scale(block.now, settings, numbers.grad_scale.read());
   block.key = make_key(numbers.seed ? static_cast<uint64_t>(*numbers.seed) : settings.seed, span.stream);
-  if (span.step) set_steps(block.now, settings, DeviceNumber{span.step, numbers.step_is_double}.read() + 1);
+  if (span.step)
+    set_steps(block.now, settings,
+              DeviceNumber{span.step, numbers.step_is_double}.read() +
+                  (arguments.sums_alone ? 0 : 1));  // after the step it is counted
+}
+
+// A weight from its storage.
+template <typename Storage>
+ASKEW_FN Arithmetic<Storage> joined(Storage w, [[maybe_unused]] uint16_t remainder,
+                                    [[maybe_unused]] Rounding rounding) {
+  if constexpr (sizeof(Storage) == 2) {
+    if (rounding == Rounding::remainder) return join<float>(uint32_t{w.bits}, uint32_t{remainder}, w);
+  }
+  return widen(w);
 }
 
 // A thread at work on its block's chunk.
@@ -172,13 +194,7 @@ struct Worker {
     return all % 16 == 0 && address(span.codes) % vector == 0;
   }
 
-  // A weight from its storage and back; i is its number in the span.
-  ASKEW_FN T joined(Storage w, [[maybe_unused]] uint16_t remainder) const {
-    if constexpr (is_half) {
-      if (arguments.rounding == Rounding::remainder) return join<float>(uint32_t{w.bits}, uint32_t{remainder}, w);
-    }
-    return widen(w);
-  }
+  // A weight back to its storage; i is its number in the span.
   ASKEW_FN void put(Storage& w, [[maybe_unused]] uint16_t& remainder, T x, [[maybe_unused]] int64_t i) const {
     if constexpr (is_half) {
       if (arguments.rounding == Rounding::remainder) {
@@ -220,7 +236,7 @@ struct Worker {
       T mine[states];
 #pragma unroll
       for (int which = 0; which < states; ++which) mine[which] = span.state[which] ? T(widen(state[which][k])) : T(0);
-      const T now = joined(w[k], remainder[k]);
+      const T now = joined(w[k], remainder[k], arguments.rounding);
       put(w[k], remainder[k],
           step<typename V::RuleType, typename V::Annealing>(now, widen(g[k]), mine, grid, codebook, h), i + k);
 #pragma unroll
@@ -253,7 +269,7 @@ struct Worker {
                     : arguments.wide_state ? T(static_cast<const T*>(from)[i])
                                            : T(widen(static_cast<const Storage*>(from)[i]));
     }
-    const T now = joined(w[0], kept), gradient = widen(static_cast<const Storage*>(span.grad)[i]);
+    const T now = joined(w[0], kept, arguments.rounding), gradient = widen(static_cast<const Storage*>(span.grad)[i]);
     put(w[0], kept, step<typename V::RuleType, typename V::Annealing>(now, gradient, mine, grid, codebook, h), i);
     static_cast<Storage*>(span.weight)[i] = w[0];
     if (span.remainder) *remainder = kept;
@@ -306,8 +322,11 @@ struct Worker {
     int32_t grid_end = quantized ? 0 : size;  // the grid holds up to here
     const auto enter = [&](int32_t position) {
       if constexpr (quantized) {
-        if (position >= grid_end)
-          grid = make_grid(block.runs.at(position, block.span, block.begin, grid_end), codebook, h);
+        if (position < grid_end) return;
+        const T *scales = static_cast<const T*>(block.span.scale),
+                *growths = h.learns ? static_cast<const T*>(block.span.growth) : scales;
+        const T& scale = block.runs.at(position, block.span, block.begin, grid_end);
+        grid = make_grid(scale, growths[&scale - scales], codebook, h);
       }
     };
     for (int32_t position = thread * count; position < size; position += block_threads * count) {
@@ -333,10 +352,64 @@ struct Worker {
   }
 };
 
-// .. then, when all have done that, this. Threads touch disjoint memory.
+// .. then, where scales learn (E7), and all have done that, this: sums of weights before their step ..
+template <typename V>
+ASKEW_FN void sum_radial(const Block<V>& block, const KernelArguments<V>& arguments, int thread) {
+  using Storage = typename V::Storage;
+  const Span& span = block.span;
+  if (block.skipped || !span.sums) return;
+  const SumBlocks blocks = sum_blocks(span);
+  const int64_t all = blocks.first_from(span.size), last = blocks.first_from(block.begin + block.size);
+  for (int64_t b = blocks.first_from(block.begin) + thread / sum_lanes; b < last; b += block_threads / sum_lanes) {
+    const int64_t begin = blocks.begin(b), end = blocks.end(b);
+    const auto sum = [&](bool square) {
+      return over_lanes(thread, [&](int lane) {
+        double total = 0;
+        for (int64_t i = begin + lane; i < end; i += sum_lanes) {
+          const uint16_t remainder = span.remainder ? static_cast<const uint16_t*>(span.remainder)[i] : 0;
+          const double w = joined(static_cast<const Storage*>(span.weight)[i], remainder, arguments.rounding);
+          const double g = widen(static_cast<const Storage*>(span.grad)[i]);
+          if (is_finite(w) && is_finite(g)) total += (square ? w : g) * w;
+        }
+        return total;
+      });
+    };
+    const double along = sum(false), square = sum(true);
+    if (thread % sum_lanes == 0) {
+      span.sums[b] = along;
+      span.sums[all + b] = square;
+    }
+  }
+}
+
+// .. and of AdamW's second moments after it.
+template <typename V>
+ASKEW_FN void sum_second(const Block<V>& block, const KernelArguments<V>& arguments, int thread) {
+  const Span& span = block.span;
+  if (V::RuleType::states == 1 || block.skipped || !span.sums) return;
+  const SumBlocks blocks = sum_blocks(span);
+  const int64_t all = blocks.first_from(span.size), last = blocks.first_from(block.begin + block.size);
+  const double root = block.now.bias2;
+  const void* squares = span.state[2] ? span.state[2] : span.state[1];
+  for (int64_t b = blocks.first_from(block.begin) + thread / sum_lanes; b < last; b += block_threads / sum_lanes) {
+    const int64_t begin = blocks.begin(b), end = blocks.end(b);
+    const double second = over_lanes(thread, [&](int lane) {
+      double total = 0;
+      for (int64_t i = begin + lane; i < end; i += sum_lanes) {
+        const double x = arguments.wide_state ? static_cast<double>(static_cast<const typename V::T*>(squares)[i])
+                                              : widen(static_cast<const typename V::Storage*>(squares)[i]);
+        if (is_finite(x)) total += x * (root * root);
+      }
+      return total;
+    });
+    if (thread % sum_lanes == 0) span.sums[2 * all + b] = second;
+  }
+}
+
+// .. and between the two, or without them, this. Threads touch disjoint memory.
 template <typename V>
 ASKEW_FN void run(const Block<V>& block, const KernelArguments<V>& arguments, int thread) {
-  if (block.skipped) return;
+  if (block.skipped || arguments.sums_alone) return;
   const auto& codebook = [&]() -> const auto& {
     if constexpr (V::is_table)
       return block.table;

@@ -9,7 +9,7 @@ namespace askew {
 
 constexpr int64_t block_chunk =
     1 << 13;                       // weights of a block: 32 a thread, so that what a thread does once is a small share
-constexpr int64_t few_spans = 18;  // travel as kernel arguments: as many as leave those below 4 KiB
+constexpr int64_t few_spans = 16;  // travel as kernel arguments: as many as leave those below 4 KiB
 
 // A number that changes from step to step and that only the device knows: float32 or float64; null where the host knows
 // it.
@@ -36,7 +36,10 @@ struct CudaCall {
 };
 
 const char* cuda_step(const Launch& launch, const CudaCall& call);  // null, or what went wrong
-bool cuda_is_capturing(void* stream);                               // whether a CUDA graph is being captured
+// (E7) From the sums of blocks to `count` sums, of `each` of them; and what scales learn. Null, or what went wrong.
+const char* cuda_add_up(const double* blocks, double* sums, int64_t count, int64_t each, const CudaCall& call);
+const char* cuda_learn(const ScaleSettings& settings, const ScaleSpan* spans, int64_t count, const CudaCall& call);
+bool cuda_is_capturing(void* stream);  // whether a CUDA graph is being captured
 std::string cuda_problem(int device);  // why kernels can't run there, and what helps; "" where they can
 std::string cuda_built_for();          // toolkit and architectures
 

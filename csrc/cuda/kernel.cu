@@ -26,7 +26,12 @@ __global__ void __launch_bounds__(block_threads, resident_blocks<V>())
   __shared__ Block<V> block;
   prepare(block, arguments, blockIdx.x, threadIdx.x);
   __syncthreads();
+  if (V::book == Book::none || !arguments.h.learns) return run(block, arguments, threadIdx.x);
+  sum_radial(block, arguments, threadIdx.x);
+  __syncthreads();
   run(block, arguments, threadIdx.x);
+  __syncthreads();
+  sum_second(block, arguments, threadIdx.x);
 }
 
 // AdamW's step counters that live on the device: one more each, unless AMP found an infinity.
@@ -63,7 +68,7 @@ cudaError_t step_variant(const Launch& launch, const CudaCall& call) {
     const int64_t end = std::min(launch.span_count, begin + at_a_time),
                   blocks = set_spans(arguments, launch, begin, end);
     cudaError_t error = blocks > 0 ? start(step_kernel<V>, blocks, arguments, call.stream) : cudaSuccess;
-    if (error == cudaSuccess && launch.spans[begin].step) {
+    if (error == cudaSuccess && launch.spans[begin].step && !launch.sums_alone) {
       Counters counters{call.numbers, end - begin, call.spans, {}};
       for (int64_t i = begin; i < end && !call.spans; ++i) counters.few[i - begin] = launch.spans[i].step;
       error = start(count_kernel, chunks_of(end - begin, block_threads), counters, call.stream);
@@ -71,6 +76,55 @@ cudaError_t step_variant(const Launch& launch, const CudaCall& call) {
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;
+}
+
+// (E7) From the sums of blocks to those of scales, `each` blocks to one. Where these are more than a chunk of order.h,
+// all threads of a block of threads add up chunks.
+__global__ void add_up_kernel(const double* blocks, double* sums, int64_t count, int64_t each, DeviceNumber found_inf) {
+  if (found_inf.at && found_inf.read() != 0) return;
+  if (each <= chunk_blocks) {
+    const int64_t k = blockIdx.x * int64_t{block_threads} + threadIdx.x;
+    if (k < count) sums[k] = add_blocks(blocks + k * each, each);
+    return;
+  }
+  __shared__ double chunks[block_threads];
+  for (int64_t k = blockIdx.x; k < count; k += gridDim.x) {
+    double total = 0;
+    for (int64_t first = 0; first < each; first += block_threads * chunk_blocks) {
+      const int64_t mine = first + threadIdx.x * int64_t{chunk_blocks}, left = each - mine;
+      if (left > 0)
+        chunks[threadIdx.x] = add_blocks(blocks + k * each + mine, left < chunk_blocks ? left : chunk_blocks);
+      __syncthreads();
+      for (int c = 0; threadIdx.x == 0 && c < block_threads && first + c * chunk_blocks < each; ++c) total += chunks[c];
+      __syncthreads();
+    }
+    if (threadIdx.x == 0) sums[k] = total;
+  }
+}
+
+// The scales of a few tensors: blockIdx.y is the tensor.
+constexpr int64_t few_scale_spans = 32;
+struct ScaleArguments {
+  ScaleSettings settings;
+  DeviceNumbers numbers;
+  ScaleSpan spans[few_scale_spans];
+};
+
+__global__ void learn_kernel(const __grid_constant__ ScaleArguments arguments) {
+  const DeviceNumbers& numbers = arguments.numbers;
+  if (numbers.found_inf.at && numbers.found_inf.read() != 0) return;
+  ScaleSettings settings = arguments.settings;
+  if (numbers.lr.at) settings.lr = numbers.lr.read();
+  if (numbers.epsilon.at) settings.epsilon = numbers.epsilon.read();
+  if (numbers.grad_scale.at) settings.grad_scale = numbers.grad_scale.read();
+  const Learning learning = learning_of(settings);
+  const ScaleSpan& span = arguments.spans[blockIdx.y];
+  for (int64_t k = blockIdx.x * int64_t{block_threads} + threadIdx.x; k < span.size; k += gridDim.x * block_threads) {
+    if (span.is_double)
+      span.learn<double>(k, learning);
+    else
+      span.learn<float>(k, learning);
+  }
 }
 
 constexpr int oldest = 75;  // compute capability that the kernels are compiled for in tests, and that CUDA 13 knows
@@ -84,6 +138,37 @@ const char* cuda_step(const Launch& launch, const CudaCall& call) {
       cudaSetDevice(call.device);  // this copy of the runtime library does not know what torch told its own
   if (error == cudaSuccess)
     visit_variant(launch, [&](auto variant) { error = step_variant<decltype(variant)>(launch, call); });
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+const char* cuda_add_up(const double* blocks, double* sums, int64_t count, int64_t each, const CudaCall& call) {
+  cudaError_t error = cudaSetDevice(call.device);
+  if (error == cudaSuccess && count > 0) {
+    DeviceNumber found_inf = call.numbers.found_inf;
+    void* arguments[] = {&blocks, &sums, &count, &each, &found_inf};
+    const int64_t grid = each <= chunk_blocks ? chunks_of(count, block_threads) : std::min<int64_t>(count, 4096);
+    error = cudaLaunchKernel(reinterpret_cast<const void*>(add_up_kernel), dim3(static_cast<unsigned>(grid)),
+                             dim3(block_threads), arguments, 0, static_cast<cudaStream_t>(call.stream));
+  }
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+const char* cuda_learn(const ScaleSettings& settings, const ScaleSpan* spans, int64_t count, const CudaCall& call) {
+  cudaError_t error = cudaSetDevice(call.device);
+  for (int64_t begin = 0; error == cudaSuccess && begin < count; begin += few_scale_spans) {
+    ScaleArguments few{settings, call.numbers, {}};
+    const int64_t end = std::min(count, begin + few_scale_spans);
+    int64_t most = 1;
+    for (int64_t i = begin; i < end; ++i) {
+      few.spans[i - begin] = spans[i];
+      most = std::max(most, spans[i].size);
+    }
+    void* arguments[] = {&few};
+    const dim3 grid(static_cast<unsigned>(std::min<int64_t>(chunks_of(most, block_threads), 1024)),
+                    static_cast<unsigned>(end - begin));
+    error = cudaLaunchKernel(reinterpret_cast<const void*>(learn_kernel), grid, dim3(block_threads), arguments, 0,
+                             static_cast<cudaStream_t>(call.stream));
+  }
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

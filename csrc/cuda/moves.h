@@ -1,12 +1,13 @@
-// Between a GPU's memory and registers; on a processor, for tests, the same with the alignment that a GPU asks for.
+// Moves between a GPU's memory and its registers; on a processor, for tests, the same with the alignment that a GPU
+// asks for.
 #pragma once
 
 #include "../maths/pack.h"
 
 namespace askew {
 
-// `count` neighbouring elements between memory and registers, 16 bytes at a time. Aligned to 16 bytes, or to all of
-// them where they are fewer.
+// What moves at a time: 16 bytes of neighbouring elements, or all of them where they are fewer. Memory is aligned to as
+// many bytes.
 template <int bytes> struct Unit {
   struct __attribute__((may_alias, aligned(bytes))) type {
     uint32_t words[bytes / 4];
@@ -19,15 +20,15 @@ template <> struct Unit<1> {
   typedef uint8_t __attribute__((may_alias)) type;
 };
 
-// All of a span lies in global memory: the compiler may leave the other kinds out of account.
+// All of a span lies in global memory: the compiler need not think of the other kinds.
 ASKEW_FN void assume_global([[maybe_unused]] const void* pointer) {
 #if defined(__CUDA_ARCH__)
   __builtin_assume(__isGlobal(pointer));
 #endif
 }
 
-// What a block shares is read again where it is needed: in registers from turn to turn, pointers would crowd out the
-// weights.
+// What a block shares is read again where it is needed: kept in registers from turn to turn, its pointers would crowd
+// out the weights.
 ASKEW_FN void reload_shared() {
 #if defined(__CUDA_ARCH__)
   asm volatile("" ::: "memory");

@@ -42,15 +42,15 @@ struct TableCodebook {
   T levels[capacity];
   T midpoints[capacity];  // between level k and k + 1; infinity where there is none
   T tree[capacity];       // the same as a search tree: the children of node n are 2n and 2n + 1, the root is 1
-  T gaps[capacity],
-      inverse_gaps[capacity];  // half the distance between level k - 1 and k; the first entry is that of the second
+  // Half the distance between level k - 1 and k, the first entry as the second; and 1 divided by it.
+  T gaps[capacity], inverse_gaps[capacity];
 
   ASKEW_FN T lowest() const { return levels[0]; }
   ASKEW_FN T highest() const { return levels[count - 1]; }
-  template <typename P> ASKEW_FN Index<P> nearest(
-      P u) const {  // how many midpoints lie below u: a tie goes to the lower level, NaN to 0
+  // How many midpoints lie below u: a tie goes to the lower level, NaN to 0.
+  template <typename P> ASKEW_FN Index<P> nearest(P u) const {
     if constexpr (sizeof(P) > sizeof(T)) return descend<2>(u, Index<P>{} + 1) - capacity;
-    Index<P> index{};  // a thread of a GPU reads any entry as fast, and needs fewer registers this way
+    Index<P> index{};  // a thread of a GPU reads every entry equally fast, and needs fewer registers this way
     for (int half = capacity / 2; half > 0; half /= 2)
       index = u > lookup<capacity>(midpoints, index + (half - 1)) ? index + half : index;
     return index;
@@ -71,8 +71,8 @@ struct TableCodebook {
   // The upper one of the two levels around the weight; e < 0: it lies above its level. At the ends there is only one
   // neighbour.
   template <typename Integer, typename P> ASKEW_FN Integer upper(Integer index, P e) const {
-    const Integer above = e < T(0) ? index + 1 : index,
-                  last = Integer{} + (capacity - 1);  // beyond the last level stand copies of its gap
+    const Integer above = e < T(0) ? index + 1 : index;
+    const Integer last = Integer{} + (capacity - 1);  // beyond the last level stand copies of its gap
     return above < last ? above : last;
   }
 };

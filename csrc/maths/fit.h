@@ -1,9 +1,9 @@
 // The scale of least squared error: which scales are tried for a row of weights, and which of them is taken.
 //
-// At a scale s each weight w has a nearest level q. Of all scales for that assignment A / B is the best one, A = sum w
-// q, B = sum q^2, and it takes A^2 / B off the error sum w^2. So a trial is two sums, in the order of order.h, and the
-// best trial is the one with the largest A^2 / B. Scales are in units of the codebook here: weight units per unit.
-// askew_cuda/fit.py states the same in PyTorch.
+// At a scale s each weight w has a nearest level q. Of all scales for that assignment A / B is the best one, where
+// A = sum w q and B = sum q^2, and it takes A^2 / B off the error sum w^2. So a trial is two sums, in the order of
+// order.h, and the best trial is the one with the largest A^2 / B. Scales are in units of the codebook here: weight
+// units per unit. askew_cuda/fit.py states the same in PyTorch.
 //
 // The grid is geometric, from beyond where the largest weight lies on the outermost level down to below where the mean
 // one would: the best scale is nowhere else. Around the best trial lies a finer grid, and least squares has the last
@@ -37,14 +37,14 @@ struct Grids {
   int roots;
   double reach;  // the first trial, in units of the scale at which the largest weight lies on the outermost level
   double least;  // the last one, in units of that at which the mean |weight| does
-  double first, ratio;  // the finer grid: how far its first trial is from the best of the other grid, and from the next
+  double first, ratio;  // the finer grid: its first trial, in units of the best one so far, and the ratio of its trials
   int fine;
 };
 constexpr int most_trials = 343;
 
 ASKEW_FN Grids grids_for(Levels levels, int64_t columns) {
   const bool few = levels.count <= 17, aside = levels.values[0] > 0 || levels.values[levels.count - 1] < 0;
-  const double least = aside ? 0.005 : 0.5;  // where no level is 0 or beyond, weights of the other sign ask for less
+  const double least = aside ? 0.005 : 0.5;  // where all levels have one sign, weights of the other one ask for less
   if (few && !aside && is_uniform(levels)) return {7, 2, least, 0.8333, 1.0147, 26};
   if (few) return {8, 4, least, 0.8333, 1.0147, 26};
   if (columns >= 1 << 14) return {7, 2, least, 0.8333, 1.0058, 64};
@@ -55,8 +55,8 @@ ASKEW_FN Grids grids_for(Levels levels, int64_t columns) {
 // What all rows of a call share.
 struct Fitting {
   Grids grids;
-  double per_unit;     // levels per unit of the codebook
-  double first, last;  // the outermost levels, in units
+  double per_unit;     // level units per unit of the codebook
+  double first, last;  // the outermost levels, in units of the codebook
   double columns;
 };
 
@@ -102,9 +102,9 @@ struct Search {
     }
   }
 
-  // In weight units per level unit. Where all weights are of the sign that the levels don't have, the
-  // smaller the scale the better, and none is the best. What such a row needs is room to train, so it gets a scale of
-  // the size of its weights.
+  // In weight units per level unit. Where all weights are of the sign that the levels don't have, the smaller the scale
+  // the better, and none is the best. What such a row needs is room to train, so it gets a scale of the size of its
+  // weights.
   ASKEW_FN double scale() const { return (best > 0 ? best : largest / outermost) / fit.per_unit; }
 };
 

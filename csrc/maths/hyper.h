@@ -71,6 +71,7 @@ ASKEW_FN Hyper<P> hyper(const Settings& s) {
   h.has_momentum = s.momentum != 0;
   h.dampens = s.dampening != 0;
   h.skew_gradient = s.skew_gradient;
+  h.learns = s.learns;
   return h;
 }
 

@@ -1,8 +1,8 @@
-// The one order in which numbers of many weights are summed, in double: the same bits whatever a pack's width, the
-// number of threads, the backend.
+// The one order in which numbers of many weights are summed, in double: the same bits whatever the width of a pack, the
+// number of threads and the backend.
 //
-// Weights are dealt in turn to `sum_lanes` lanes, each of which adds up its own from first to last; lanes are added as
-// a tree. So a block is summed. Blocks are added up in sequence to a chunk, and chunks in sequence to the whole.
+// Within a block, weights are dealt in turn to `sum_lanes` lanes, each of which adds up its own from first to last;
+// then the lanes are added as a tree. Blocks are added up in sequence to a chunk, and chunks in sequence to the whole.
 #pragma once
 
 #include "pack.h"

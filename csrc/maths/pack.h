@@ -63,8 +63,8 @@ template <int capacity, typename T> ASKEW_FN T lookup(const T* table, int32_t in
 ASKEW_FN float broadcast(float value, float) { return value; }
 ASKEW_FN double broadcast(double value, double) { return value; }
 
-// A constant of a loop: as broadcast(), but kept as a pack. Compilers else hold the number and broadcast it at each
-// use.
+// A constant of a loop: as broadcast(), but kept as a pack. Otherwise compilers keep the number and broadcast it at
+// each use.
 ASKEW_FN float constant(float value, float) { return value; }
 ASKEW_FN double constant(double value, double) { return value; }
 
@@ -114,7 +114,7 @@ template <typename P> constexpr auto sign_bit() {
     return static_cast<int64_t>(INT64_MIN);
 }
 
-// Taking away zero folds to nothing; adding it does not (-0 + 0 = +0).
+// Subtracting zero folds to nothing; adding it does not (-0 + 0 = +0).
 template <typename T, typename P> ASKEW_FN P broadcast(T value, P) { return value - P{}; }
 
 template <typename T, typename P> ASKEW_FN P constant(T value, P like) {
@@ -154,8 +154,9 @@ template <typename P> ASKEW_FN P ceil_index(P x) {
   }
 }
 
-// One or two registers are shuffled by the lower bits of the index; of a larger table both halves, and the bit above
-// chooses, up to where reading it lane by lane is less. Reads whole registers, so that a table has 16 entries at least.
+// A table of one or two registers is shuffled by the lower bits of the index. Of a larger one both halves are looked up
+// and the next bit chooses, as long as that costs less than reading it lane by lane. Whole registers are read, so a
+// table has 16 entries at least.
 template <int capacity, typename T, typename Integers> ASKEW_FN Pack<T, lanes<Integers>()> lookup(const T* table,
                                                                                                   Integers index) {
   using P = Pack<T, lanes<Integers>()>;

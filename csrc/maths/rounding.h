@@ -24,8 +24,8 @@ template <typename Word> struct Split {
   Word half, remainder;  // of the remainder the lower 16 bits count
 };
 
-// bfloat16: the upper half of the float32, rounded, ties away from zero; and its lower half, whose sign tells which way
-// it was rounded. Both together are the float32, exactly.
+// bfloat16: the upper half of the float32, rounded, with ties away from zero; and the lower half, whose sign tells
+// which way the upper one was rounded. Both together are the float32, exactly.
 template <typename Word, typename P> ASKEW_FN Split<Word> split(P x, BFloat16) {
   const Word bits = bits_of<Word>(x);
   return {x == x ? (bits + 0x8000) >> 16 : Word{} + 0x7fc0, x == x ? bits : Word{}};
@@ -34,8 +34,8 @@ template <typename P, typename Word> ASKEW_FN P join(Word half, Word remainder, 
   return of_bits<P>((half << 16) + (((remainder & 0xffff) ^ 0x8000) - 0x8000));
 }
 
-// float16: the nearest, and how far it is, in units of 2^-15 of its last place. Exact from 2^-16 on, within 2^-40
-// below.
+// float16: the nearest one, and how far x is from it, in units of 2^-15 of its last place. Exact from 2^-16 on, within
+// 2^-40 below.
 template <typename P, typename Word> ASKEW_FN Word exponent_of(P wide) {
   const Word exponent = bits_of<Word>(wide) & 0x7f800000;
   return exponent < 0x38800000 ? Word{} + 0x38800000 : exponent;  // subnormal ones all have the same last place

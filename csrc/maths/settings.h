@@ -35,6 +35,7 @@ struct Settings {
   // What is more than a number: the annealing, the one of two rates that is given, what changes from step to step.
   bool interval = false, skew_gradient = false;
   bool rate_is_alpha = false;  // the pull's rate is lr * alpha; else `recovery`, whatever lr
+  bool learns = false;         // (E7): weights and scales have a growth
   double rate = 0;             // alpha or recovery
   double lr = 0, epsilon = 1, grad_scale = 1;
   double steps = 0;      // AdamW: with this one; all weights of a launch have made as many
@@ -69,6 +70,7 @@ struct Hyper {
 #undef ASKEW_FIELD
   bool decays, has_momentum, dampens;  // factors that are not 0
   bool skew_gradient;  // the constraint acts on the gradient, as in the authors' code; else on the displacement
+  bool learns;         // (E7): a step begins with w f and s f
 };
 
 }  // namespace askew

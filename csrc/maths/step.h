@@ -25,14 +25,16 @@ struct Grid {
   P unit;       // weight units per unit of the codebook
   P inverse;    // 1 / unit
   P low, high;  // the box: outermost levels, or infinities where nothing is clipped
+  P growth;     // (E7): f, where h.learns
 };
 
 template <typename P, typename Codebook>
-ASKEW_FN Grid<P> make_grid(P scale, const Codebook& codebook, const Hyper<P>& h) {
+ASKEW_FN Grid<P> make_grid(P scale, P growth, const Codebook& codebook, const Hyper<P>& h) {
   using T = Lane<P>;
+  if (h.learns) scale = scale * growth;
   const P infinity = broadcast(T(INFINITY), scale);
   const P unit = scale * codebook.unit;
-  Grid<P> grid{unit, T(1) / unit, -infinity, infinity};
+  Grid<P> grid{unit, T(1) / unit, -infinity, infinity, growth};
   if (h.clip) {  // a scale of zero has no levels: its weights are free
     grid.low = scale > T(0) ? unit * codebook.lowest() : -infinity;
     grid.high = scale > T(0) ? unit * codebook.highest() : infinity;
@@ -147,6 +149,9 @@ struct AdamW {
 template <typename Rule, typename Annealing, typename P, typename Codebook>
 ASKEW_FN P step(P w, P g, P (&state)[Rule::states], const Grid<P>& grid, const Codebook& codebook, const Hyper<P>& h) {
   if (h.now.unscales) g = g * h.now.grad_factor;
+  if constexpr (Codebook::quantized) {
+    if (h.learns) w = w * grid.growth;
+  }
   if constexpr (Codebook::quantized && Annealing::on_gradient) {
     if (h.skew_gradient && h.now.moves) g = -Annealing::skew(-g, w, locate(w, grid, codebook), grid, codebook, h);
   }

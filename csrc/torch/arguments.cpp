@@ -34,6 +34,9 @@ std::vector<Tensor>* Arguments::list(const std::string& name) {
          : name == "codes"      ? &codes
          : name == "snapped"    ? &snapped
          : name == "remainders" ? &remainders
+         : name == "growths"    ? &growths
+         : name == "sums"       ? &sums
+         : name == "velocities" ? &velocities
                                 : nullptr;
 }
 
@@ -58,6 +61,10 @@ void Arguments::set(const std::string& name, const IValue& value) {
     streams = value.toIntVector();
   } else if (name == "first_elements") {
     first_elements = value.toIntVector();
+  } else if (name == "counts") {
+    counts = value.toIntVector();
+  } else if (name == "scale_lr") {
+    scale_lr = number_of(name, value);
   } else if (name == "seed") {
     seed.reset();
     seed_tensor = Tensor();
@@ -146,6 +153,13 @@ void Arguments::check() const {
                      "askew_cuda: scales[", i, "] is ", scales[i].toString(), " for a weight that is ",
                      weights[i].toString());
   TORCH_CHECK_VALUE(!levels.empty() || (codes.empty() && snapped.empty()), "askew_cuda: codes and snapped need levels");
+  TORCH_CHECK_VALUE(growths.size() == sums.size() && (growths.empty() || growths.size() == scales.size()),
+                    "askew_cuda: growths has ", growths.size(), " tensors and sums ", sums.size(), " for ",
+                    scales.size(), " scales; one for each of both, or none");
+  for (size_t i = 0; i < growths.size(); ++i) {
+    check_like_scale("growths", growths[i], scales[i], i);
+    check_sums(sums[i], scales[i], i, rule == Rule::sgd ? 2 : 3);
+  }
   TORCH_CHECK_VALUE(recovery.has_value() != alpha.has_value(),
                     "askew_cuda: give recovery or alpha, not both and not neither");
   TORCH_CHECK_VALUE(!settings.skew_gradient || (settings.interval && alpha),
@@ -167,6 +181,20 @@ void Arguments::check() const {
                          (step.is_cpu() || step.device() == weights[0].device()),
                      "askew_cuda: a step is ", step.toString(), " of shape ", step.sizes(), " on ", step.device(),
                      "; 0-d float32 or float64 tensors on the CPU or with the weights are needed");
+}
+
+void check_like_scale(const char* name, const Tensor& tensor, const Tensor& scale, size_t i) {
+  TORCH_CHECK_VALUE(tensor.sizes() == scale.sizes() && tensor.scalar_type() == scale.scalar_type() &&
+                        tensor.device() == scale.device() && tensor.layout() == at::kStrided,
+                    "askew_cuda: ", name, "[", i, "] is ", tensor.toString(), " of shape ", tensor.sizes(),
+                    " but scales[", i, "] is ", scale.toString(), " of shape ", scale.sizes());
+}
+
+void check_sums(const Tensor& sums, const Tensor& scale, size_t i, int64_t kinds) {
+  TORCH_CHECK_VALUE(sums.dim() == 2 && sums.size(0) == kinds && sums.size(1) == scale.numel() &&
+                        sums.scalar_type() == at::kDouble && sums.device() == scale.device() && sums.is_contiguous(),
+                    "askew_cuda: sums[", i, "] is ", sums.toString(), " of shape ", sums.sizes(), "; float64, (", kinds,
+                    ", ", scale.numel(), "), contiguous, is needed");
 }
 
 Dtype dtype_of(const Tensor& tensor, const char* name) {
@@ -198,6 +226,8 @@ std::string schema_of(Rule rule) {
   if (!is_sgd) mutated("steps");
   text += "Tensor[] scales, float[] levels, ";
   for (const char* name : {"codes", "snapped", "remainders"}) mutated(name);
+  text += "Tensor[] growths, ";
+  mutated("sums");
   text += "*, Tensor lr, ";
   [[maybe_unused]] constexpr int both = 0, sgd = 1, adamw = 2;
   const auto mine = [&](int whose) { return whose == both || (whose == sgd) == is_sgd; };

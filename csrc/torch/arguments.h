@@ -29,7 +29,7 @@ struct Arguments {
   void check() const;
 
   Rule rule;
-  std::vector<at::Tensor> weights, grads, state[3], steps, scales, codes, snapped, remainders;
+  std::vector<at::Tensor> weights, grads, state[3], steps, scales, codes, snapped, remainders, growths, sums;
   std::vector<double> levels;
   Settings settings;
   std::optional<double> recovery, alpha;
@@ -37,6 +37,10 @@ struct Arguments {
   std::optional<int64_t> seed;
   at::Tensor seed_tensor;  // instead of it; read at each step
   std::vector<int64_t> streams, first_elements;
+  // Of a plan alone: learn_scales_ comes with the step.
+  std::vector<at::Tensor> velocities;
+  std::vector<int64_t> counts;
+  double scale_lr = 0;
 
  private:
   std::vector<at::Tensor>* list(const std::string& name);
@@ -51,6 +55,10 @@ inline std::vector<const char*> state_names(Rule rule) {
 }
 
 std::string schema_of(Rule rule);  // from the table of settings.h
+
+// (E7) Whether a tensor goes with a scale, and so do the sums of its weights.
+void check_like_scale(const char* name, const at::Tensor& tensor, const at::Tensor& scale, size_t i);
+void check_sums(const at::Tensor& sums, const at::Tensor& scale, size_t i, int64_t kinds);
 
 Dtype dtype_of(const at::Tensor& tensor, const char* name);
 

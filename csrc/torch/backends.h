@@ -26,4 +26,9 @@ struct SpanTable {
 // call.
 void run_cuda(const Launch& launch, const DeviceNumbers& numbers, at::Device device, SpanTable& table);
 
+// (E7) The same of the sums of blocks, of `each` blocks to a scale, and of scales.
+void add_up_cuda(const at::Tensor& blocks, const at::Tensor& sums, int64_t each, const DeviceNumbers& numbers);
+void learn_scales_cuda(const ScaleSettings& settings, const DeviceNumbers& numbers, const std::vector<ScaleSpan>& spans,
+                       at::Device device);
+
 }  // namespace askew

@@ -82,21 +82,28 @@ void check_scale(const Tensor& weight, const Tensor& scale) {
       "; one number, in each dimension 1, the weight's size or a divisor of it, or (rows, groups) are understood");
 }
 
-// Fills what a span says of scales, for a weight in memory order.
-void set_scale(Span& span, const Tensor& weight, const Tensor& scale, MemoryOrder& order) {
+// Fills what a span says of scales and their growths (undefined: none), for a weight in memory order.
+void set_scale(Span& span, const Tensor& weight, const Tensor& scale, const Tensor& growth, MemoryOrder& order) {
   const int64_t size = weight.numel();
+  const auto place = [&](const auto& arrange) {
+    const auto pointer = [&](Tensor arranged) {
+      return arranged.is_contiguous() ? arranged.const_data_ptr() : order.keep(arranged.contiguous());
+    };
+    span.scale = pointer(arrange(scale));
+    if (growth.defined()) span.growth = pointer(arrange(growth));
+  };
   span.scale_run = size > 0 ? size : 1;
   span.scale_count = 1;
-  Tensor in_order = scale;
+  std::vector<int64_t> dims;  // of the scale, in the order in which the weight's memory meets them
+  for (int64_t d = 0; d < scale.dim(); ++d) dims.push_back(d);
   if (scale.numel() > 1 && size > 0) {
     check_scale(weight, scale);
     auto digits = digits_of(weight, scale);
-    if (digits && scale.dim() == weight.dim()) {  // its numbers in the order in which the weight's memory meets them
-      std::vector<int64_t> dims;
+    if (digits && scale.dim() == weight.dim()) {
+      dims.clear();
       for (auto digit = digits->rbegin(); digit != digits->rend(); ++digit) dims.push_back(digit->dim);
       for (int64_t d = 0; d < scale.dim(); ++d)
         if (scale.size(d) == 1) dims.push_back(d);
-      in_order = scale.permute(dims);
       for (size_t k = 1; k < digits->size();) {  // digits that follow each other without a gap are one
         Digit &inner = (*digits)[k - 1], &outer = (*digits)[k];
         if (outer.run != inner.run * inner.count) {
@@ -108,11 +115,13 @@ void set_scale(Span& span, const Tensor& weight, const Tensor& scale, MemoryOrde
       }
     }
     if (!digits || digits->size() > 2) {
-      in_order = spread(weight, scale);
-      span.scale = order.keep(in_order);
       span.scale_run = 1;
       span.scale_count = size;
-      return;
+      return place([&](const Tensor& tensor) {
+        const Tensor each = spread(weight, tensor);
+        order.keep(each);
+        return each.as_strided({size}, {1});
+      });
     }
     span.scale_run = digits->front().run;
     span.scale_count = digits->front().count;
@@ -121,7 +130,7 @@ void set_scale(Span& span, const Tensor& weight, const Tensor& scale, MemoryOrde
       span.outer_count = digits->back().count;
     }
   }
-  span.scale = in_order.is_contiguous() ? in_order.const_data_ptr() : order.keep(in_order.contiguous());
+  place([&](const Tensor& tensor) { return tensor.permute(dims); });
 }
 
 // Chunks to torch's threads. One is worth waking for a chunk's worth of weights, however many tensors they lie in.
@@ -154,9 +163,9 @@ bool PreparedCall::Seen::is(const Tensor& tensor) const {
 // All but the gradients.
 template <typename Visit>
 void PreparedCall::visit_tensors(const Visit& visit) {
-  for (const auto* list :
-       {&arguments_.weights, &arguments_.state[0], &arguments_.state[1], &arguments_.state[2], &arguments_.steps,
-        &arguments_.scales, &arguments_.codes, &arguments_.snapped, &arguments_.remainders})
+  for (const auto* list : {&arguments_.weights, &arguments_.state[0], &arguments_.state[1], &arguments_.state[2],
+                           &arguments_.steps, &arguments_.scales, &arguments_.codes, &arguments_.snapped,
+                           &arguments_.remainders, &arguments_.growths, &arguments_.sums, &arguments_.velocities})
     for (const Tensor& tensor : *list) visit(tensor);
 }
 
@@ -222,6 +231,7 @@ void PreparedCall::take_numbers() {
   TORCH_CHECK_VALUE(
       arguments_.rule == Rule::sgd || counts_there_ || !numbers_.found_inf.at, "askew_cuda: found_inf is on ", device_,
       " but steps[0] on the CPU, where nothing knows whether this step counts; keep the steps with the weights");
+  settings.learns = !arguments_.growths.empty();
   settings.rate_is_alpha = arguments_.alpha.has_value();
   settings.rate = settings.rate_is_alpha ? *arguments_.alpha : *arguments_.recovery;
   const Tensor& seed = arguments_.seed_tensor;
@@ -236,6 +246,7 @@ void PreparedCall::take_numbers() {
 void PreparedCall::make_spans() {
   const Arguments& a = arguments_;
   order_ = MemoryOrder();
+  radial_ = RadialSums(a.rule);
   launch_.rule = a.rule;
   launch_.levels = {a.levels.data(), static_cast<int>(a.levels.size())};
   launch_.dtype = dtype_of(a.weights[0], "weights[0]");
@@ -249,22 +260,29 @@ void PreparedCall::make_spans() {
   for (size_t i = 0; i < spans_.size(); ++i) {
     if (!a.grads[i].defined()) continue;
     Span& span = spans_[i];
-    // random bits count elements in logical order
-    const Tensor& weight = order_.weight(a.weights[i], launch_.rounding == Rounding::stochastic);
+    // random bits count elements in logical order, and so do the sums that a scale learns by
+    const bool logical = launch_.rounding == Rounding::stochastic || launch_.settings.learns;
+    const Tensor& weight = order_.weight(a.weights[i], logical);
     const auto written = [&](const std::vector<Tensor>& list) {
-      return list.empty() ? nullptr : order_.like(weight, list[i], true).mutable_data_ptr();
+      return list.empty() ? Tensor() : order_.like(weight, list[i], true);
     };
+    const auto pointer = [](const Tensor& tensor) { return tensor.defined() ? tensor.mutable_data_ptr() : nullptr; };
+    const Tensor state[3] = {written(a.state[0]), written(a.state[1]), written(a.state[2])};
+    const Tensor remainder = written(a.remainders);
     span.weight = weight.mutable_data_ptr();
-    span.grad = order_.like(weight, a.grads[i], false).const_data_ptr();
-    for (int k = 0; k < 3; ++k) span.state[k] = written(a.state[k]);
-    span.codes = static_cast<uint8_t*>(written(a.codes));
-    span.snapped = written(a.snapped);
-    span.remainder = written(a.remainders);
+    const Tensor& grad = order_.like(weight, a.grads[i], false);
+    span.grad = grad.const_data_ptr();
+    for (int k = 0; k < 3; ++k) span.state[k] = pointer(state[k]);
+    span.codes = static_cast<uint8_t*>(pointer(written(a.codes)));
+    span.snapped = pointer(written(a.snapped));
+    span.remainder = pointer(remainder);
     span.size = weight.numel();
-    if (!a.levels.empty()) set_scale(span, weight, a.scales[i], order_);
+    if (!a.levels.empty()) set_scale(span, weight, a.scales[i], a.growths.empty() ? Tensor() : a.growths[i], order_);
     if (!a.streams.empty()) span.stream = static_cast<uint64_t>(a.streams[i]);
     if (!a.first_elements.empty()) span.first_element = a.first_elements[i];
     if (counts_there_) span.step = a.steps[i].mutable_data_ptr();
+    if (launch_.settings.learns)
+      radial_.add(i, span, {weight, grad, remainder, state[2].defined() ? state[2] : state[1]}, a.scales[i], a.sums[i]);
   }
   has_spans_ = true;
 }
@@ -272,7 +290,7 @@ void PreparedCall::make_spans() {
 void PreparedCall::lay_out() {
   if (arguments_.weights.empty()) return;
   take_numbers();
-  bool same = has_spans_ && !order_.has_copies();
+  bool same = has_spans_ && !order_.has_copies() && !radial_.has_copies();
   for (size_t i = 0; same && i < spans_.size(); ++i) {
     const Tensor &weight = arguments_.weights[i], &grad = arguments_.grads[i];
     if (!grad.defined()) continue;
@@ -306,6 +324,7 @@ void PreparedCall::run() {
     size_t number = 0;
     for (const auto& [step, spans] : by_step) run_together(spans, step, number++);
   }
+  learn();
   for (size_t i = 0; i < steps.size() && !counts_there_; ++i) {
     if (!grads[i].defined()) continue;
     if (steps[i].scalar_type() == at::kFloat)
@@ -316,9 +335,29 @@ void PreparedCall::run() {
   order_.write_back();
   // Autograd must see what changed: a backward pass over a graph from before the step is an error, as with torch's
   // optimizers.
-  for (const auto* list : {&arguments_.weights, &arguments_.codes, &arguments_.snapped, &arguments_.remainders})
+  for (const auto* list : {&arguments_.weights, &arguments_.codes, &arguments_.snapped, &arguments_.remainders,
+                           &arguments_.sums, &arguments_.velocities})
     for (size_t i = 0; i < list->size(); ++i)
       if (grads[i].defined() && !(*list)[i].is_inference()) (*list)[i].unsafeGetTensorImpl()->bump_version();
+}
+
+// (E7) What is left of it after the step: sums that were not made on the way, and what the scales learn of them.
+void PreparedCall::learn() {
+  const Arguments& a = arguments_;
+  if (a.growths.empty()) return;
+  launch_.sums_alone = true;
+  for (const auto& [i, span] : radial_.apart())
+    if (a.grads[i].defined()) run_together({span}, step_of(i), 1);
+  launch_.sums_alone = false;
+  ScaleLaunch scales = scale_launch(a.scale_lr, launch_.settings, a.rule);
+  scales.numbers = numbers_;
+  for (size_t i = 0; i < a.weights.size(); ++i) {
+    if (!a.grads[i].defined()) continue;
+    radial_.add_up(i, numbers_);
+    if (!a.velocities.empty())
+      scales.spans.push_back(scale_span(a.scales[i], a.velocities[i], a.growths[i], a.sums[i], a.counts[i]));
+  }
+  learn_scales(scales, device_);
 }
 
 // `number`: which launch of the run it is.

@@ -9,6 +9,8 @@
 
 #include "arguments.h"
 #include "backends.h"
+#include "learn.h"
+#include "radial.h"
 
 namespace askew {
 
@@ -59,12 +61,14 @@ class PreparedCall {
   void take_numbers();
   void make_spans();
   void run_together(const std::vector<Span>& spans, double steps, size_t number);
+  void learn();
   double step_of(size_t i) const;
 
   Arguments arguments_;
   at::Device device_;
   std::vector<Seen> seen_;
   MemoryOrder order_;
+  RadialSums radial_{Rule::sgd};
   std::vector<Span> spans_;
   Launch launch_{};
   DeviceNumbers numbers_{};

@@ -37,12 +37,35 @@ void bring_there(SpanTable& table, const Launch& launch, at::Device device, void
   table.stream = stream;
 }
 
+// A call on the device's current stream.
+CudaCall call_on(at::Device device, const DeviceNumbers& numbers) {
+  void* stream = c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle();
+  return {device.index(), stream, numbers, nullptr, nullptr};
+}
+
+void launched(const char* error, at::Device device) {
+  TORCH_CHECK(!error, "askew_cuda: the step on ", device, " could not be launched: ", error);
+}
+
 }  // namespace
+
+void add_up_cuda(const at::Tensor& blocks, const at::Tensor& sums, int64_t each, const DeviceNumbers& numbers) {
+  const c10::DeviceGuard guard(sums.device());
+  launched(cuda_add_up(blocks.const_data_ptr<double>(), sums.mutable_data_ptr<double>(), sums.numel(), each,
+                       call_on(sums.device(), numbers)),
+           sums.device());
+}
+
+void learn_scales_cuda(const ScaleSettings& settings, const DeviceNumbers& numbers, const std::vector<ScaleSpan>& spans,
+                       at::Device device) {
+  const c10::DeviceGuard guard(device);
+  launched(cuda_learn(settings, spans.data(), static_cast<int64_t>(spans.size()), call_on(device, numbers)), device);
+}
 
 void run_cuda(const Launch& launch, const DeviceNumbers& numbers, at::Device device, SpanTable& table) {
   const c10::DeviceGuard guard(device);
-  void* stream = c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle();
-  CudaCall call{device.index(), stream, numbers, nullptr, nullptr};
+  CudaCall call = call_on(device, numbers);
+  void* stream = call.stream;
   // A captured graph would read the table when it is replayed, and the table may be gone then: arguments are captured
   // by value.
   if (launch.span_count > few_spans && !cuda_is_capturing(stream)) {
@@ -50,8 +73,7 @@ void run_cuda(const Launch& launch, const DeviceNumbers& numbers, at::Device dev
     call.spans = static_cast<const Span*>(table.there.const_data_ptr());
     call.first_chunk = reinterpret_cast<const int64_t*>(call.spans + launch.span_count);
   }
-  const char* error = cuda_step(launch, call);
-  TORCH_CHECK(!error, "askew_cuda: the step on ", device, " could not be launched: ", error);
+  launched(cuda_step(launch, call), device);
 }
 
 }  // namespace askew

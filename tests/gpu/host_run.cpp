@@ -1,13 +1,15 @@
-// Runs every thread of every block of CUDA launches on the processor, and compares what they leave with the CPU kernel. Built by
-// tests/gpu/test_cuda_on_host.py, with address and undefined-behaviour sanitizers. host_run CASES [SEED]
+// Runs every thread of every block of CUDA launches on the processor, and compares what they leave with what the CPU
+// kernel does. Built by tests/gpu/test_cuda_on_host.py, with address and undefined-behaviour sanitizers.
+//
+// host_run CASES [SEED]
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
 #include <random>
 #include <vector>
 
-#include "../../csrc/cuda/block.h"
 #include "../../csrc/cpu/cpu.h"
+#include "../../csrc/cuda/block.h"
 
 using namespace askew;
 
@@ -17,7 +19,9 @@ std::mt19937 source;
 int64_t below(int64_t count) { return static_cast<int64_t>(source() % count); }
 bool chance(double share) { return source() < share * 4294967296.0; }
 double normal() { return std::normal_distribution<double>()(source); }
-template <typename Any> Any pick(std::initializer_list<Any> from) { return from.begin()[below(static_cast<int64_t>(from.size()))]; }
+template <typename Any> Any pick(std::initializer_list<Any> from) {
+  return from.begin()[below(static_cast<int64_t>(from.size()))];
+}
 
 [[noreturn]] void fail(const char* what, int64_t a, int64_t b) {
   std::fprintf(stderr, "FAILED: %s (%lld, %lld)\n", what, static_cast<long long>(a), static_cast<long long>(b));
@@ -26,7 +30,8 @@ template <typename Any> Any pick(std::initializer_list<Any> from) { return from.
 
 int size_of(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
 
-// Memory that ends where the tensor ends, so that the sanitizer sees a step beyond; `offset` bytes before it must stay as they are.
+// Memory that ends where the tensor ends, so that the sanitizer sees a step beyond it; the `offset` bytes before the
+// tensor must stay as they are.
 struct Buffer {
   int64_t bytes, offset;
   std::unique_ptr<char[]> memory;
@@ -34,7 +39,9 @@ struct Buffer {
   Buffer(int64_t bytes, int64_t offset) : bytes(bytes), offset(offset), memory(new char[bytes + offset]) {
     std::memset(memory.get(), 0x5a, bytes + offset);
   }
-  Buffer(const Buffer& other) : Buffer(other.bytes, other.offset) { std::memcpy(memory.get(), other.memory.get(), bytes + offset); }
+  Buffer(const Buffer& other) : Buffer(other.bytes, other.offset) {
+    std::memcpy(memory.get(), other.memory.get(), bytes + offset);
+  }
   char* data() const { return memory.get() + offset; }
 };
 
@@ -50,7 +57,7 @@ void put(char* base, Dtype dtype, int64_t i, double value) {
   if (dtype == Dtype::float16) std::memcpy(base + i * 2, &half, 2);
 }
 
-// Same bits; a NaN of one payload is as good as another, and -0 as +0.
+// The same number: any NaN is as good as another, and -0 as +0.
 template <typename Any> bool alike(const char* a, const char* b) {
   Any x, y;
   std::memcpy(&x, a, sizeof x);
@@ -64,7 +71,8 @@ struct Tensor {
   std::vector<std::pair<Dtype, Buffer>> numbers;  // weight, grad, state .., snapped
   std::vector<Buffer> codes, remainders;
   std::vector<double> steps;
-  std::vector<Buffer> scale;
+  std::vector<Buffer> scale, growth;
+  std::vector<double> sums;  // (E7): of blocks, where scales have one run each
 };
 
 struct Setup {
@@ -97,7 +105,8 @@ Setup draw_setup() {
   launch.dtype = pick({Dtype::float32, Dtype::float64, Dtype::bfloat16, Dtype::float16});
   launch.rule = pick({Rule::sgd, Rule::adamw});
   launch.wide_state = size_of(launch.dtype) == 2 && chance(0.5);
-  if (size_of(launch.dtype) == 2) launch.rounding = pick({Rounding::nearest, Rounding::remainder, Rounding::stochastic});
+  if (size_of(launch.dtype) == 2)
+    launch.rounding = pick({Rounding::nearest, Rounding::remainder, Rounding::stochastic});
   s.seed = source();
   setup.levels = draw_levels();
   launch.levels = {setup.levels.data(), static_cast<int>(setup.levels.size())};
@@ -126,6 +135,7 @@ Setup draw_setup() {
     setup.states = s.amsgrad ? 3 : 2;
   }
   s.snap_unit = snap_unit(launch.dtype, launch.levels);
+  s.learns = !setup.levels.empty() && chance(0.5);
   setup.has_codes = !setup.levels.empty() && chance(0.5);
   setup.has_snapped = !setup.levels.empty() && chance(0.5);
   setup.steps_there = launch.rule == Rule::adamw && chance(0.3);
@@ -136,19 +146,22 @@ Setup draw_setup() {
 Tensor draw_tensor(const Setup& setup) {
   const Launch& launch = setup.launch;
   const bool is_double = launch.dtype == Dtype::float64;
-  Tensor tensor{pick<int64_t>({0, 1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 127, 1000, 8191, 8192, 8193, 16391}),
-                0,
-                1,
-                1,
-                1,
-                {},
-                {},
-                {},
-                {},
-                {}};
+  Tensor tensor{
+      pick<int64_t>({0, 1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 127, 1000, 8191, 8192, 8193, 16391}),
+      0,
+      1,
+      1,
+      1,
+      {},
+      {},
+      {},
+      {},
+      {},
+      {},
+      {}};
   tensor.run = tensor.size > 0 ? tensor.size : 1;
   if (chance(0.6) && tensor.size > 1) {  // per channel or group, in memory order or across it
-    tensor.run = pick<int64_t>({1, 2, 8, 9, 27, 32, tensor.size / 2, tensor.size});
+    tensor.run = pick<int64_t>({1, 2, 8, 9, 27, 32, 1281, tensor.size / 2, tensor.size});
     tensor.count = chance(0.5) ? (tensor.size + tensor.run - 1) / tensor.run : 1 + below(20);
   }
   if (tensor.count > 1 && chance(0.4)) {  // experts, or groups along the first dimension
@@ -162,22 +175,33 @@ Tensor draw_tensor(const Setup& setup) {
     scales.push_back(pick({0.25, static_cast<double>(0.0371f), 2.0, chance(0.1) ? 0.0 : 0.5}));
     put(tensor.scale[0].data(), is_double ? Dtype::float64 : Dtype::float32, i, scales.back());
   }
+  if (launch.settings.learns) {
+    tensor.growth.emplace_back(count * (is_double ? 8 : 4), 0);
+    for (int64_t i = 0; i < count; ++i)
+      put(tensor.growth[0].data(), is_double ? Dtype::float64 : Dtype::float32, i, pick({1.0, 0.96, 1.05}));
+    if (tensor.outer_count < 2 && tensor.run * tensor.count == tensor.size)
+      tensor.sums.assign(sum_kinds(launch.rule) * SumBlocks::of(tensor.run).each * tensor.count, 77);
+  }
   const bool misaligned = chance(0.4);
   const auto add = [&](Dtype dtype, auto value) {
-    tensor.numbers.emplace_back(dtype, Buffer(tensor.size * size_of(dtype), misaligned ? below(16 / size_of(dtype)) * size_of(dtype) : 0));
+    tensor.numbers.emplace_back(
+        dtype, Buffer(tensor.size * size_of(dtype), misaligned ? below(16 / size_of(dtype)) * size_of(dtype) : 0));
     for (int64_t i = 0; i < tensor.size; ++i) put(tensor.numbers.back().second.data(), dtype, i, value(i));
   };
   add(launch.dtype, [&](int64_t i) {
-    const double scale = scales[i / tensor.outer_run % tensor.outer_count * tensor.count + i / tensor.run % tensor.count];
+    const double scale =
+        scales[i / tensor.outer_run % tensor.outer_count * tensor.count + i / tensor.run % tensor.count];
     if (setup.levels.empty() || chance(0.3)) return normal();
     const double level = setup.levels[below(static_cast<int64_t>(setup.levels.size()))];
     return scale * (level + pick({0.0, 0.5, 0.25, std::exp2(-static_cast<double>(below(22)))}) * pick({-1.0, 1.0}));
   });
   add(launch.dtype, [&](int64_t) {
-    return chance(0.02) ? pick({static_cast<double>(NAN), static_cast<double>(INFINITY)}) : normal() * pick({0.0, 1e-3, 1.0, 30.0});
+    return chance(0.02) ? pick({static_cast<double>(NAN), static_cast<double>(INFINITY)})
+                        : normal() * pick({0.0, 1e-3, 1.0, 30.0});
   });
   for (int k = 0; k < setup.states; ++k) {
-    add(launch.wide_state ? Dtype::float32 : launch.dtype, [&](int64_t) { return k > 0 ? normal() * normal() : std::fabs(normal()); });
+    add(launch.wide_state ? Dtype::float32 : launch.dtype,
+        [&](int64_t) { return k > 0 ? normal() * normal() : std::fabs(normal()); });
   }
   if (setup.has_snapped) add(launch.snapped_dtype, [](int64_t) { return 77.0; });
   if (setup.launch.rounding == Rounding::remainder) {
@@ -200,6 +224,8 @@ Span span_of(Tensor& tensor, const Setup& setup) {
   span.stream = static_cast<uint64_t>(tensor.size);
   span.first_element = tensor.size % 2 ? (int64_t{1} << 32) - 20 : 0;
   if (!setup.levels.empty()) span.scale = tensor.scale[0].data();
+  if (!tensor.growth.empty()) span.growth = tensor.growth[0].data();
+  if (!tensor.sums.empty()) span.sums = tensor.sums.data();
   span.scale_run = tensor.run;
   span.scale_count = tensor.count;
   span.outer_run = tensor.outer_run;
@@ -212,27 +238,36 @@ Span span_of(Tensor& tensor, const Setup& setup) {
 // Variants that the program is built for: all, or few, for builds with a planted fault.
 template <typename V> constexpr bool built() {
 #if defined(FEW_VARIANTS)
-  return V::book == Book::uniform && std::is_same_v<typename V::RuleType, Sgd> && std::is_same_v<typename V::Annealing, Capture> &&
+  return V::book == Book::uniform && std::is_same_v<typename V::RuleType, Sgd> &&
+         std::is_same_v<typename V::Annealing, Capture> &&
          (std::is_same_v<typename V::Storage, float> || std::is_same_v<typename V::Storage, BFloat16>);
 #else
   return true;
 #endif
 }
 
-// The launches as csrc/cuda.cu makes them; threads in a drawn order, for none waits for another but between the two halves.
+// The launches as csrc/cuda/kernel.cu makes them. Threads run in a drawn order, since none waits for another except
+// between the two halves.
 template <typename V>
 void run_blocks(const Launch& launch, const CudaCall& call) {
   if constexpr (built<V>()) {
     KernelArguments<V> arguments = arguments_of<V>(launch, call);
     const int64_t at_a_time = spans_at_a_time(launch, call);
     for (int64_t begin = 0; begin < launch.span_count; begin += at_a_time) {
-      const int64_t end = std::min(launch.span_count, begin + at_a_time), blocks = set_spans(arguments, launch, begin, end);
+      const int64_t end = std::min(launch.span_count, begin + at_a_time),
+                    blocks = set_spans(arguments, launch, begin, end);
       for (int64_t number = 0; number < blocks; ++number) {
         const auto block = std::make_unique<Block<V>>();
         std::memset(static_cast<void*>(block.get()), 0xaa, sizeof *block);  // shared memory holds what it will
         const int turn = static_cast<int>(below(block_threads));
-        for (int thread = 0; thread < block_threads; ++thread) prepare(*block, arguments, number, (thread + turn) % block_threads);
-        for (int thread = 0; thread < block_threads; ++thread) run(*block, arguments, (thread + turn) % block_threads);
+        for (int thread = 0; thread < block_threads; ++thread)
+          prepare(*block, arguments, number, (thread + turn) % block_threads);
+        const auto all = [&](const auto& part) {
+          for (int thread = 0; thread < block_threads; ++thread) part((thread + turn) % block_threads);
+        };
+        if constexpr (V::book != Book::none) all([&](int thread) { sum_radial(*block, arguments, thread); });
+        all([&](int thread) { run(*block, arguments, thread); });
+        if constexpr (V::book != Book::none) all([&](int thread) { sum_second(*block, arguments, thread); });
       }
     }
   }
@@ -249,7 +284,8 @@ void compare(const std::vector<Tensor>& expected, const std::vector<Tensor>& act
     for (size_t k = 0; k < expected[t].numbers.size(); ++k) {
       const auto& [dtype, wanted] = expected[t].numbers[k];
       const Buffer& found = actual[t].numbers[k].second;
-      if (std::memcmp(wanted.memory.get(), found.memory.get(), wanted.offset) != 0) fail("written before the start", t, k);
+      if (std::memcmp(wanted.memory.get(), found.memory.get(), wanted.offset) != 0)
+        fail("written before the start", t, k);
       for (int64_t i = 0; i < expected[t].size; ++i) {
         const char *a = wanted.data() + i * size_of(dtype), *b = found.data() + i * size_of(dtype);
         const bool same = dtype == Dtype::float64   ? alike<double>(a, b)
@@ -259,11 +295,14 @@ void compare(const std::vector<Tensor>& expected, const std::vector<Tensor>& act
         if (!same) fail("another value than the CPU's: list, weight", static_cast<int64_t>(k), i);
       }
     }
+    for (size_t k = 0; k < expected[t].sums.size(); ++k)
+      if (expected[t].sums[k] != actual[t].sums[k]) fail("another sum than the CPU's: tensor, sum", t, k);
     for (const auto& [wanted, found] :
          {std::pair{&expected[t].codes, &actual[t].codes}, {&expected[t].remainders, &actual[t].remainders}}) {
       if (wanted->empty()) continue;
       const Buffer &a = wanted->front(), &b = found->front();
-      if (std::memcmp(a.memory.get(), b.memory.get(), a.bytes + a.offset) != 0) fail("another value than the CPU's: bytes of tensor", t, 0);
+      if (std::memcmp(a.memory.get(), b.memory.get(), a.bytes + a.offset) != 0)
+        fail("another value than the CPU's: bytes of tensor", t, 0);
     }
   }
 }
@@ -276,7 +315,8 @@ bool run_case() {
   visit_variant(launch, [&](auto variant) { is_built = built<decltype(variant)>(); });
   if (!is_built) return false;
   std::vector<Tensor> tensors;
-  for (int64_t count = pick<int64_t>({1, 2, 5, chance(0.2) ? few_spans + 3 : 3}); count > 0; --count) tensors.push_back(draw_tensor(setup));
+  for (int64_t count = pick<int64_t>({1, 2, 5, chance(0.2) ? few_spans + 3 : 3}); count > 0; --count)
+    tensors.push_back(draw_tensor(setup));
   std::vector<Tensor> expected = tensors;
 
   std::vector<Span> spans;
@@ -284,9 +324,10 @@ bool run_case() {
   launch.spans = spans.data();
   launch.span_count = static_cast<int64_t>(spans.size());
   const bool found_inf = chance(0.1);
-  if (!found_inf) cpu_step_baseline(launch, first_chunks(spans, cpu_chunk).data(), 0, first_chunks(spans, cpu_chunk).back());
+  if (!found_inf)
+    cpu_step_baseline(launch, first_chunks(spans, cpu_chunk).data(), 0, first_chunks(spans, cpu_chunk).back());
 
-  // What the device alone knows: the host's own settings are wrong then.
+  // What only the device knows: then the settings that the host knows are wrong.
   CudaCall call{};
   const double zero = 0, one = 1, lr = launch.settings.lr, epsilon = launch.settings.epsilon;
   const float grad_scale = static_cast<float>(launch.settings.grad_scale);
@@ -357,7 +398,8 @@ void check_chunk_map() {
       while (upto == spans[which].size) ++which, upto = 0;
       if (block.span.size != spans[which].size || block.span.scale_run != spans[which].scale_run)
         fail("wrong span for block", number, which);
-      if (block.begin != upto || block.size < 1 || block.size > block_chunk) fail("wrong weights for block", number, block.begin);
+      if (block.begin != upto || block.size < 1 || block.size > block_chunk)
+        fail("wrong weights for block", number, block.begin);
       const int32_t position = static_cast<int32_t>(below(block.size));
       int32_t end;
       const float* scale = &block.runs.at(position, block.span, block.begin, end);

@@ -36,13 +36,13 @@ def weights(count: int, device: torch.device, dtype: torch.dtype, offset: int = 
 
 
 def same(ones: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
-    """Whether all values are; NaN is like NaN."""
+    """Whether all values are the same; NaN counts as NaN."""
     pairs = zip(ones, others, strict=True)
     return all(bool(((a == b) | ((a != a) & (b != b))).all()) for a, b in pairs)
 
 
 class Smoke:
-    """What is tried, on a device and a backend of it; and what has failed."""
+    """Tries things on a device, by one of its backends, and keeps what has failed."""
 
     def __init__(self, device: torch.device, backend: str):
         self.device, self.on_gpu = device, device.type == "cuda"

@@ -43,7 +43,7 @@ def dump(what: str) -> str:
 
 @functools.cache
 def resources() -> dict[str, dict[str, int]]:
-    """Of each kernel, by its mangled name: registers, bytes of stack (spills lie there), .."""
+    """What each kernel uses, by its mangled name: registers, bytes of stack (spills lie there), .."""
     found = {}
     for name, usage in re.findall(r"Function (\S+):\n\s*(REG:.*)", dump("-res-usage")):
         numbers = {key: int(value) for key, value in re.findall(r"([A-Z]+)(?:\[\d\])?:(\d+)", usage)}
@@ -112,9 +112,8 @@ def test_registers_are_few_and_none_is_spilled(storage):
 def test_aligned_tensors_move_sixteen_bytes_at_a_time(storage):
     for name in kernels(storage):
         wide = [each for each in instructions()[name] if ".128" in each]
-        tensors = (
-            2 if "AdamW" not in name else 4
-        )  # weight and gradient are read at least, and the moments; all but the gradient written
+        # weight, gradient and moments are read at least; all but the gradient are written
+        tensors = 2 if "AdamW" not in name else 4
         assert sum(each.startswith("LDG") for each in wide) >= tensors, name
         assert sum(each.startswith("STG") for each in wide) >= tensors - 1, name
         assert not [each for each in instructions()[name] if each.startswith(("LDL", "STL"))], name

@@ -222,9 +222,8 @@ def test_a_call_is_one_launch_and_its_table_is_kept(counted):
         call(case, lists | {"grads": grads}, TRITON["interpreted"])
         call(case, lists | {"grads": grads}, TRITON["interpreted"])
         assert count()[1:] == (1, 2)
-    lists["weights"][0] = (
-        torch.empty(BLOCK, 3).t().copy_(lists["weights"][0])
-    )  # another memory order: gradient and state are copied
+    # another memory order: gradient and state are copied
+    lists["weights"][0] = torch.empty(BLOCK, 3).t().copy_(lists["weights"][0])
     call(case, lists, TRITON["interpreted"])
     call(case, lists, TRITON["interpreted"])
     assert count() == (9, 3, 4)
@@ -389,7 +388,7 @@ CUDA = torch.device("cuda")
 
 
 def why(monkeypatch, device: torch.device | str = CUDA, dtype=torch.float32, **changes: object) -> str:
-    """absent()'s reason on a machine with a GPU, but for the changes."""
+    """The reason of absent() on a machine with a GPU, which ``changes`` make another one."""
     machine = {
         "version": triton.__version__,
         "interpret": "",

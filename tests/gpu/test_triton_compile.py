@@ -1,7 +1,8 @@
 """The Triton kernel compiled for GPUs that are not there: that it compiles, what comes out, and that settings don't
 recompile it.
- By default a choice of kernels that holds every pair of their constants; ASKEW_TRITON=all in the environment compiles
-all that the table of cases needs.
+
+By default it compiles a choice of kernels that holds every pair of their constants; with ASKEW_TRITON=all in the
+environment all that the table of cases needs.
 """
 
 import functools
@@ -22,7 +23,7 @@ from tests.gpu.triton_copies import offline, triton, variant_of
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 CAPABILITIES = (80, 90)
 LARGE = PLAIN._replace(layout="contiguous", size=5000, granularity="tensor", outputs=())
-# What the step of most trainings is compiled to; their registers let 32 warps live on a multiprocessor.
+# The kernels of most trainings: their registers must leave room for 32 warps on a multiprocessor.
 COMMON = [
     LARGE._replace(
         rule=rule,
@@ -144,7 +145,7 @@ def test_weights_move_16_bytes_at_a_time(capability, tmp_path):
 
 
 def test_schedules_do_not_recompile(tmp_path):
-    """lr, epsilon and all other numbers are arguments; 1, 16 and 0 are numbers as others. Numbers on the device make
+    """lr, epsilon and all other numbers are arguments; 1, 16 and 0 are numbers like any. Numbers on the device make
     one more kernel.
     """
     with offline(80, str(tmp_path)) as (launcher, recorder):

@@ -37,7 +37,7 @@ OUTSIDE = {"maths/pack.h": {"immintrin.h"}, "cuda/kernel.cu": {"algorithm", "cud
 OPTIONAL = {"matplotlib", "numpy"}
 # Layers of the package, lowest first: a module may import from its own layer, in one direction, and from those below.
 LAYERS = (
-    {"reference", "rounding", "interrupts", "wrappers"},
+    {"reference", "rounding", "summation", "interrupts", "wrappers"},
     {
         "quantizer",
         "scales",

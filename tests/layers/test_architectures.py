@@ -115,11 +115,8 @@ def test_what_is_quantized_and_what_is_not(name):
         assert dim != 0 or fan_in == weight[0].numel()
 
 
-@pytest.mark.filterwarnings(
-    "ignore:.*clipping to the outermost levels:UserWarning"
-)  # a fresh LSTM has an init of its own
 def test_every_scale_is_that_of_the_fan_in(name):
-    """Between normalisation layers by that alone."""
+    """Between normalisation layers it follows from the fan-in alone."""
     model, book = build(name), Codebook.named("ternary")
     groups = param_groups(model, "ternary/channel", verbose=False)
     assert groups[0]["normalized"] is (name not in ("LSTM", "U-Net"))

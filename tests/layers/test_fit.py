@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from askew_cuda import fit, scales
+from askew_cuda import fit, scales, summation
 from askew_cuda.quantizer import Codebook
 from tests.cases import EXTENSION
 from tests.compare import assert_same_bits
@@ -42,7 +42,9 @@ def test_the_kernel_is_its_reference(name, dtype, capability):
 
 
 @needs_extension
-@pytest.mark.parametrize("size", [fit.BLOCK - 1, fit.BLOCK, fit.BLOCK + 1, fit.CHUNK + 5, 2 * fit.CHUNK])
+@pytest.mark.parametrize(
+    "size", [summation.BLOCK - 1, summation.BLOCK, summation.BLOCK + 1, summation.CHUNK + 5, 2 * summation.CHUNK]
+)
 def test_blocks_and_chunks_are_added_in_the_order_that_is_written(size, capability):
     rows = draw("normal", 1, size, dtype=torch.float32)
     assert_same_bits(kernel(rows, (-1, 0, 1)), fit.fit_scales(rows, (-1, 0, 1)), "scale")
@@ -51,7 +53,7 @@ def test_blocks_and_chunks_are_added_in_the_order_that_is_written(size, capabili
 @needs_extension
 def test_neither_threads_nor_company_matter():
     """One long row is summed by all threads, many are by one each."""
-    rows, threads = draw("normal", 5, 3 * fit.CHUNK + 77, dtype=torch.float32), torch.get_num_threads()
+    rows, threads = draw("normal", 5, 3 * summation.CHUNK + 77, dtype=torch.float32), torch.get_num_threads()
     try:
         torch.set_num_threads(1)
         alone = kernel(rows, LEVELS["4bit"])

@@ -104,6 +104,7 @@ KNOWN = [
     (nn.ConvTranspose2d(4, 8, 3, groups=4), {"weight": ((0, 1), 9)}),
     (nn.ConvTranspose3d(4, 6, 2), {"weight": (1, 32)}),
     (nn.RNN(4, 6), {"weight_ih_l0": (0, 4), "weight_hh_l0": (0, 6)}),
+    (nn.Bilinear(4, 5, 6), {"weight": (0, 20)}),
     (nn.GRUCell(4, 6), {"weight_ih": (0, 4), "weight_hh": (0, 6)}),
     (nn.LSTM(4, 6, proj_size=5), {"weight_ih_l0": (0, 4), "weight_hh_l0": (0, 5), "weight_hr_l0": (0, 6)}),
     (nn.MultiheadAttention(4, 2), {"in_proj_weight": (0, 4), "out_proj.weight": (0, 4)}),
@@ -136,6 +137,81 @@ def test_fan_in_is_how_many_weights_an_output_sums_up(layer):
     inner = output[(..., *[slice(6, -6)] * dims)]
     (_, fan_in) = facts(param_groups(between(layer), "ternary", verbose=False))["1.weight"]
     assert inner.mean().item() == fan_in
+
+
+# Layers of torch, and fan-in and fan-out of their weights.
+FRESH = [
+    (nn.Linear(32, 48), {"weight": (32, 48)}),
+    (nn.ConvTranspose2d(16, 24, 2, stride=2), {"weight": (16, 96)}),
+    (nn.Bilinear(8, 6, 40), {"weight": (48, 240)}),
+    (nn.RNN(24, 64), {"weight_ih_l0": (24, 64), "weight_hh_l0": (64, 64)}),
+    (nn.GRU(96, 16), {"weight_ih_l0": (96, 48), "weight_hh_l0": (16, 48)}),
+    (
+        nn.LSTM(24, 48, proj_size=12),
+        {"weight_ih_l0": (24, 192), "weight_hh_l0": (12, 192), "weight_hr_l0": (48, 12)},
+    ),
+    (nn.RNNCell(24, 64), {"weight_ih": (24, 64), "weight_hh": (64, 64)}),
+    (nn.GRUCell(96, 16), {"weight_ih": (96, 48), "weight_hh": (16, 48)}),
+    (nn.LSTMCell(24, 48), {"weight_ih": (24, 192), "weight_hh": (48, 192)}),
+    (nn.MultiheadAttention(32, 2), {"in_proj_weight": (32, 96), "out_proj.weight": (32, 32)}),
+    (
+        nn.MultiheadAttention(32, 2, kdim=24, vdim=48),
+        {
+            "q_proj_weight": (32, 32),
+            "k_proj_weight": (24, 32),
+            "v_proj_weight": (48, 32),
+            "out_proj.weight": (32, 32),
+        },
+    ),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("layer", "fans"), FRESH, ids=lambda each: str(each) if isinstance(each, nn.Module) else "")
+def test_fresh_weights_take_the_scale_of_their_shape_whatever_interval_they_start_in(layer, fans, dtype):
+    """And nothing warns of the first clip: warnings are errors here. Once trained, they say their scale themselves."""
+    model = between(copy.deepcopy(layer).to(dtype))
+    optimizer = askew.AskewSGD(param_groups(model, "binary", verbose=False), lr=0.1)
+    optimizer.prepare()
+    for name, (fan_in, fan_out) in fans.items():
+        wanted = math.sqrt(2 / fan_in) * (16 / math.sqrt(fan_in * fan_out)) ** 0.25
+        scale = optimizer.state[model.get_parameter(f"1.{name}")]["scale"].item()
+        assert scale == pytest.approx(wanted, rel=1e-6), name
+    with torch.no_grad():
+        for name in fans:
+            model.get_parameter(f"1.{name}").mul_(1.25)
+    optimizer = askew.AskewSGD(param_groups(model, "binary", verbose=False), lr=0.1)
+    with pytest.warns(UserWarning, match="pretrained=True"):
+        optimizer.prepare()
+    for name in fans:
+        weight = model.get_parameter(f"1.{name}").detach()
+        wanted = 1.1 * weight.double().abs().mean().item()
+        assert optimizer.state[model.get_parameter(f"1.{name}")]["scale"].item() == pytest.approx(wanted, rel=1e-6)
+
+
+def test_the_interval_of_fresh_weights_is_told_one_for_each_weight():
+    """A weight that is listed twice in its group keeps its own number."""
+    first, second = (nn.Parameter(draw) for draw in torch.rand(2, 40, 30).mul(2).sub(1).mul(torch.tensor(0.3)))
+    with pytest.raises(ValueError, match=r"init_bound has 1 numbers for a group of 2 weights; one for each is needed"):
+        askew.AskewSGD([first, second], quantizer="binary", init_bound=[0.3])
+    group = {"params": [first, first, second], "init_bound": [0.3, 0.3, None]}
+    with pytest.warns(UserWarning, match="duplicate"):
+        optimizer = askew.AskewSGD([group], quantizer="binary", clip=False)
+    optimizer.prepare()
+    scales = [optimizer.state[weight]["scale"].item() for weight in (first, second)]
+    by_shape = math.sqrt(2 / 30) * (16 / math.sqrt(30 * 40)) ** 0.25
+    assert scales == pytest.approx([by_shape, 1.1 * second.abs().mean().item()])
+
+
+@pytest.mark.parametrize(
+    ("spec", "shared"), [("binary", False), ("binary/channel", True), ("binary/group6", True), ("binary/group3", False)]
+)
+def test_the_table_says_where_groups_of_a_transposed_convolution_share_scales(spec, shared, capsys):
+    """Their outputs lie side by side in one dimension, so that a scale for each of them can't be stated."""
+    model = between(nn.ConvTranspose2d(6, 8, 3, groups=2), nn.ConvTranspose2d(6, 8, 3))
+    lines = table(model, spec, capsys)
+    assert ("each scale shared by the 2 groups" in lines["1.weight"]) is shared
+    assert "shared" not in lines["2.weight"]
 
 
 @pytest.mark.parametrize("module", ["transformers.pytorch_utils", "elsewhere"])
@@ -176,11 +252,11 @@ class RMSNorm(Bare):
 
 
 class Normalize(nn.Module):
-    """Of pixels: no norm."""
+    """It normalises pixels, and is no normalisation layer."""
 
 
 class SurfaceNormalNet(nn.Sequential):
-    """It sees surfaces; no norm."""
+    """It sees the normals of surfaces."""
 
 
 class SurfaceNorm(nn.Sequential):

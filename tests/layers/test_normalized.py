@@ -76,8 +76,8 @@ def normalized_network(norm: nn.Module | None) -> nn.Sequential:
 
 @pytest.mark.parametrize("norm", [None, nn.LayerNorm(6), nn.BatchNorm1d(6), nn.BatchNorm1d(6, affine=False)], ids=str)
 def test_who_knows_that_a_network_is_normalised(norm):
-    """param_groups looks at the modules; an optimizer by itself at nothing that stands beside the weight; the keyword
-    tells both.
+    """param_groups looks at the modules; an optimizer by itself looks at nothing beside the weight; the keyword tells
+    both.
     """
     model = normalized_network(norm)
     by_norm, by_shape = (
@@ -111,9 +111,8 @@ def test_only_a_trained_network_is_warned_that_the_first_clip_tears_it():
     model = normalized_network(nn.LayerNorm(6))
     with torch.no_grad():
         model[0].weight.normal_(0, 5)
-    askew.AskewSGD(
-        askew.param_groups(model, {"0.weight": "binary"}, verbose=False), lr=0.1
-    ).prepare()  # warnings are errors here
+    # warnings are errors here
+    askew.AskewSGD(askew.param_groups(model, {"0.weight": "binary"}, verbose=False), lr=0.1).prepare()
     with torch.no_grad():
         model[1].weight.uniform_(0.5, 1.5)
     with pytest.warns(UserWarning, match="pretrained=True"):

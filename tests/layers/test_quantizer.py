@@ -31,7 +31,7 @@ NAMES = [
 ]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
-# Multiples of 1/8: apart enough for every dtype to tell neighbouring levels from each other.
+# Multiples of 1/8: far enough apart for every dtype to tell neighbouring levels from each other.
 level_lists = st.lists(st.integers(-40, 40), min_size=2, max_size=12, unique=True).map(
     lambda eighths: [n / 8 for n in sorted(eighths)]
 )

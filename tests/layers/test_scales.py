@@ -35,7 +35,7 @@ def draw(kind: str, *shape: int, seed: int = 0, dtype: torch.dtype = torch.float
     values = {
         "normal": normal,
         "uniform": 2 * uniform - 1,
-        "heavy": normal / uniform.sqrt(),  # a variance without end
+        "heavy": normal / uniform.sqrt(),  # of infinite variance
         "shifted": normal + 1,
         "negative": -uniform - 0.1,
         "two sizes": torch.where(uniform < 0.9, 0.01 * normal, normal),
@@ -64,8 +64,8 @@ def least_error(rows: Tensor, levels) -> Tensor:
 
 
 def sorted_fit(rows: Tensor, levels: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """A and B of the assignment at a scale, (rows,), by another way than the search's: once the weights are sorted, a
-    few binary searches per row.
+    """A and B of the assignment at a scale, (rows,), in another way than the search's: once the weights are sorted, by
+    a few binary searches per row.
     """
     ascending = rows.sort(1).values
     sums = torch.nn.functional.pad(ascending.cumsum(1, dtype=torch.float64), (1, 0))

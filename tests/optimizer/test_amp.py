@@ -15,7 +15,7 @@ RULES = {
     "amsgrad": (askew.AskewAdamW, {"lr": 0.02, "amsgrad": True}),
 }
 rules = pytest.mark.parametrize("rule", RULES)
-FUSED = {"fused": True}  # as of torch's optimizers, the scaler leaves the gradients to a fused step only
+FUSED = {"fused": True}  # as with torch's optimizers, the scaler leaves unscaling to a fused step only
 SCALE = 1024.0  # a power of two: dividing it out changes no bit
 
 
@@ -27,7 +27,7 @@ def network() -> nn.Module:
 
 
 def scaler_of(scale: float) -> torch.amp.GradScaler:
-    """One that has seen a loss, as it wants to."""
+    """A GradScaler that has scaled a loss, without which it refuses a step."""
     scaler = torch.amp.GradScaler("cpu", init_scale=scale)
     scaler.scale(torch.ones(1))
     return scaler
@@ -39,7 +39,7 @@ def made(rule: str, model: nn.Module, backend: str = "auto", **more):
         model, {"1.weight": "ternary/channel", "0.weight": "2bit"}, pretrained=True, outputs=["codes"], verbose=False
     )
     optimizer = ours(groups, backend=backend, **{**keywords, **({} if backend == "reference" else FUSED), **more})
-    optimizer._step_supports_amp_scaling = True  # of the reference, too, which fused=True would refuse
+    optimizer._step_supports_amp_scaling = True  # on the reference, too, which refuses fused=True
     return optimizer
 
 
@@ -189,7 +189,7 @@ def test_a_scaler_over_weights_without_gradients():
 @rules
 @pytest.mark.parametrize("fused", [None, False, True])
 def test_the_scaler_sees_what_torch_lets_it_see(rule, fused):
-    """Set with fused=True only: what clips gradients (Lightning) refuses optimizers that unscale in their step."""
+    """A flag, with fused=True only: what clips gradients (Lightning) refuses optimizers that unscale in their step."""
     ours, keywords = RULES[rule]
     optimizer = ours(network().parameters(), **keywords, fused=fused)
     theirs = torch.optim.SGD(network().parameters(), lr=0.1, fused=fused)
@@ -268,7 +268,7 @@ def test_a_step_that_fails_leaves_no_scale_behind():
 
 @rules
 def test_found_inf_on_a_device_is_read_only_where_the_host_must_know(rule, monkeypatch):
-    """The operator looks at it there. The host must know whether a buffer came to be (dampening)."""
+    """The operator looks at it there. The host must know only whether a momentum buffer came to be (dampening)."""
     model = network()
     optimizer, asked = made(rule, model), []
     own = askew.AskewSGD._overflowed

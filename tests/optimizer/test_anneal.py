@@ -200,7 +200,7 @@ def test_paper_keywords_work_as_they_are(setting, epochs):
 
 
 def wide(epsilon: float | torch.Tensor = 1.0, *quantizers: str) -> askew.AskewSGD:
-    """Of two groups with other phases."""
+    """An optimizer of two groups, whose phases differ."""
     annealed = optimizer(*(quantizers or ("ternary", "4bit")), pretrained=False)
     for group in annealed.param_groups:
         group["params"][0].grad = torch.zeros_like(group["params"][0])
@@ -217,7 +217,7 @@ def test_it_goes_on_from_where_the_optimizer_is(shape, made):
         anneal.step()
     second.load_state_dict(first.state_dict())
     again = askew.Anneal(second, total_steps=1000, shape=shape)
-    assert again.steps_done == (made if made > 600 else 0)  # at epsilon 1 nothing tells the step
+    assert again.steps_done == (made if made > 600 else 0)  # while epsilon is 1, nothing tells the step
     for a, b in zip(first.param_groups, second.param_groups, strict=True):
         assert a["epsilon"] == b["epsilon"]
 
@@ -237,7 +237,7 @@ def test_an_annealing_that_is_over_is_said_to_be():
 
 
 def test_a_checkpoint_that_is_loaded_afterwards_is_followed():
-    """Unless it says nothing else than the count does: in the hold epsilon is 1 at any step."""
+    """Unless its epsilon says no more than the count does: in the hold it is 1 at every step."""
     annealed = wide(1.0, "2bit")
     anneal = askew.Anneal(annealed, total_steps=1000)
     for _ in range(800):

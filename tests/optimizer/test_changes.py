@@ -1,4 +1,4 @@
-"""What people do to weights, gradients, state and groups between two steps: the next step goes by it, or refuses it by
+"""What people do to weights, gradients, state and groups between two steps: the next step follows it, or refuses it by
 name before anything has moved.
 """
 
@@ -279,7 +279,7 @@ USES = {
 @pytest.mark.parametrize("use", USES)
 @pytest.mark.parametrize("scaled_by", ["a step", "two steps", "prepare", "a checkpoint", "finalize"])
 def test_another_quantizer_needs_another_scale(backend, use, scaled_by):
-    """Refused, unless the old scale is removed on purpose: then the weights say a new one."""
+    """Refused, unless the old scale is removed on purpose: then the weights give a new one."""
     first = weight()
     optimizer = optimizer_of([first], backend=backend)
     if scaled_by == "prepare":
@@ -383,7 +383,7 @@ class Mine(nn.Parameter):
 
 
 class Watched(Tensor):
-    """Functions of it go through Python."""
+    """A class whose functions go through Python."""
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -523,7 +523,7 @@ def test_numbers_that_a_step_fills_must_let_it(backend, which):
 
 @rules
 def test_a_seed_in_a_tensor_advances_where_a_plan_is_kept(rule):
-    """On every backend the bits of each step are others."""
+    """Each step has random bits of its own, and they are the same on every backend."""
     found = []
     for backend, seed in (("cpu", 7), ("cpu", torch.tensor(7)), ("reference", torch.tensor(7))):
         first = weight(30, 40, dtype=torch.bfloat16)
@@ -536,7 +536,7 @@ def test_a_seed_in_a_tensor_advances_where_a_plan_is_kept(rule):
 
 @backends
 def test_a_plan_is_kept_while_another_optimizer_steps_the_same_weight(backend):
-    """And none is: the same."""
+    """The result is the same as where no plan is kept."""
     found = []
     for kept in (True, False):
         first = weight()
@@ -623,7 +623,7 @@ def test_deterministic_algorithms_with_filled_memory():
 
 
 def test_a_weight_whose_storage_was_freed_is_refused():
-    """As FSDP frees it between uses. To read it would end the process."""
+    """As FSDP frees it between uses. Reading it would end the process."""
     for done in (0, 2):
         first, second = weight(), weight(seed=1)
         optimizer = optimizer_of([first, second])

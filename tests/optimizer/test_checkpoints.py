@@ -180,7 +180,7 @@ def test_a_resumed_run_is_the_run_that_was_not_cut(rule, cut, before, after, ten
 
 @rules
 def test_torchs_helpers_for_distributed_checkpoints(rule):
-    """Here without a process group: state by full names, groups that lose theirs."""
+    """Without a process group here: they give state by full names, and groups without the names of their weights."""
     ours, _, keywords, _ = RULES[rule]
     models = [network(), network()]
     first, second = (

@@ -88,9 +88,8 @@ def test_a_training_step_is_two_graphs_for_ever(rule, backend):
     forward, step = (CompileCounterWithBackend(backend) for _ in range(2))
     compiled_forward = torch.compile(loss, backend=forward, fullgraph=True)
     compiled_step = torch.compile(own_step, backend=step, fullgraph=True)
-    steps = iter(
-        [own_step] + [compiled_step] * (STEPS - 1)
-    )  # the first one, which makes scales and moments, is not compiled
+    # the first step, which makes scales and moments, is not compiled
+    steps = iter([own_step] + [compiled_step] * (STEPS - 1))
     train(*trained, forward=compiled_forward, step=lambda optimizer: next(steps)(optimizer))
     assert (forward.frame_count, step.frame_count) == (1, 1)
     assert_same(trained, eager)
@@ -193,7 +192,7 @@ def test_another_backend_elsewhere_does_not_compile_the_step_again(other, monkey
     if other == "triton":
         copies = pytest.importorskip("tests.gpu.triton_copies", reason="triton is not installed")
         monkeypatch.setenv("TRITON_INTERPRET", "1")
-        monkeypatch.setattr(askew.backends, "_choose", askew.backends._choose.__wrapped__)  # nothing is kept of it
+        monkeypatch.setattr(askew.backends, "_choose", askew.backends._choose.__wrapped__)  # without its cache
         monkeypatch.setattr("askew_cuda.triton.launch", copies.load(interpreted=True), raising=False)
     model, optimizer = made("momentum", **tensors())[:2]
     counter, frames = CompileCounterWithBackend("eager"), []

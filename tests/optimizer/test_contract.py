@@ -118,7 +118,9 @@ def test_betas_as_tensors(betas):
     ],
 )
 def test_what_torch_refuses(ours, wrong):
-    """By the same type. That foreach takes no tensors for lr and betas, or not one of two, is a limit of torch's."""
+    """By an error of the same type. That foreach takes no tensor for lr, nor for just one of the betas, is a limit of
+    torch's.
+    """
     given = wrong.optimizer_error_input
     assert wrong.error_on is OptimizerErrorEnum.CONSTRUCTION_ERROR
     params = [nn.Parameter(torch.ones(1))] if given.params is None else given.params
@@ -193,9 +195,8 @@ def test_group_overrides_and_groups_that_come_later(ours, quantizer):
     )
     late.add_param_group({"params": theirs[1:], "weight_decay": 0.5, "lr": early.defaults["lr"]})
     assert run(early, closure) == run(late, their_closure)
-    late.add_param_group(
-        {"params": [nn.Parameter(torch.ones(2, 2))], "quantizer": "binary"}
-    )  # in the middle of the training
+    # in the middle of the training
+    late.add_param_group({"params": [nn.Parameter(torch.ones(2, 2))], "quantizer": "binary"})
     run(late, their_closure, 1)
     assert late.param_groups[2]["quantizer"] == "binary"
 
@@ -279,11 +280,8 @@ def test_copies_have_all_public_attributes_and_go_on_alike(ours, quantizer):
 @classes
 def test_what_capturable_differentiable_and_fused_mean(ours):
     weight = nn.Parameter(torch.ones(2))
-    assert INFOS[PAIRS[ours]].supported_impls == (
-        "foreach",
-        "differentiable",
-        "fused",
-    )  # if torch offers more, decide on it here
+    # if torch offers more, decide on it here
+    assert INFOS[PAIRS[ours]].supported_impls == ("foreach", "differentiable", "fused")
     with pytest.raises(ValueError, match="differentiable = True; the step is not differentiable"):
         ours([weight], differentiable=True)
     with pytest.raises(ValueError, match="foreach and fused exclude each other"):

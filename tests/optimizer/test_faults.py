@@ -26,7 +26,9 @@ rules = pytest.mark.parametrize("rule", RULES)
 
 
 def made(rule: str, rounds: tuple[str, Any] = ("nearest", 0), **more):
-    """Two groups, two dtypes: three calls. The same numbers at each call. rounds: how b is, low_precision and seed."""
+    """Two groups and two dtypes make three calls of the operator. The same numbers each time. rounds: low_precision and
+    seed of the first group, for b.
+    """
     generator = torch.Generator().manual_seed(0)
     weights = [nn.Parameter(torch.randn(2, 3, generator=generator)) for _ in range(3)]
     weights[1] = nn.Parameter(weights[1].detach().bfloat16())
@@ -51,7 +53,7 @@ def fill(weights, k: int) -> None:
 
 
 def everything(optimizer, weights) -> list:
-    """Values, exactly; a copy. Buffers for outputs are none of the state."""
+    """An exact copy of all values. Buffers for outputs are no part of the state."""
 
     def plain(value):
         if isinstance(value, torch.Tensor):
@@ -75,7 +77,7 @@ def everything(optimizer, weights) -> list:
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize(("first", "many"), [(True, False), (True, True), (False, False), (False, True)])
 def test_bad_gradients_stay_with_their_weights(rule, anneal, bad, first, many):
-    """One or many, in the first step or late: all other weights and moments go on as if nothing had been, for ever."""
+    """One or many, in the first step or later: all other weights and moments go on as if nothing had happened."""
     (clean, weights), (hit, others) = made(rule, anneal=anneal, epsilon=0.3), made(rule, anneal=anneal, epsilon=0.3)
     spoilt = torch.tensor([[True, False, many], [False, many, False]])
     for k in range(4):
@@ -128,7 +130,9 @@ ACTIONS = {
 
 
 class Counted(TorchDispatchMode):
-    """Every operation of torch, by name; the one of this number finds no memory. Writing where memory is needs none."""
+    """Notes every operation of torch by name, and the one with a given number finds no memory. What writes into memory
+    that is there already needs none.
+    """
 
     def __init__(self, fails: int = -1):
         super().__init__()
@@ -234,7 +238,7 @@ class Interrupt:
 
 
 def interrupted(action, at: int) -> bool:
-    """Whether Ctrl-C came, and came through; what it interrupted has been let go of."""
+    """Whether Ctrl-C came while the action ran; it must not be swallowed. On return nothing holds on to its frames."""
     interrupt = Interrupt(at)
     try:
         with interrupt:

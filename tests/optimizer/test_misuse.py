@@ -70,9 +70,8 @@ def test_wrong_keywords(keywords, error, message):
     with pytest.raises(error, match=message):
         askew.AskewSGD([weight(4, 6)], **{"quantizer": "ternary", **keywords})
     optimizer = askew.AskewSGD([weight(4, 6)], quantizer="ternary")
-    if not {"quantiser", "foreach"} & set(
-        keywords
-    ):  # in a group of its own the same is wrong; torch ignores unknown group keys
+    # in a group the same is wrong, but torch ignores keys of a group that it doesn't know
+    if not {"quantiser", "foreach"} & set(keywords):
         with pytest.raises(error, match=message):
             optimizer.add_param_group({"params": [weight(4, 6)], **{"quantizer": "ternary", **keywords}})
         assert len(optimizer.param_groups) == 1

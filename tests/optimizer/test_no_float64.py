@@ -13,7 +13,7 @@ import askew_cuda as askew
 MPS = torch.device("mps")
 MAKERS = (torch.tensor, torch.zeros, torch.ones, torch.full, torch.empty, torch.arange, torch.as_tensor)
 READERS = (Tensor.__int__, Tensor.__float__, Tensor.__bool__, Tensor.item, Tensor.tolist, Tensor.__repr__)
-OF_THE_OBJECT = (Tensor.__hash__, Tensor.requires_grad_)  # not of its values
+OF_THE_OBJECT = (Tensor.__hash__, Tensor.requires_grad_)  # about the tensor itself, not about its values
 
 
 class There(Tensor):
@@ -50,7 +50,7 @@ def answered(func, args, kwargs):
 
 
 class Emulated(TorchFunctionMode):
-    """Tensors are made on that device, moved to it and from it, and computed with there."""
+    """Makes tensors on that device, moves them to it and from it, and computes with them there."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -126,7 +126,7 @@ def train(there: bool, rule: str, quantizer, dtype: torch.dtype, pretrained: boo
 
 
 def numbers(value) -> list[float]:
-    """All that are in it."""
+    """All numbers in a nested value, in order."""
     if isinstance(value, (list, tuple, dict)):
         return [x for each in (value.values() if isinstance(value, dict) else value) for x in numbers(each)]
     return [float(value)] if isinstance(value, (int, float)) else []

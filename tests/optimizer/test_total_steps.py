@@ -372,7 +372,7 @@ def test_torchs_helpers_for_distributed_checkpoints_carry_the_count():
 
 
 def test_steps_that_the_pull_takes_by_hand():
-    """Halved 17 times from 1 a distance is below 2^-16, and the step after that goes all the way."""
+    """Halved 17 times, a distance of 1 is below 2^-16, and the step after that goes all the way."""
     assert settling_steps("capture", 0.5, 0.5) == 18
     assert settling_steps("capture", 1.0, math.inf) == 2
     assert settling_steps("capture", 1.0, 0.25) == 5

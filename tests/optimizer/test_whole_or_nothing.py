@@ -68,7 +68,7 @@ def fill(optimizer: Any, k: int) -> None:
 
 
 def everything(optimizer: Any) -> Any:
-    """Values, exactly; a copy. Of what was never stepped there is no state, and buffers for outputs come with it."""
+    """An exact copy of all values. What was never stepped has no state, and no buffers for outputs."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -221,6 +221,7 @@ KEYWORDS = [
     ("trained_norms", "some"),
     *(("channel_dim", value) for value in ("x", -1.5)),
     *(("fan_in", value) for value in ("x", -1)),
+    *(("init_bound", value) for value in ("x", 0.0, math.inf)),
     *(("total_steps", value) for value in (0, -3, "many", 2.5, True)),
     *(("hold", value) for value in (2.0, "x", 1.0)),
     *(("end", value) for value in (-1.0, "x", 0.0)),
@@ -330,7 +331,7 @@ def pair(rule: str, backend: str, tensors: bool, done: int) -> tuple[Any, Any]:
 
 
 def attempt(optimizer: Any, whole: Any, broken: list[Breakage]) -> bool:
-    """Breaks, steps, mends and steps. Whether there was anything to break."""
+    """Breaks, steps, mends and steps again. Returns whether there was anything to break."""
     mends = [mend for each in broken if (mend := each.do(optimizer)) is not None]
     if not mends:
         return False

@@ -347,8 +347,9 @@ def test_an_exception_while_writing_leaves_the_old_file_and_nothing_else(error, 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_process_killed_at_any_moment_leaves_the_old_file_whole(tmp_path):
-    """Killed before every tensor, before the header, before the file is synced, and before it is renamed; then not at
-    all."""
+    """Killed before each tensor, before the header, before the file is synced, before it is renamed; at last not at
+    all.
+    """
     code = f"""
 import os, signal
 import tests.conftest
@@ -379,8 +380,8 @@ while killed:
     saved(tmp_path / "a")
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     lines = [line.split() for line in run.stdout.splitlines()]
-    # 14 tensors, the header, fsync, replace: then the new file is in its place, whether its folder has been synced or
-    # not
+    # 14 tensors, the header, fsync, replace: after these the new file is in its place, whether its folder has been
+    # synced or not
     assert lines[:17] == [[str(moment), "True", "True"] for moment in range(17)], run.stdout + run.stderr
     assert lines[17:] == [["17", "True", "False"], ["18", "False", "False"]]
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()

@@ -241,7 +241,7 @@ TENSORS = [
 
 
 def test_a_file_of_version_1_is_read(good):
-    """It says no dimension: that was always the first."""
+    """It states no dimension, since that was always the first."""
 
     def older(said: dict) -> None:
         said["version"] = 1

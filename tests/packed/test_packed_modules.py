@@ -6,10 +6,11 @@ import io
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import askew_cuda as askew
 from askew_cuda.packed import load_packed, save_packed
-from askew_cuda.packed.modules import PackedConv2d, PackedEmbedding, PackedLinear, pack_modules
+from askew_cuda.packed.modules import PACKED, PackedConv2d, PackedEmbedding, PackedLinear, pack_modules
 
 
 class Net(nn.Module):
@@ -72,6 +73,39 @@ def test_outputs_are_those_of_the_snapped_model(granularity, dtype, ternary):
         assert torch.equal(layer.weight, plain.weight)
         with pytest.raises(KeyError, match="weight"):
             layer.weight = nn.Parameter(plain.weight)  # would be shadowed
+
+
+LAYERS = [
+    (nn.Linear(6, 4), [(3, 6)]),
+    (nn.Bilinear(3, 2, 4), [(5, 3), (5, 2)]),
+    (nn.Conv1d(6, 4, 3, groups=2), [(2, 6, 7)]),
+    (nn.Conv2d(6, 4, 3, padding="same", padding_mode="circular"), [(2, 6, 7, 5)]),
+    (nn.Conv3d(6, 4, 2, dilation=2, bias=False), [(2, 6, 4, 4, 4)]),
+    (nn.ConvTranspose1d(6, 4, 3, stride=2, output_padding=1), [(2, 6, 7)]),
+    (nn.ConvTranspose2d(6, 4, 3, groups=2), [(2, 6, 7, 5)]),
+    (nn.ConvTranspose3d(6, 6, 3, groups=6), [(2, 6, 3, 3, 3)]),
+]
+
+
+@pytest.mark.parametrize(("layer", "shapes"), LAYERS, ids=lambda each: str(each) if isinstance(each, nn.Module) else "")
+@pytest.mark.parametrize("spec", ["binary", "ternary/channel", "4bit/group3"])
+def test_every_kind_of_layer_computes_what_the_snapped_one_does(layer, shapes, spec):
+    model = copy.deepcopy(layer)
+    groups = askew.param_groups(model, {"weight": spec}, verbose=False, pretrained=True)
+    optimizer = askew.AskewSGD(groups, lr=0.1)
+    optimizer.prepare()
+    given = [torch.randn(shape) for shape in shapes]
+    with optimizer.quantized(), torch.no_grad():
+        wanted = model(*given)
+    assert not torch.equal(model(*given), wanted)
+    packed = pack_modules(model, optimizer)
+    assert type(packed) is PACKED[type(layer)]
+    assert isinstance(packed, type(layer))
+    assert torch.equal(packed(*given), wanted)
+
+
+def test_every_kind_of_layer_is_among_those_that_are_tried():
+    assert {type(layer) for layer, _ in LAYERS} | {nn.Embedding} == set(PACKED)
 
 
 def test_outputs_in_channels_last_are_those_of_the_snapped_model():
@@ -218,6 +252,20 @@ class Special(nn.Linear):
     """A layer with a forward pass of its own, perhaps."""
 
 
+class Experts(nn.Module):
+    """As transformers' mixtures of experts."""
+
+    is_transposed = False
+
+    def __init__(self):
+        super().__init__()
+        self.up_proj = nn.Parameter(torch.randn(2, 4, 4))
+
+
+def pruned() -> nn.Linear:
+    return prune.l1_unstructured(nn.Linear(4, 4), "weight", amount=0.5)
+
+
 def with_own_forward() -> nn.Linear:
     layer = nn.Linear(4, 4)
     layer.forward = lambda x: x @ layer.weight
@@ -225,7 +273,17 @@ def with_own_forward() -> nn.Linear:
 
 
 REFUSED = [
-    pytest.param(lambda: nn.Conv1d(4, 4, 1), "1.weight", r"1\.weight: weight of Conv1d can't be packed", id="type"),
+    *(
+        pytest.param(layer, f"1.{name}", rf"1\.{name}: {name} of {kind} can't be packed; .*save_packed", id=kind)
+        for kind, layer, name in (
+            ("EmbeddingBag", lambda: nn.EmbeddingBag(4, 4), "weight"),
+            ("LSTM", lambda: nn.LSTM(4, 4), "weight_hh_l0"),
+            ("GRUCell", lambda: nn.GRUCell(4, 4), "weight_ih"),
+            ("MultiheadAttention", lambda: nn.MultiheadAttention(4, 2), "in_proj_weight"),
+            ("Experts", Experts, "up_proj"),
+        )
+    ),
+    pytest.param(pruned, "1.weight_orig", r"1\.weight_orig: weight_orig of Linear can't be packed", id="pruned"),
     pytest.param(lambda: Special(4, 4), "1.weight", r"1\.weight: weight of Special can't be packed", id="subclass"),
     pytest.param(
         lambda: nn.MultiheadAttention(4, 2), "1.out_proj.weight", r"NonDynamicallyQuantizableLinear", id="attention"

@@ -155,7 +155,7 @@ print(tasks() - before)
 @compiled
 @pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
 def test_a_call_uses_torchs_threads():
-    """Otherwise all the comparisons on two threads compare one thread with itself."""
+    """Otherwise all the comparisons on two threads would compare one thread with itself."""
     started = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True, check=True).stdout
     assert int(started) == 1
 
@@ -192,7 +192,7 @@ def test_scales_belong_to_rows_and_groups_in_every_memory_order(shape, scale_sha
 
 @pytest.mark.parametrize("name", BACKENDS)
 def test_memory_beside_a_tensor_and_gradients_are_watched(name):
-    """What run() checks, by backends that break the rule."""
+    """run() notices backends that write where they must not."""
     backend = BACKENDS[name]
 
     def careless(target: str, shift: int) -> Callable[..., None]:
@@ -291,13 +291,17 @@ def test_autograd_sees_that_weights_and_outputs_changed(rule, name):
 @pytest.mark.parametrize("rule", ["momentum", "amsgrad"])
 def test_opcheck(rule, rounding, utility):
     case = PLAIN._replace(
-        rule=rule, rounding=rounding, dtype=torch.float32 if rounding == "nearest" else torch.bfloat16
+        rule=rule,
+        rounding=rounding,
+        dtype=torch.float32 if rounding == "nearest" else torch.bfloat16,
+        learns=rounding != "stochastic",
     )
 
-    def check(*lists, lr, epsilon, grad_scale, remainders=(), **settings) -> None:
+    def check(*lists, lr, epsilon, grad_scale, remainders=(), growths=(), sums=(), **settings) -> None:
         scalars = {key: torch.tensor(value, dtype=torch.float64) for key, value in (("lr", lr), ("epsilon", epsilon))}
         operator = getattr(torch.ops.askew_cuda, "adamw_" if case.is_adamw else "sgd_").default
-        torch.library.opcheck(operator, (*lists, list(remainders)), settings | scalars, test_utils=utility)
+        lists = (*lists, *map(list, (remainders, growths, sums)))
+        torch.library.opcheck(operator, lists, settings | scalars, test_utils=utility)
 
     call(case, build(case).lists, REFERENCE._replace(sgd_=check, adamw_=check))
 

@@ -1,5 +1,6 @@
 """Steps that can be worked by hand, on every backend and in every dtype.
- r_h is half the distance of two levels, e the distance to the nearest one, delta = |e| / r_h, t the distance to the
+
+r_h is half the distance between two levels, e the distance to the nearest one, delta = |e| / r_h, t the distance to the
 midpoint / r_h.
 """
 
@@ -159,7 +160,7 @@ STEPS = {
 
 
 def check(actual: torch.Tensor, expected: list[float], what: str) -> None:
-    """Close to what was worked by hand, NaN where it is NaN; in terms of the largest number about, 1 at least."""
+    """Close to what was worked by hand, relative to its largest number or 1; NaN where it is NaN."""
     wanted = torch.tensor(expected, dtype=torch.float64)
     assert actual.isnan().tolist() == wanted.isnan().tolist(), f"{what}: {actual.tolist()}, expected {expected}"
     size = max([1.0, *(abs(x) for x in expected if x == x)])
@@ -222,8 +223,8 @@ def test_codes_and_snapped_weights(levels, scale, weights, codes, name, dtype):
 @in_all
 @on_all
 def test_the_last_bit_of_the_way_is_taken_at_once(name, dtype):
-    """A quarter of the spacing below 1 would be rounded away; further off a quarter of the distance is what a step
-    makes.
+    """One spacing below 1, a quarter of the distance would be rounded away; further off, a step makes just that
+    quarter.
     """
     weight = torch.tensor([1 - torch.finfo(dtype).eps / 2, 1 - 2**-4], dtype=dtype)
     scales = [torch.tensor(1.0, dtype=torch.float64 if dtype == torch.float64 else torch.float32)]
@@ -302,7 +303,7 @@ def test_adamw(settings, gradients, expected, levels, name, dtype):
 def walk(
     backend: Backend, rule: str, dtype: torch.dtype, levels, states: int, settings: dict, gradients, expected
 ) -> None:
-    """Steps of seven weights of 1; with epsilon 1 and capture no weight is constrained."""
+    """Checks each step of seven weights that start at 1; with epsilon 1 and capture no weight is constrained."""
     weight, steps = torch.ones(7, dtype=dtype), [torch.tensor(0.0)]
     state = [[torch.zeros_like(weight)] for _ in range(states)]
     if rule == "adamw_":

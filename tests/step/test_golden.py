@@ -25,8 +25,8 @@ CODEBOOKS = {name: tuple(levels) for name, levels in GOLDEN["codebooks"].items()
 BINARY = CODEBOOKS["binary"]
 on_all = pytest.mark.parametrize("name", BACKENDS)
 in_both = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-# A run in float32 could take another branch than the truth somewhere, and be anywhere after that: its steps start from
-# golden states.
+# A run in float32 could take another branch than the truth somewhere, and end anywhere after that: each of its steps
+# starts from the golden state.
 along = pytest.mark.parametrize(
     ("dtype", "restart"),
     [(torch.float64, False), (torch.float64, True), (torch.float32, True)],
@@ -69,10 +69,9 @@ truth = functools.cache(functools.partial(step, REFERENCE, torch.float64))
 def shift(dtype: torch.dtype, levels, scale: float, w: float, epsilon: float) -> float:
     """How far rounding can move a weight among the levels: "within rounding of h = 0" (or of t = 0) is within this of
     it. In float64, golden.json's type, not at all; nor where w is a level or a midpoint that the type holds, and scale
-    a power of two. Else u = w / scale, scale * level, their difference and its quotient by r_h carry fewer than eight
-    roundings of half an ulp (unit) of numbers up to |w| + r_h. r carries four of its own size, plus that of 1 - root,
-    which the square root beside it
-       magnifies: unit / sqrt(1 - root).
+    is a power of two. Else u = w / scale, scale * level, their difference and its quotient by r_h carry fewer than
+    eight roundings of half an ulp (unit) of numbers up to |w| + r_h. r carries four of its own size, plus that of
+    1 - root, which the square root beside it magnifies: unit / sqrt(1 - root).
     """
     places = [*levels, *((a + b) / 2 for a, b in itertools.pairwise(levels))]
     if dtype == torch.float64 or (
@@ -101,7 +100,7 @@ def differ(weights: list[float]) -> float:
 
 
 class Branches:
-    """Compares branches, except of rows where rounding decides, and counts those."""
+    """Compares the branches that rows take, and counts those rows where rounding decides, which it leaves out."""
 
     def __init__(self):
         self.rows = self.exempt = 0
@@ -171,9 +170,7 @@ def test_single_steps_in_the_authors_order(name, dtype):
         weight, gradient = skewed(run, row, w)
         expect(weight, row["unclipped"], bound, what)
         expect(gradient, row["skewed_grad"], bound / lr, what)
-        if (
-            "robust_skewed_grad" in row
-        ):  # by the formula that we use: without the authors' rounding errors and their 1e-6
+        if "robust_skewed_grad" in row:  # by our formula: without the authors' rounding errors and their 1e-6
             expect(gradient, row["robust_skewed_grad"], own / lr, what)
         if "clipped" in row:
             expect(skewed(run, row, w, clip=True)[0], row["clipped"], bound, what)
@@ -336,9 +333,8 @@ def test_trajectories_in_the_authors_order(name, dtype, restart):
                 for by in (-moved, 0.0, moved)
             ]
             weight, _, *states = run(levels, scale, w, row["g"], state, count, **settings, **more)
-            bound = (
-                tolerance(dtype, scale, w, wanted["w"]) + differ(near) + error * (1 if restart else count + 1)
-            )  # a run carries it along
+            carried = error * (1 if restart else count + 1)  # a run carries the error of each step along
+            bound = tolerance(dtype, scale, w, wanted["w"]) + differ(near) + carried
             expect(weight, wanted["w"], bound, what)
             for key, after in zip(keys, states, strict=True):
                 if key in wanted:

@@ -101,7 +101,7 @@ def test_random_bits_are_even_and_differ_between_seeds_streams_and_elements():
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_small_steps_are_lost_kept_by_chance_or_kept(dtype):
-    """A thousand steps of a tenth of the last place."""
+    """Two hundred steps of a tenth of the last place."""
     start = torch.ones(4096, dtype=dtype)
     last = float(torch.finfo(dtype).eps)
     grads = [torch.full((4096,), -last / 10, dtype=dtype)] * 200
@@ -116,9 +116,8 @@ def test_small_steps_are_lost_kept_by_chance_or_kept(dtype):
                 optimizer.step()
         moved[how] = float(weight.detach().double().mean() - 1)
     assert moved["nearest"] == 0
-    assert moved["remainder"] == pytest.approx(
-        20 * last, rel=0.03
-    )  # the gradient is rounded to the dtype, and the sum once more
+    # the gradient is rounded to the dtype, and the sum once more
+    assert moved["remainder"] == pytest.approx(20 * last, rel=0.03)
     assert moved["stochastic"] == pytest.approx(20 * last, rel=0.03)
 
 
@@ -130,7 +129,7 @@ def test_lost_steps_are_told_with_figures():
         optimizer.step()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        optimizer.step()  # once
+        optimizer.step()  # it is told once
         for keywords in ({"lr": 10.0}, {"lr": 0.0}, {"lr": 0.1, "low_precision": "stochastic"}):
             other = nn.Parameter(torch.ones(100, dtype=torch.bfloat16))
             other.grad = torch.full_like(other, 1e-3)

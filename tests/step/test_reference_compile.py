@@ -64,8 +64,8 @@ def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor], what: str) 
 
 @pytest.mark.parametrize("case", selection(), ids=case_id)
 def test_a_step_is_one_graph(case):
-    """And does what it does in eager mode, bit for bit; but for the last bit of AdamW in float64, whose bias
-    corrections take another power.
+    """And does what it does in eager mode, bit for bit; but for the last bits of AdamW in float64, whose bias
+    corrections take another function for the power.
     """
     changes = in_tensors(case) if case.seed % 2 else {}
     wanted, found = (step(case, backend, **changes) for backend in (REFERENCE, compiled("aot_eager")))

@@ -249,7 +249,7 @@ def test_a_step_in_a_forked_process(how):
 
 
 def available() -> int:
-    """Bytes of memory that can be had now."""
+    """Bytes of memory that are available now."""
     with open("/proc/meminfo") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
 
@@ -259,9 +259,8 @@ HUGE = 2**31 + 77
 
 @pytest.mark.skipif(sys.platform != "linux" or available() < 8 * HUGE, reason="needs 16 GiB of free memory")
 def test_more_elements_than_int32_counts():
-    weight, grad = (
-        torch.from_numpy(np.zeros(HUGE, np.float16)) for _ in range(2)
-    )  # pages that appear when they are written
+    # numpy's zeros are pages that take memory only once they are written
+    weight, grad = (torch.from_numpy(np.zeros(HUGE, np.float16)) for _ in range(2))
     grad[-1], grad[2**31], grad[5] = -1.0, -2.0, -4.0
     weight.grad = grad
     before = torch.get_num_threads()

@@ -262,5 +262,5 @@ def test_a_wrong_call_names_the_argument_and_changes_nothing(wrong, name):
 @pytest.mark.parametrize("name", [*COMPILED][-1:])
 @pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG.keys())
 def test_the_operator_by_itself_refuses_it_too(wrong, name):
-    """In words of its own: who calls torch.ops.askew_cuda directly must not be let out of the tensors' memory."""
+    """In its own words: whoever calls torch.ops.askew_cuda directly must not get beyond the tensors' memory."""
     refused(wrong, COMPILED[name])
