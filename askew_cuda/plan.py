@@ -315,7 +315,9 @@ def settings_of(optimizer: "QuantizedOptimizer", group: Group, batch: Batch) -> 
         settings["seed"] = group["seed"]
         settings["streams"] = [number[weight] for weight in batch.weights]
         first = optimizer.first_elements
-        settings["first_elements"] = [first.get(each, 0) + distributed.first_element(each) for each in batch.weights]
+        settings["first_elements"] = [
+            first[each] if each in first else distributed.first_element(each) for each in batch.weights
+        ]
     return settings
 
 
