@@ -13,7 +13,7 @@ import hashlib
 import math
 import sys
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -480,29 +480,40 @@ def tell(optimizer: "QuantizedOptimizer") -> None:
         zero._sync_params()
 
 
-def sum_over_ranks(sums: Sequence[Tensor], weights: Sequence[Tensor], scales: Sequence[Tensor]) -> list[Tensor]:
-    """Sums over the weights of each scale that lie here, to sums over all of them: over the ranks that share the scale,
-    in the order of ranks, so that all of them get the same bits. One collective for all weights of a mesh.
+def _sharing(weight: Tensor, scale: Tensor) -> Company:
+    """The ranks that have weights of the same scale: those along the dimensions of the mesh that cut the weight and not
+    its scale.
+    """
+    if not is_sharded(weight):
+        return ()
+    sharded, beside = cast(Any, weight), cast(Any, scale)
+    pairs = enumerate(zip(sharded.placements, beside.placements, strict=True))
+    mesh = sharded.device_mesh
+    return tuple(mesh.get_group(dim) for dim, (cut, kept) in pairs if cut != kept and mesh.size(dim) > 1)
+
+
+def is_joint(weights: Sequence[Tensor], scales: Sequence[Tensor]) -> bool:
+    """Whether a scale has weights on several ranks."""
+    return any([is_sharded(weight) and _sharing(weight, scale) for weight, scale in zip(weights, scales, strict=True)])
+
+
+def sum_over_ranks_(sums: Sequence[Tensor], weights: Sequence[Tensor], scales: Sequence[Tensor]) -> None:
+    """Sums over the weights of each scale that lie here become sums over all of them: over the ranks that share the
+    scale, in the order of ranks, so that all of them get the same bits. One collective for all weights of a mesh.
 
     Args:
-        sums: for each weight a float64 tensor with a number per scale, (scales here,) or as the scale lies here.
-        weights, scales: DTensors and theirs; of plain ones the sums are returned as they are.
+        sums: for each weight a float64 tensor that ends in a number per scale that lies here. Mutated.
+        weights, scales: DTensors and theirs; sums of plain ones stay as they are.
     """
-    results = list(sums)
-    shared: dict[Company, list[int]] = {}
-    for i, (weight, scale) in enumerate(zip(weights, scales, strict=True)):
-        if is_sharded(weight):
-            sharded: Any = weight
-            pairs = list(zip(sharded.placements, scale.placements, strict=True))  # type: ignore[attr-defined]
-            dims = [dim for dim, (cut, kept) in enumerate(pairs) if cut != kept]
-            if dims:
-                shared.setdefault(tuple(sharded.device_mesh.get_group(dim) for dim in dims), []).append(i)
+    shared: dict[Company, list[Tensor]] = {}
+    for each, weight, scale in zip(sums, weights, scales, strict=True):
+        if company := _sharing(weight, scale):
+            shared.setdefault(company, []).append(each)
     for company, members in shared.items():
-        total = torch.cat([results[i].reshape(-1) for i in members])
+        total = torch.cat([each.reshape(-1) for each in members])
         for group in company:
             parts = [torch.empty_like(total) for _ in range(group.size())]
             torch.distributed.all_gather(parts, total, group=group)
             total = functools.reduce(torch.add, parts)
-        for i, part in zip(members, total.split([results[i].numel() for i in members]), strict=True):
-            results[i] = part.reshape(results[i].shape)
-    return results
+        for each, part in zip(members, total.split([each.numel() for each in members]), strict=True):
+            each.copy_(part.reshape(each.shape))

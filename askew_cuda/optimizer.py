@@ -384,7 +384,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         lost = LostSteps(self.param_groups, self._stepped) if plan.additions else None
         entries, in_place = self._advances() if plan.parts else ([], [])
         plan.lay_out()
-        if plan is self._plan and not (in_place or plan.apart):
+        if plan is self._plan and not in_place:
             plan.run(entries)
         else:
             with deferred():
@@ -489,9 +489,8 @@ class QuantizedOptimizer(torch.optim.Optimizer):
 
         for weight, new in zip(batch.weights, fresh, strict=True):
             self._check_scale(group, weight, not new)
-        for weight, state, scale, new in zip(
-            batch.weights, batch.states, batch.tensors("scale", make), fresh, strict=True
-        ):
+        scales = batch.tensors("scale", make)
+        for weight, state, scale, new in zip(batch.weights, batch.states, scales, fresh, strict=True):
             if new:
                 for key, value in self._to_learn(group, quantizer, weight, scale).items():
                     batch.additions.put(state, key, value)

@@ -1,6 +1,5 @@
 """Which weights are quantized, and how: rules to param groups, and the table that says so, and why."""
 
-import itertools
 import os
 import re
 from collections.abc import Collection, Iterable, Mapping
@@ -256,7 +255,7 @@ def param_groups(
             dimensions, those of norms, and those that the model lists in no_weight_decay(). Or the names of those that
             are not decayed.
         names: False leaves the names of the parameters out, for wrappers that don't take any, such as
-            ZeroRedundancyOptimizer; groups are then split where layers differ in their fan-in.
+            ZeroRedundancyOptimizer; groups are then split where layers differ in their fan-in or their init.
         verbose: print the table.
         keywords: go into every quantized group, such as anneal="interval". ``normalized`` overrides whether the network
             has normalisation layers.
@@ -294,12 +293,12 @@ def param_groups(
 
 def _without_names(group: dict[str, Any]) -> list[dict[str, Any]]:
     """The group as groups of bare parameters, in which everything holds for all of them."""
-    pairs = list(zip(group["params"], group.get("fan_in", itertools.repeat(None)), strict=False))
-    fans = dict.fromkeys(fan_in for _, fan_in in pairs)
-    return [
-        {**group, "fan_in": fan_in, "params": [weight for (_, weight), each in pairs if each == fan_in]}
-        for fan_in in fans
-    ]
+    lists = {key: group[key] for key in ("fan_in", "init_bound") if isinstance(group.get(key), list)}
+    alike: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for i, (_, weight) in enumerate(group["params"]):
+        own = {key: values[i] for key, values in lists.items()}
+        alike.setdefault(tuple(own.values()), {**group, **own, "params": []})["params"].append(weight)
+    return list(alike.values())
 
 
 def _decide(

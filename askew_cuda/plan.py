@@ -140,13 +140,12 @@ class Part(NamedTuple):
 
     def arguments(self) -> dict[str, Any]:
         """Those of both, for the extension's plan, which makes them one after the other."""
-        learning = {} if self.learning is None or self.shares_scales else self.learning._asdict()
-        return self.call.arguments() | learning
+        return self.call.arguments() | (self.learning._asdict() if self.learning else {})
 
     @property
-    def shares_scales(self) -> bool:
-        """Whether its scales learn by sums over several ranks."""
-        return self.learning is not None and any(map(distributed.is_sharded, self.batch.weights))
+    def is_joint(self) -> bool:
+        """Whether scales learn whose weights lie on several ranks: their sums go around between the two calls."""
+        return self.learning is not None and distributed.is_joint(self.batch.weights, self.kept["scale"])
 
     @property
     def settles(self) -> bool:
@@ -207,9 +206,8 @@ def part_of(
         lists["growths"], kinds = scales["scale_growth"], 2 if operator == "sgd_" else 3
         lists["sums"] = [sums_for(distributed.local(scale), kinds) for scale in lists["scales"]]
         counts = [w.numel() // max(1, s.numel()) for w, s in zip(batch.weights, lists["scales"], strict=True)]
-        learning = Learning(
-            [*map(distributed.local, scales["scale_velocity"])], counts, scale_rules.learning_rate(group, quantizer)
-        )
+        velocities = [distributed.local(velocity) for velocity in scales["scale_velocity"]]
+        learning = Learning(velocities, counts, scale_rules.learning_rate(group, quantizer))
     for name in group["outputs"]:
         lists[name] = [buffer(optimizer, name, weight, batch.additions) for weight in batch.weights]
     if group["low_precision"] == "remainder" and first.dtype.itemsize == 2:
@@ -237,20 +235,12 @@ def sums_for(scale: Tensor, kinds: int) -> Tensor:
 def calls_of(part: Part) -> list[Callable[[], None]]:
     """The calls of a part, to be made one after the other."""
     calls = [backends.ready(part.backend, part.call)]
-    if part.shares_scales:
-        calls.append(partial(learn_together, part))
-    elif part.learning is not None:
+    if part.is_joint:
+        weights, scales, sums = part.batch.weights, part.kept["scale"], part.call.lists["sums"]
+        calls.append(partial(distributed.sum_over_ranks_, sums, weights, scales))
+    if part.learning is not None:
         calls.append(backends.ready_to_learn(part.backend, part.call, part.learning))
     return calls
-
-
-def learn_together(part: Part) -> None:
-    """What scales learn that belong to weights on several ranks, after the step of all that lies here."""
-    assert part.learning is not None
-    lists = part.call.lists
-    sums = distributed.sum_over_ranks(lists["sums"], part.batch.weights, part.kept["scale"])
-    call = part.call._replace(lists={**lists, "sums": sums})
-    backends.ready_to_learn(part.backend, call, part.learning)()
 
 
 def counters(batch: Batch, there: bool) -> list[Tensor]:
@@ -325,7 +315,9 @@ def settings_of(optimizer: "QuantizedOptimizer", group: Group, batch: Batch) -> 
         settings["seed"] = group["seed"]
         settings["streams"] = [number[weight] for weight in batch.weights]
         first = optimizer.first_elements
-        settings["first_elements"] = [first.get(each, 0) + distributed.first_element(each) for each in batch.weights]
+        settings["first_elements"] = [
+            first[each] if each in first else distributed.first_element(each) for each in batch.weights
+        ]
     return settings
 
 
@@ -384,14 +376,14 @@ class Plan:
         self.compiled, self.together, self.others = None, [], self.parts
         self.ready: list[Callable[[], None]] = []  # the others, as lay_out() has made them ready
         if plain and backends.extension is not None:
-            self.together = [part for part in self.parts if part.backend in ("cpu", "cuda")]
-            self.others = [part for part in self.parts if part.backend not in ("cpu", "cuda")]
+            alone = [part.backend in ("cpu", "cuda") and not part.is_joint for part in self.parts]
+            self.together = list(compress(self.parts, alone))
+            self.others = [part for part, here in zip(self.parts, alone, strict=True) if not here]
             calls = [(part.call.operator, part.arguments()) for part in self.together]
             self.compiled = backends.extension.Plan(calls)
         self.calls = [[i for i, part in enumerate(self.together) if part.group is group] for group in self.groups]
         # A weight that has a gradient and no call waits for its first one; what is fixed holds for this step alone.
         whole = len(weights) + len(self.idle) == sum(map(len, self.members))
-        self.apart = [part for part in self.together if part.shares_scales]  # which learn after all have stepped
         once = captured or any(part.fixed or part.settles for part in self.parts)
         self.lasts = plain and whole and not (self.others or once)
 
@@ -510,7 +502,5 @@ class Plan:
         else:
             for group, key, value in entries:
                 group[key] = value
-        for part in self.apart:
-            learn_together(part)
         if self.shards is not None:
             self.shards.release()

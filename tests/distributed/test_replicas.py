@@ -67,7 +67,7 @@ def test_replicas_train_as_one_process(tmp_path):
 def prepared_too_early() -> list[str]:
     rank, said = dist.get_rank(), []
     bare = network(rank)
-    optimizer = optimizer_of(bare)
+    optimizer = optimizer_of(bare, scale_lr=0.0)
     optimizer.prepare()
     model = DistributedDataParallel(bare)
     for _ in range(2):
