@@ -15,8 +15,8 @@ INTEGRATIONS := accelerate flatbuffers lightning lightning-utilities ml_dtypes o
 demo: build/built  ## train digits at 1 bit, ternary, 2 and 4 bit, beside full precision and a straight-through estimator
 	$(RUN) -m examples.demo
 
-test: build/built  ## all tests but those of trainers; ROOM=optimizer those of a folder of tests/
-	$(RUN) -m pytest -n 2 --dist worksteal tests/$(ROOM) $(if $(ROOM),,--ignore tests/integrations)
+test: build/built  ## all tests but those of trainers and runtimes; ROOM=optimizer those of a folder of tests/
+	$(RUN) -m pytest -n 2 --dist worksteal tests/$(ROOM) $(if $(ROOM),,--ignore tests/integrations --ignore tests/runtimes)
 
 test-integrations: build/built  ## those of trainers and other libraries, which it installs
 	$(PIP) --no-deps $(INTEGRATIONS)

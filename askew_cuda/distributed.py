@@ -480,7 +480,7 @@ def tell(optimizer: "QuantizedOptimizer") -> None:
         zero._sync_params()
 
 
-def _sharing(weight: Tensor, scale: Tensor) -> Company:
+def _sharing_ranks(weight: Tensor, scale: Tensor) -> Company:
     """The ranks that have weights of the same scale: those along the dimensions of the mesh that cut the weight and not
     its scale.
     """
@@ -494,7 +494,9 @@ def _sharing(weight: Tensor, scale: Tensor) -> Company:
 
 def is_joint(weights: Sequence[Tensor], scales: Sequence[Tensor]) -> bool:
     """Whether a scale has weights on several ranks."""
-    return any([is_sharded(weight) and _sharing(weight, scale) for weight, scale in zip(weights, scales, strict=True)])
+    return any(
+        [is_sharded(weight) and _sharing_ranks(weight, scale) for weight, scale in zip(weights, scales, strict=True)]
+    )
 
 
 def sum_over_ranks_(sums: Sequence[Tensor], weights: Sequence[Tensor], scales: Sequence[Tensor]) -> None:
@@ -507,7 +509,7 @@ def sum_over_ranks_(sums: Sequence[Tensor], weights: Sequence[Tensor], scales: S
     """
     shared: dict[Company, list[Tensor]] = {}
     for each, weight, scale in zip(sums, weights, scales, strict=True):
-        if company := _sharing(weight, scale):
+        if company := _sharing_ranks(weight, scale):
             shared.setdefault(company, []).append(each)
     for company, members in shared.items():
         total = torch.cat([each.reshape(-1) for each in members])

@@ -504,3 +504,7 @@ class Plan:
                 group[key] = value
         if self.shards is not None:
             self.shards.release()
+        for part in self.parts:  # so that zero_grad() frees them
+            for gradients in (part.batch.grads, part.call.lists["grads"]):
+                if isinstance(gradients, list):
+                    gradients.clear()

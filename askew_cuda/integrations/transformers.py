@@ -37,7 +37,7 @@ if int(transformers.__version__.split(".")[0]) < 5:
     )
 
 # Keywords that Trainer's own arguments say, and in which of them.
-_SAID = {
+_IN_ARGUMENTS = {
     "lr": "learning_rate",
     "weight_decay": "weight_decay",
     "betas": "adam_beta1, adam_beta2",
@@ -153,7 +153,7 @@ def trainer_optimizer(
 
 
 def _refuse_what_trainer_says(keywords: Mapping[str, object]) -> None:
-    for name, argument in _SAID.items():
+    for name, argument in _IN_ARGUMENTS.items():
         if name in keywords:
             raise TypeError(
                 f"{name} = {keywords[name]!r}: a Trainer takes it from its arguments; give TrainingArguments("

@@ -210,7 +210,16 @@ class PackedEmbedding(PackedLayer, nn.Embedding):  # type: ignore[override] # we
         return self._restore(unpack_at(self.codes, self.bits, positions), scale).reshape(*input.shape, dim)
 
 
-_OWN = {"levels", "bits", "shape", "strides", "dtype", "trained_dtype", "quantizer", "label"}  # what no other layer has
+_PACKED_ONLY = {
+    "levels",
+    "bits",
+    "shape",
+    "strides",
+    "dtype",
+    "trained_dtype",
+    "quantizer",
+    "label",
+}  # what no other layer has
 PACKED: dict[type[nn.Module], type[PackedLayer]] = {
     nn.Linear: PackedLinear,
     nn.Bilinear: PackedBilinear,
@@ -288,7 +297,7 @@ def unpack_modules(model: nn.Module) -> nn.Module:
         if isinstance(module, PackedLayer):
             layer: nn.Module = nn.Module.__new__(plain[type(module)])
             nn.Module.__init__(layer)  # that of its own class would make a weight
-            layer.__dict__.update({name: value for name, value in vars(module).items() if name not in _OWN})
+            layer.__dict__.update({name: value for name, value in vars(module).items() if name not in _PACKED_ONLY})
             layer._buffers = {name: each for name, each in module._buffers.items() if name not in ("codes", "scale")}
             key = (module.codes.data_ptr() or id(module), module.dtype)
             if key not in weights:

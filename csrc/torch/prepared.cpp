@@ -339,6 +339,7 @@ void PreparedCall::run() {
                            &arguments_.sums, &arguments_.velocities})
     for (size_t i = 0; i < list->size(); ++i)
       if (grads[i].defined() && !(*list)[i].is_inference()) (*list)[i].unsafeGetTensorImpl()->bump_version();
+  for (Tensor& grad : arguments_.grads) grad = Tensor();  // zero_grad() frees them; the next step brings its own
 }
 
 // (E7) What is left of it after the step: sums that were not made on the way, and what the scales learn of them.

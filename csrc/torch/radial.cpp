@@ -50,6 +50,7 @@ void RadialSums::add(size_t i, Span& span, const Source& source, const Tensor& s
     copy.span.scale_run = span.size / scale.numel();
     copy.span.scale = copy.span.growth = span.scale;  // any: no weight is stepped
     copy.span.step = span.step;
+    copy.source = {{}, {}, {}, source.second};  // a gradient that is kept would not be freed
     copies_.push_back(std::move(copy));
     summed = &copies_.back().span;
   }

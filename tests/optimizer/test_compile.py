@@ -219,7 +219,9 @@ def test_the_operator_alone(rule, backend):
 
     def call(weights, grads, states, steps, scales, codes, lr, epsilon) -> None:
         lists = [states[0]] if rule == "sgd_" else [*states, [], steps]
-        operator(weights, grads, *lists, scales, [-1.0, 0.0, 1.0], codes, [], [], lr=lr, epsilon=epsilon, **rest)
+        operator(
+            weights, grads, *lists, scales, [-1.0, 0.0, 1.0], codes, [], [], [], [], lr=lr, epsilon=epsilon, **rest
+        )
 
     generator = torch.Generator().manual_seed(0)
     values = [[torch.randn(3, 5, generator=generator) for _ in range(2)] for _ in range(2)]

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import weakref
 
 import pytest
 import torch
@@ -261,3 +262,22 @@ def test_the_extension_and_the_reference_refuse_sums_that_do_not_fit():
                 backends.operators(name).sgd_(
                     [weight], [torch.ones(4)], [], [scale], (-1, 1), [], [], growths=growths, sums=sums, **settings
                 )
+
+
+@pytest.mark.parametrize("channel_dim", [0, 1])
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
+def test_zero_grad_frees_the_gradients(rule, channel_dim):
+    """A step keeps none of them, whether its plan is new or kept, and wherever a scale's weights lie."""
+    numpy = pytest.importorskip("numpy")  # whose arrays tell when the memory of their tensor is let go
+    model = network()
+    optimizer = rule(groups(model, "ternary/channel"), channel_dim=channel_dim)
+    for _ in range(3):
+        arrays = []
+        for each in model.parameters():
+            array = numpy.ones(each.shape, numpy.float32)
+            each.grad = torch.from_numpy(array)
+            arrays.append(weakref.ref(array))
+            del array
+        optimizer.step()
+        optimizer.zero_grad()
+        assert not [array for array in arrays if array() is not None]

@@ -147,7 +147,8 @@ weights, grads = ([torch.ones(30000) for _ in range(8)] for _ in range(2))
 base = {"momentum": 0.0, "dampening": 0.0, "weight_decay": 0.0, "nesterov": False, "maximize": False}
 constraint = {"anneal": "capture", "skew_at": "velocity", "recovery": 0.5, "alpha": None, "max_step": 0.5, "clip": True}
 number, before = torch.tensor(0.1, dtype=torch.float64), tasks()
-torch.ops.askew_cuda.sgd_(weights, grads, [], [], [], [], [], [], lr=number, epsilon=number, **base, **constraint)
+empty = [[]] * 8
+torch.ops.askew_cuda.sgd_(weights, grads, *empty, lr=number, epsilon=number, **base, **constraint)
 print(tasks() - before)
 """
 

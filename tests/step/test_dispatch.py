@@ -27,7 +27,7 @@ def test_both_ways_give_the_same_bits():
     direct, dispatched = lists(), lists()
     backends.operators("cpu").sgd_(*direct, **SETTINGS)
     scalars = {key: torch.tensor(SETTINGS[key], dtype=torch.float64) for key in ("lr", "epsilon")}
-    torch.ops.askew_cuda.sgd_(*dispatched, [], **{**SETTINGS, **scalars})
+    torch.ops.askew_cuda.sgd_(*dispatched, [], [], [], **{**SETTINGS, **scalars})
     assert torch.equal(direct[0][0], dispatched[0][0])
     assert torch.equal(direct[2][0], dispatched[2][0])
     assert not torch.equal(direct[0][0], lists()[0][0])

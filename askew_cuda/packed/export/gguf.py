@@ -304,7 +304,7 @@ def trained_of(kind: BlockType, blocks: Blocks, shape: tuple[int, ...], dtype: t
         raise ValueError("it is empty, and has no scale")
     if not bool(d.isfinite().all()):
         raise ValueError("a scale is NaN or infinite")
-    levels = _levels(kind, blocks)
+    levels = _levels_of_blocks(kind, blocks)
     digits = blocks.digits.long()
     if bool((d < 0).any()):
         levels, digits = _mirrored(levels, digits, d)
@@ -322,7 +322,7 @@ def trained_of(kind: BlockType, blocks: Blocks, shape: tuple[int, ...], dtype: t
     return trained
 
 
-def _levels(kind: BlockType, blocks: Blocks) -> tuple[float, ...]:
+def _levels_of_blocks(kind: BlockType, blocks: Blocks) -> tuple[float, ...]:
     """What the digits stand for, in units of d."""
     if blocks.m is None:
         assert kind.first is not None

@@ -62,7 +62,9 @@ def _converted(name: str, trained: Trained) -> Any:
         wrong = "float32, bfloat16 or float16 weights are needed"
     groups = by_groups(trained, size)
     if wrong is not None or groups is None:
-        raise ValueError(f"{name}, {trained.quantizer.summary()}, {_said(trained.codes)} of {trained.dtype}: {wrong}")
+        raise ValueError(
+            f"{name}, {trained.quantizer.summary()}, {_in_words(trained.codes)} of {trained.dtype}: {wrong}"
+        )
     bits = max(1, math.ceil(math.log2(len(levels))))
     low = -(2 ** (bits - 1))
     qdata = (trained.codes.short() + low).to(torch.int8)
@@ -78,5 +80,5 @@ def _converted(name: str, trained: Trained) -> Any:
     return made
 
 
-def _said(codes: Tensor) -> str:
+def _in_words(codes: Tensor) -> str:
     return f"shape {tuple(codes.shape)}"
