@@ -40,14 +40,15 @@ optimisation method to train quantized neural networks", AISTATS 2023, with the 
 Jordan, "On constraints in first-order optimization", JMLR 23, 2022. ``capture`` is ours: the dual set, which pins the
 confident weights first and leaves the uncertain ones free to go on choosing; freezing the confident first has been
 done, with a straight-through estimator, by INQ (2017), OFQ's confidence-guided annealing (ICML 2023) and StoMPP (2026).
-(E7) is ours, too: the box that a scale spans is as large as the loss asks for, and no constant that serves one network
-serves the next.
+(E7) is ours, too: no constant box serves one network and the next. It takes the gradient apart as weight normalisation
+does (Salimans, Kingma, NIPS 2016); LSQ (ICLR 2020) learns a scale by the gradient at the snapped weights instead.
 
 One arithmetic. Every operation rounds once, in the order written here, in float64 for float64 weights and in float32
 for all others; 16-bit storage is widened on load and rounded to nearest even on store. Scalars are rounded to that type
 first, as torch does with a Python number that meets a tensor. So nothing below uses ``addcmul``, ``lerp``,
 ``add(alpha=)`` or a division by a Python number, which round otherwise, and selects are written so that a NaN gets
-through. ``csrc/maths/step.h`` states the same operations in the same order.
+through. ``csrc/maths/step.h`` states the same operations in the same order. What a scale learns by (E7) is summed and
+computed in float64, in the order of :mod:`askew_cuda.summation`, and rounded to the scale's type at its end.
 
 All of it can be traced: ``torch.compile(sgd_, fullgraph=True)`` makes one graph of a step. Python branches on flags and
 on Python numbers, which become part of the graph; a number that comes in a tensor may change without a new one, since
