@@ -131,7 +131,7 @@ def test_only_our_optimizers():
         askew.monitor(torch.optim.SGD([nn.Parameter(torch.zeros(2))]))
 
 
-def test_without_a_period_samples_are_taken_when_asked_for(quantizers):
+def test_without_a_period_samples_are_taken_when_asked_for():
     (weight,) = weights = [torch.nn.Parameter(torch.randn(8, 4, generator=torch.Generator().manual_seed(0)))]
     optimizer = askew.AskewSGD(weights, lr=0.1, quantizer="ternary", pretrained=True)
     watch = askew.monitor(optimizer, every=None)

@@ -19,7 +19,7 @@ def test_schemas_have_the_reference_s_settings(operator):
     lists = [argument.name for argument in arguments if not argument.kwarg_only]
     signature = inspect.signature(getattr(reference, operator)).parameters
     positional = [name for name, each in signature.items() if each.kind is each.POSITIONAL_OR_KEYWORD]
-    assert lists == [*positional, "remainders"]
+    assert lists == [*positional, "remainders", "growths", "sums"]
 
 
 @needs_extension
