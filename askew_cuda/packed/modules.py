@@ -194,9 +194,7 @@ class PackedEmbedding(PackedLayer, nn.Embedding):  # type: ignore[override] # we
         """
         rows, dim = self.shape
         index = input.long().reshape(-1)
-        if torch.compiler.is_exporting():
-            pass  # values are not known then; a runtime checks its own
-        elif torch.compiler.is_compiling() or index.is_cuda:
+        if torch.compiler.is_compiling() or index.is_cuda:
             inside = ((index >= 0) & (index < rows)).all()
             torch._assert_async(inside, f"PackedEmbedding: an index is outside of [0, {rows})")
         elif index.numel() and not 0 <= int(index.min()) <= int(index.max()) < rows:

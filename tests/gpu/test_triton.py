@@ -44,13 +44,17 @@ def smaller(case: Case) -> Case:
     return case if case.size < 1000 else case._replace(size=4 * BLOCK + 7)
 
 
-def takes(case: Case) -> bool:
-    """Whether the backend does not refuse it."""
-    return case.dtype in DTYPES and case.rounding == "nearest" and not (case.learns and case.dtype.itemsize == 2)
+def taken(case: Case) -> Case:
+    """Scales of 16-bit weights don't learn here."""
+    return case._replace(learns=case.learns and case.dtype.itemsize > 2)
 
 
 @on_all
-@pytest.mark.parametrize("case", [smaller(case) for case in CASES if takes(case)], ids=case_id)
+@pytest.mark.parametrize(
+    "case",
+    [taken(smaller(case)) for case in CASES if case.dtype in DTYPES and case.rounding == "nearest"],
+    ids=case_id,
+)
 def test_triton_does_what_the_reference_does(case, name):
     expected, actual = run(case, REFERENCE), run(case, TRITON[name])
     assert actual.keys() == expected.keys()
