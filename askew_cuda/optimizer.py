@@ -270,7 +270,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         )
 
     def _new_scale(self, group: Group, quantizer: Quantizer, name: str, weight: Tensor, whole: Tensor) -> Tensor:
-        """A weight's scale, to be set for ever; warns when snapping or the first clip would tear a network apart.
+        """A weight's first scale; warns when snapping or the first clip would tear a network apart.
         ``whole`` is the weight itself, or what was gathered of it.
         """
         scale = self._estimate(group, quantizer, name, weight, whole)
