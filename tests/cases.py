@@ -154,7 +154,6 @@ FACTORS: dict[str, tuple] = {
     "values": ("finite", "hostile"),
     "lr": (0.25, 0.037),
     "rounding": ("nearest", "remainder", "stochastic"),
-    "learns": (False, True),
 }
 TRIPLES = (("dtype", "codebook", "annealing"), ("dtype", "rule", "annealing"), ("codebook", "annealing", "epsilon"))
 # Pairs of values that can't go together.
@@ -163,7 +162,6 @@ FORBIDDEN: tuple[tuple[str, Callable, str, Callable], ...] = (
     ("dtype", lambda dtype: dtype.itemsize > 2, "rounding", lambda rounding: rounding != "nearest"),
     ("codebook", lambda name: name == "none", "granularity", lambda granularity: granularity != "tensor"),
     ("codebook", lambda name: name == "none", "outputs", lambda outputs: outputs != ()),
-    ("codebook", lambda name: name == "none", "learns", lambda learns: learns),
 )
 
 
@@ -264,7 +262,9 @@ STANDING = [
     PLAIN._replace(rule=rule, annealing=annealing, granularity="tensor", lr=0.0, seed=1000 + k)
     for k, (rule, annealing) in enumerate(itertools.product(RULES, ("capture", "interval", "gradient")))
 ]
-CASES = COVERING + STANDING
+# Scales that learn: every second quantized case once more, so that every value of every factor is among them.
+LEARNING = [case._replace(learns=True, seed=2000 + case.seed) for case in COVERING if case.levels][::2]
+CASES = COVERING + STANDING + LEARNING
 
 
 def shape_of(case: Case) -> tuple[int, ...]:

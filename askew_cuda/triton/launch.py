@@ -404,7 +404,7 @@ def begin_to_learn(
         radial = torch.stack(reference.radial_sums(grads[i].float(), w, scale.shape))
         w, grown[i] = reference.grow(w, scale, growth)
         storage.write(each[:2], radial)
-        storage.write(weights[i], w)
+        storage.write(weights[i].data, w)  # the launch increments their versions, once
     return grown
 
 

@@ -67,8 +67,8 @@ FAULTS = {
     ),
     "one weight too few": (
         "cuda/block.h",
-        "block.size = static_cast<int32_t>(left < block_chunk ? left :",
-        "block.size = static_cast<int32_t>(left < block_chunk ? left - 1 :",
+        "int64_t size = left < block_chunk ? left :",
+        "int64_t size = left < block_chunk ? left - 1 :",
         "wrong span|wrong weights",
     ),
     "vectors that are not aligned": (
@@ -108,7 +108,24 @@ FAULTS = {
         "position += block_threads * count / 2)",
         "another value",
     ),
-    "an infinity that does not skip the step": ("cuda/block.h", "if (block.skipped) return;", "", "another value"),
+    "an infinity that does not skip the step": (
+        "cuda/block.h",
+        "if (block.skipped || arguments.sums_alone) return;",
+        "if (arguments.sums_alone) return;",
+        "another value",
+    ),
+    "a sum that a NaN takes part in": (
+        "cuda/block.h",
+        "if (is_finite(w) && is_finite(g)) total",
+        "total",
+        "another sum",
+    ),
+    "a block of sums that is cut": (
+        "cuda/block.h",
+        "size = whole_blocks(span, begin + size) - from;",
+        "",
+        "Sanitizer|another",
+    ),
 }
 
 

@@ -108,9 +108,9 @@ def test_every_pair_of_constants_compiles_to_exact_instructions(capability, tmp_
         inexact = re.findall(r"\b(?:fma|mad)\.\S*f32|\S+\.ftz\S*|\S+\.approx\S*|div\.full\S*", kernel.ptx)
         assert not inexact, f"{what}: {set(inexact)}"
         assert kernel.registers <= 128, f"{what}: {kernel.registers} registers"
-        # The compiler puts 8 bytes aside, for AdamW with a table and a skewed gradient 24, at the end of a few tensors,
-        # where 16 bytes don't move at a time.
-        assert kernel.stack <= 24, f"{what}: {kernel.stack} bytes of stack"
+        # For compute capability 8.0 the compiler puts 8 bytes aside at the end of a few tensors, where 16 bytes don't
+        # move at a time.
+        assert kernel.stack <= 8, f"{what}: {kernel.stack} bytes of stack"
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

@@ -19,6 +19,7 @@ from tests.cases import (
     COMPILED,
     COVERING,
     FACTORS,
+    LEARNING,
     PLAIN,
     PLANNED,
     REFERENCE,
@@ -43,6 +44,9 @@ def test_the_table_covers_what_it_says():
         cells = [(factor, FACTORS[name].index(getattr(case, name))) for factor, name in enumerate(names)]
         seen.update(frozenset(some) for size in (2, 3) for some in itertools.combinations(cells, size))
     assert not set(wanted) - seen
+    for name, values in FACTORS.items():
+        left = set(values) - {getattr(case, name) for case in LEARNING}
+        assert left == ({"none"} if name == "codebook" else set()), name
     assert len({case_id(case) for case in CASES}) == len(CASES)
 
 
