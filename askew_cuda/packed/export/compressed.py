@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..file import Trained, read_tensors
-from ..safetensors import TensorWriter, replacing
+from .folder import write_folder
 from .grids import by_groups, integers_for, last_run
 
 _BITS = (2, 4, 8)  # those of other widths are packed in one way by some versions, in another by others
@@ -53,16 +53,7 @@ def export_compressed(
     said["quantization_config"] = quantization_config(groups)
     if tied:
         said["tie_word_embeddings"] = said.get("tie_word_embeddings", True)
-    there = Path(folder)
-    there.mkdir(parents=True, exist_ok=True)
-    with replacing(there / "model.safetensors") as file:
-        described = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
-        writer = TensorWriter(file, described, lambda digests: {"format": "pt"})
-        for name, tensor in state.items():
-            writer.write(name, tensor)
-        writer.finish()
-    with replacing(there / "config.json") as file:
-        file.write(json.dumps(said, indent=2).encode())
+    write_folder(folder, state, said, "pt")
     return bits
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..file import Trained, read_tensors
-from ..safetensors import TensorWriter, replacing
 from .blocks import Digits, level_digits
+from .folder import write_folder
 from .grids import by_groups
 
 _BITS, _SIZES = (2, 4, 8), (128, 64, 32)
@@ -51,16 +51,7 @@ def export_mlx(
     plain = {name: False for name in state if name.endswith(".weight") and name not in made}
     others = {name.removesuffix(".weight"): kind for name, kind in plain.items()}
     said["quantization"] = {**first, **{name: kind for name, kind in kinds.items() if kind != first}, **others}
-    there = Path(folder)
-    there.mkdir(parents=True, exist_ok=True)
-    with replacing(there / "model.safetensors") as file:
-        described = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
-        writer = TensorWriter(file, described, lambda digests: {"format": "mlx"})
-        for name, tensor in state.items():
-            writer.write(name, tensor)
-        writer.finish()
-    with replacing(there / "config.json") as file:
-        file.write(json.dumps(said, indent=2).encode())
+    write_folder(folder, state, said, "mlx")
     return made
 
 
