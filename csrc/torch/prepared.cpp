@@ -311,8 +311,12 @@ double PreparedCall::step_of(size_t i) const {
 }
 
 void PreparedCall::run() {
+  if (!arguments_.weights.empty() && !skipped_) step();
+  for (Tensor& grad : arguments_.grads) grad = Tensor();  // zero_grad() frees them; the next step brings its own
+}
+
+void PreparedCall::step() {
   const auto& [weights, grads, steps] = std::tie(arguments_.weights, arguments_.grads, arguments_.steps);
-  if (weights.empty() || skipped_) return;
   bool alike = true;
   for (size_t i = 0; i < weights.size() && alike; ++i) alike = grads[i].defined() && step_of(i) == step_of(0);
   if (alike) {
@@ -339,7 +343,6 @@ void PreparedCall::run() {
                            &arguments_.sums, &arguments_.velocities})
     for (size_t i = 0; i < list->size(); ++i)
       if (grads[i].defined() && !(*list)[i].is_inference()) (*list)[i].unsafeGetTensorImpl()->bump_version();
-  for (Tensor& grad : arguments_.grads) grad = Tensor();  // zero_grad() frees them; the next step brings its own
 }
 
 // (E7) What is left of it after the step: sums that were not made on the way, and what the scales learn of them.

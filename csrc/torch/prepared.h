@@ -61,6 +61,7 @@ class PreparedCall {
   void take_numbers();
   void make_spans();
   void run_together(const std::vector<Span>& spans, double steps, size_t number);
+  void step();
   void learn();
   double step_of(size_t i) const;
 
