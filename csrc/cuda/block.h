@@ -120,8 +120,7 @@ struct Block {
   int32_t size;   // of the chunk
   Runs<T> runs;
   Now<T> now;
-  Key key;                  // of the span's random bits
-  T growth[block_threads];  // (E7): that of each thread's grid; in registers it would crowd out the weights, too
+  Key key;  // of the span's random bits
   std::conditional_t<V::is_table, TableCodebook<T, V::capacity>, NoCodebook> table;
 };
 
@@ -182,11 +181,10 @@ struct Worker {
   // Weights that move at a time: 16 bytes of them, or of their state.
   template <typename State> static constexpr int vector = 16 / static_cast<int>(sizeof(State));
 
-  Block<V>& block;
+  const Block<V>& block;
   const KernelArguments<V>& arguments;
   const Codebook& codebook;
   Hyper<T> h;
-  int thread;
 
   static ASKEW_FN uintptr_t address(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer); }
   ASKEW_FN bool aligned(int vector) const {
@@ -216,12 +214,6 @@ struct Worker {
     narrow(w, x);
   }
 
-  // The grid with its growth, where there is one.
-  ASKEW_FN Grid<T> grown(Grid<T> grid) const {
-    grid.growth = block.growth[thread];
-    return grid;
-  }
-
   // As many neighbours as make a vector, from a position on. All is loaded before anything is stored. The compiler
   // knows the type of the state.
   template <typename State>
@@ -246,7 +238,7 @@ struct Worker {
       for (int which = 0; which < states; ++which) mine[which] = span.state[which] ? T(widen(state[which][k])) : T(0);
       const T now = joined(w[k], remainder[k], arguments.rounding);
       put(w[k], remainder[k],
-          step<typename V::RuleType, typename V::Annealing>(now, widen(g[k]), mine, grown(grid), codebook, h), i + k);
+          step<typename V::RuleType, typename V::Annealing>(now, widen(g[k]), mine, grid, codebook, h), i + k);
 #pragma unroll
       for (int which = 0; which < states; ++which) narrow(state[which][k], mine[which]);
     }
@@ -278,8 +270,7 @@ struct Worker {
                                            : T(widen(static_cast<const Storage*>(from)[i]));
     }
     const T now = joined(w[0], kept, arguments.rounding), gradient = widen(static_cast<const Storage*>(span.grad)[i]);
-    put(w[0], kept, step<typename V::RuleType, typename V::Annealing>(now, gradient, mine, grown(grid), codebook, h),
-        i);
+    put(w[0], kept, step<typename V::RuleType, typename V::Annealing>(now, gradient, mine, grid, codebook, h), i);
     static_cast<Storage*>(span.weight)[i] = w[0];
     if (span.remainder) *remainder = kept;
 #pragma unroll
@@ -323,7 +314,7 @@ struct Worker {
 
   // Neighbouring threads take neighbouring vectors; one by one the weights of those that are misaligned, cut off by the
   // chunk's end or don't share a scale.
-  ASKEW_FN void run() const {
+  ASKEW_FN void run(int thread) const {
     const bool wide = is_half && arguments.wide_state;
     const int32_t count = wide ? vector<float> : vector<Storage>, size = block.size;
     const bool whole = aligned(count);
@@ -335,8 +326,7 @@ struct Worker {
         const T *scales = static_cast<const T*>(block.span.scale),
                 *growths = h.learns ? static_cast<const T*>(block.span.growth) : scales;
         const T& scale = block.runs.at(position, block.span, block.begin, grid_end);
-        block.growth[thread] = growths[&scale - scales];
-        grid = make_grid(scale, block.growth[thread], codebook, h);
+        grid = make_grid(scale, growths[&scale - scales], codebook, h);
       }
     };
     for (int32_t position = thread * count; position < size; position += block_threads * count) {
@@ -418,7 +408,7 @@ ASKEW_FN void sum_second(const Block<V>& block, const KernelArguments<V>& argume
 
 // .. and between the two, or without them, this. Threads touch disjoint memory.
 template <typename V>
-ASKEW_FN void run(Block<V>& block, const KernelArguments<V>& arguments, int thread) {
+ASKEW_FN void run(const Block<V>& block, const KernelArguments<V>& arguments, int thread) {
   if (block.skipped || arguments.sums_alone) return;
   const auto& codebook = [&]() -> const auto& {
     if constexpr (V::is_table)
@@ -428,7 +418,7 @@ ASKEW_FN void run(Block<V>& block, const KernelArguments<V>& arguments, int thre
   }();
   Hyper<typename V::T> h = arguments.h;
   h.now = block.now;
-  Worker<V, std::decay_t<decltype(codebook)>>{block, arguments, codebook, h, thread}.run();
+  Worker<V, std::decay_t<decltype(codebook)>>{block, arguments, codebook, h}.run(thread);
 }
 
 }  // namespace askew

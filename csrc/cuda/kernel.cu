@@ -8,15 +8,15 @@
 namespace askew {
 namespace {
 
-// Blocks that a multiprocessor holds at a time: 4 leave a thread 64 registers, 3 leave it 80, 2 leave it 128. Interval
-// annealing needs more than 64 with AdamW or 16-bit weights; AdamW of 16-bit weights, and float64, whose numbers take
-// two each, more than 80. Enough bytes stay in flight.
+// Blocks that a multiprocessor holds at a time: 4 leave a thread 64 registers, 3 leave it 80, 2 leave it 128. 16-bit
+// weights need more than 64, and so does interval annealing with AdamW; AdamW of 16-bit weights, and float64, whose
+// numbers take two each, more than 80. Enough bytes stay in flight.
 template <typename V>
 constexpr int resident_blocks() {
   constexpr bool is_adamw = V::RuleType::states > 1, is_interval = std::is_same_v<typename V::Annealing, Interval>;
   constexpr size_t bytes = sizeof(typename V::Storage);
   if (bytes == 8 || (bytes == 2 && is_adamw)) return 2;
-  return is_interval && (bytes == 2 || is_adamw) ? 3 : 4;
+  return bytes == 2 || (is_interval && is_adamw) ? 3 : 4;
 }
 
 template <typename V>
