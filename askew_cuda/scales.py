@@ -216,20 +216,20 @@ def _auto(
 ) -> Tensor:
     """(rows,) float64; 0 for a row of zeros. Measured: docs/recipes.md.
 
-    A trained network says its scale itself, and so does a deliberate init. torch's default init says nothing about it,
-    nor do zeros: the shape does. Between normalisation layers no init says anything. Without them the signal must not
-    fade: there two levels are as large as the weights are in the mean square, which the least squared error is not,
-    three are not set tighter, and where no level is 0, which would take them in, dead weights do not count.
+    A trained network says its scale itself, and so does a deliberate init, unless it is small: that of the least squared
+    error. torch's default init says nothing about it, nor do zeros: the shape does. Between normalisation layers no
+    init says anything. Without them the signal must not fade: no scale of a fresh network is smaller than its shape's;
+    in a trained one two levels are as large as the weights are in the mean square, which the least squared error is
+    not, three are not set tighter, and where no level is 0, which would take them in, dead weights do not count.
     """
     zeros = known and not bool(weight.any())
     by_shape = normalized or zeros or default
     if weight.dim() >= 2 and by_shape and (zeros or not pretrained):
         scale = _of_torch_default(fans, codebook) if normalized else _by_shape(fans, codebook)
         return torch.full((len(rows),), scale, dtype=torch.float64, device=rows.device)
-    if not pretrained and len(codebook) <= 3:
-        return 1.1 * _mean_abs(rows)
     if pretrained is not True:
-        return min_mse(rows, codebook)
+        least = min_mse(rows, codebook)
+        return least if pretrained or weight.dim() < 2 else least.clamp(min=_by_shape(fans, codebook))
     # weights that move on do better with less way to go
     tighter = 0.85 if len(codebook) in range(3 if normalized else 4, 8) else 1.0
     if normalized or len(codebook) >= 8 or 0 in codebook.levels:

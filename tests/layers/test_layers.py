@@ -173,34 +173,35 @@ def test_fresh_weights_take_the_scale_of_their_shape_whatever_interval_they_star
     model = between(copy.deepcopy(layer).to(dtype))
     optimizer = askew.AskewSGD(param_groups(model, "binary", verbose=False), lr=0.1)
     optimizer.prepare()
-    for name, (fan_in, fan_out) in fans.items():
-        wanted = math.sqrt(2 / fan_in) * (16 / math.sqrt(fan_in * fan_out)) ** 0.25
+    by_shape = {name: math.sqrt(2 / i) * (16 / math.sqrt(i * o)) ** 0.25 for name, (i, o) in fans.items()}
+    for name, wanted in by_shape.items():
         scale = optimizer.state[model.get_parameter(f"1.{name}")]["scale"].item()
         assert scale == pytest.approx(wanted, rel=1e-6), name
     with torch.no_grad():
         for name in fans:
-            model.get_parameter(f"1.{name}").mul_(1.25)
+            model.get_parameter(f"1.{name}").mul_(4)
     optimizer = askew.AskewSGD(param_groups(model, "binary", verbose=False), lr=0.1)
     with pytest.warns(UserWarning, match="pretrained=True"):
         optimizer.prepare()
-    for name in fans:
-        weight = model.get_parameter(f"1.{name}").detach()
-        wanted = 1.1 * weight.double().abs().mean().item()
-        assert optimizer.state[model.get_parameter(f"1.{name}")]["scale"].item() == pytest.approx(wanted, rel=1e-6)
+    for name, least in by_shape.items():
+        weight = model.get_parameter(f"1.{name}")
+        wanted = max(least, weight.double().abs().mean().item())  # the latter is of the least squared error
+        assert optimizer.state[weight]["scale"].item() == pytest.approx(wanted, rel=0.05)
 
 
 def test_the_interval_of_fresh_weights_is_told_one_for_each_weight():
     """A weight that is listed twice in its group keeps its own number."""
-    first, second = (nn.Parameter(draw) for draw in torch.rand(2, 40, 30).mul(2).sub(1).mul(torch.tensor(0.3)))
+    first, second = (nn.Parameter(draw) for draw in torch.rand(2, 40, 30).mul(2).sub(1).mul(torch.tensor(0.8)))
     with pytest.raises(ValueError, match=r"init_bound has 1 numbers for a group of 2 weights; one for each is needed"):
-        askew.AskewSGD([first, second], quantizer="binary", init_bound=[0.3])
-    group = {"params": [first, first, second], "init_bound": [0.3, 0.3, None]}
+        askew.AskewSGD([first, second], quantizer="binary", init_bound=[0.8])
+    group = {"params": [first, first, second], "init_bound": [0.8, 0.8, None]}
     with pytest.warns(UserWarning, match="duplicate"):
         optimizer = askew.AskewSGD([group], quantizer="binary", clip=False)
     optimizer.prepare()
     scales = [optimizer.state[weight]["scale"].item() for weight in (first, second)]
     by_shape = math.sqrt(2 / 30) * (16 / math.sqrt(30 * 40)) ** 0.25
-    assert scales == pytest.approx([by_shape, 1.1 * second.abs().mean().item()])
+    assert scales[0] == pytest.approx(by_shape)
+    assert scales[1] == pytest.approx(second.abs().mean().item(), rel=0.05)  # of the least squared error, to 1 %
 
 
 @pytest.mark.parametrize(
