@@ -216,7 +216,7 @@ def _auto(
 ) -> Tensor:
     """(rows,) float64; 0 for a row of zeros. Measured: docs/recipes.md.
 
-    A trained network says its scale itself, and so does a deliberate init, unless it is small: that of the least squared
+    A trained network says its scale itself, and so does a deliberate init that is not small: that of the least squared
     error. torch's default init says nothing about it, nor do zeros: the shape does. Between normalisation layers no
     init says anything. Without them the signal must not fade: no scale of a fresh network is smaller than its shape's;
     in a trained one two levels are as large as the weights are in the mean square, which the least squared error is
