@@ -69,8 +69,10 @@ def feasible_set() -> Figure:
 
 
 def displacement(anneal: str, r: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights of 2 bit without a gradient, and by how much one step moves each, in level units."""
-    weight = nn.Parameter(torch.linspace(-1.5, 1.5, 901, dtype=torch.float64))
+    """Weights of 2 bit without a gradient, none half-way between two levels, and by how much one step moves each, in
+    level units.
+    """
+    weight = nn.Parameter(torch.linspace(-1.5, 1.5, 900, dtype=torch.float64))
     quantizer = askew.Quantizer("2bit", scale=1.0)
     optimizer = askew.AskewSGD([weight], lr=0.1, quantizer=quantizer, anneal=anneal, epsilon=epsilon_of(r), scale_lr=0)
     before, weight.grad = weight.detach().clone(), torch.zeros_like(weight)
