@@ -4,6 +4,7 @@ good.
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, overload
@@ -85,6 +86,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         self._plan: Plan | None = None
         self._chosen: dict[tuple[str, torch.device, torch.dtype, bool], str] = {}  # backends
         self._scaled: dict[Tensor, Quantizer] = {}  # the quantizer that a weight's scale was set for
+        self._settled: dict[Tensor, Tensor] = {}  # the scale of a weight that is known to learn no more
         self._agreed = False  # whether all ranks were found to say the same
         self._company: distributed.Company = ()  # the ranks that step the same plain weights
 
@@ -438,13 +440,12 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         """Keeps a plan that was carried out, and lets go of weights that are in no group any more."""
         self._plan = plan if plan.lasts else None
         members = {weight for group in self.param_groups for weight in group["params"]}
-        for table in (self._stepped, self._scaled, self.outputs, self.first_elements):
+        for table in (self._stepped, self._scaled, self._settled, self.outputs, self.first_elements):
             for gone in [weight for weight in table if weight not in members]:
                 del table[gone]
         for part in plan.parts:
             if part.settles:
-                for weight in part.batch.weights:
-                    self._fix_scale(weight)
+                self._settled.update(zip(part.batch.weights, part.kept["scale"], strict=True))
             self._stepped.update(dict.fromkeys(part.batch.weights, True))
             quantizer = self._quantizer(part.group)
             if quantizer is not None:
@@ -494,7 +495,11 @@ class QuantizedOptimizer(torch.optim.Optimizer):
             if new:
                 for key, value in self._to_learn(group, quantizer, weight, scale).items():
                     batch.additions.put(state, key, value)
-        learns = [batch.additions.has(state, "scale_velocity") for state in batch.states]
+        pairs = zip(batch.weights, batch.states, scales, strict=True)
+        learns = [
+            batch.additions.has(state, "scale_velocity") and self._settled.get(weight) is not scale
+            for weight, state, scale in pairs
+        ]
         for each, keys in ((True, ("scale", *LEARNING)), (False, ("scale",))):
             alike = batch if all(each == one for one in learns) else batch.pick([each == one for one in learns])
             yield alike, {key: alike.tensors(key, self._no_such_state) for key in keys} if alike.weights else {}
@@ -538,14 +543,16 @@ class QuantizedOptimizer(torch.optim.Optimizer):
     def _set_scale(self, group: Group, weight: Tensor, scale: Tensor) -> None:
         quantizer = self._quantizer(group)
         assert quantizer is not None
-        self._fix_scale(weight)
         self.state[weight]["scale"] = scale
         self._scaled[weight] = quantizer
 
-    def _fix_scale(self, weight: Tensor) -> None:
-        """The scale learns no more."""
-        for key in LEARNING:
-            self.state[weight].pop(key, None)
+    def _settle(self, weight: Tensor) -> None:
+        """The weight's scale learns no more. Its state keeps its keys: a checkpoint has those of a fresh optimizer."""
+        state = self.state[weight]
+        self._settled[weight] = state["scale"]
+        for key, value in zip(LEARNING, (math.inf, 1.0), strict=True):
+            if key in state:
+                distributed.local(state[key]).fill_(value)
 
     def _overflowed(self, wait: bool = False) -> bool:
         """Whether AMP found an infinity: the step then does nothing. Unless told to, it does not wait for a device to
@@ -716,6 +723,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
             for snap, group, weight, scale in ready:
                 snap()
                 self._set_scale(group, weight, scale)
+                self._settle(weight)
                 if "remainder" in self.state[weight]:
                     local(self.state[weight]["remainder"]).zero_()
         distributed.tell(self)

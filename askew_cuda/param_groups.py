@@ -1,5 +1,6 @@
 """Which weights are quantized, and how: rules to param groups, and the table that says so, and why."""
 
+import math
 import os
 import re
 from collections.abc import Collection, Iterable, Mapping
@@ -231,6 +232,7 @@ def param_groups(
     include: Iterable[str] = (),
     exclude: Iterable[str] = (),
     no_decay: bool | Collection[str] = False,
+    lr_inputs: int | None = None,
     names: bool = True,
     verbose: bool = True,
     **keywords: "Unpack[GroupKeywords]",
@@ -254,6 +256,10 @@ def param_groups(
         no_decay: True splits off what trainers don't decay into groups with weight_decay 0: parameters of less than two
             dimensions, those of norms, and those that the model lists in no_weight_decay(). Or the names of those that
             are not decayed.
+        lr_inputs: how many inputs a matrix may have to take the whole ``lr``, which must then be given here, too; one
+            of more takes lr * lr_inputs / inputs, in a group of its own. For SGD without normalisation layers: in units
+            of the distance between two levels, its steps grow with the inputs (docs/recipes.md). None: the same for
+            all.
         names: False leaves the names of the parameters out, for wrappers that don't take any, such as
             ZeroRedundancyOptimizer; groups are then split where layers differ in their fan-in or their init.
         verbose: print the table.
@@ -265,7 +271,8 @@ def param_groups(
         ``channel_dim``, ``fan_in`` and ``init_bound`` (one number per weight), ``normalized`` and ``trained_norms``.
 
     Raises: ValueError: nothing is left to quantize, a rule matches nothing or is no regular expression, a specification
-        is wrong, or a weight does not suit it; the message says what to do. TypeError: ``weights`` is neither.
+        or ``lr_inputs`` is wrong, or a weight does not suit it; the message says what to do. TypeError: ``weights`` is
+        neither.
     """
     named: dict[str, Tensor] = {name: weight for name, weight in model.named_parameters()}
     found = survey(model)
@@ -279,7 +286,8 @@ def param_groups(
             raise ValueError(f"param_groups: no_decay names {name!r}, which the model does not have")
     elif no_decay:
         kept = _undecayed(model, named, found)
-    groups = _quantized_groups(model, named, found, choice, kept, {"pretrained": pretrained, **keywords})
+    settings = {"pretrained": pretrained, **keywords}
+    groups = _quantized_groups(model, named, found, choice, kept, settings, _whole_rate(lr_inputs, settings))
     rest: dict[bool, list[tuple[str, Tensor]]] = {}
     for name, weight in named.items():
         if name not in choice.chosen and (weight.requires_grad or weight.dtype in DTYPES):
@@ -334,6 +342,17 @@ def _decide(
     return choice
 
 
+def _whole_rate(lr_inputs: int | None, keywords: dict[str, Any]) -> float:
+    """How many inputs a matrix has at most that takes the whole learning rate. Raises as :func:`param_groups`."""
+    if lr_inputs is None:
+        return math.inf
+    if type(lr_inputs) is not int or lr_inputs < 1:
+        raise ValueError(f"param_groups: lr_inputs = {lr_inputs!r}; a number of inputs, 1 or more, is needed")
+    if "lr" not in keywords:
+        raise ValueError(f"param_groups: lr_inputs = {lr_inputs} divides a learning rate; give lr= here, too")
+    return lr_inputs
+
+
 def _quantized_groups(
     model: nn.Module,
     named: dict[str, Tensor],
@@ -341,8 +360,9 @@ def _quantized_groups(
     choice: Choice,
     undecayed: set[str],
     keywords: dict[str, Any],
+    lr_inputs: float,
 ) -> list[dict[str, Any]]:
-    """A group for each quantizer and output dimension, and for what is not decayed."""
+    """A group for each quantizer, output dimension and learning rate, and for what is not decayed."""
     settings = {
         "normalized": any(map(is_norm, model.modules())),
         "trained_norms": not keywords["pretrained"] and _has_trained_norms(model),
@@ -353,8 +373,9 @@ def _quantized_groups(
         weight, free = named[name], name in undecayed
         layout = _check(name, weight, quantizer, found, keywords["pretrained"])
         channel_dim = 0 if layout is None else layout.channel_dim
+        share = 1.0 if layout is None else min(1.0, lr_inputs / layout.fan_in)
         group = groups.setdefault(
-            (quantizer, channel_dim, free),
+            (quantizer, channel_dim, free, share),
             {
                 "params": [],
                 "quantizer": quantizer.plain(),
@@ -366,6 +387,8 @@ def _quantized_groups(
         )
         if free:
             group["weight_decay"] = 0.0
+        if share < 1:
+            group["lr"] = share * keywords["lr"]
         group["params"].append((name, weight))
         known = None if weight.dim() < 2 else layout
         group["fan_in"].append(None if known is None else known.fan_in)

@@ -101,8 +101,8 @@ class Keywords(_OfWeights, _OfTraining, total=False):
     backend: "auto", "cuda", "triton", "cpu" or "reference".
     fused, foreach: accepted as torch's are; every backend is fused. differentiable: not offered.
 
-    State per weight: torch's, ``scale``, while that learns ``scale_velocity`` and ``scale_growth``, which are like it
-    (a velocity of infinity: it learns no more), and ``remainder`` (int16) where it is kept. Raises ValueError,
+    State per weight: torch's, ``scale``, where that learns ``scale_velocity`` and ``scale_growth``, which are like it
+    (a velocity of infinity: it has learned), and ``remainder`` (int16) where it is kept. Raises ValueError,
     TypeError or RuntimeError (a backend that is absent) with the argument, its value and the remedy.
     """
 

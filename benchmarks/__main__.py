@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 
-SCRIPTS = ("step", "tensors", "memory", "setup", "train", "scaling")
+SCRIPTS = ("step", "tensors", "memory", "setup", "files", "train", "scaling")
 
 
 def main() -> None:

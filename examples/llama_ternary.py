@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -174,9 +173,7 @@ def save(model: nn.Module, optimizer: askew.AskewAdamW, path: Path) -> None:
 
 def load(model: nn.Module, optimizer: askew.AskewAdamW, path: Path) -> None:
     weights, state = get_state_dict(model, optimizer)
-    # scales that have learned leave no velocity in a checkpoint, which those of a fresh optimizer have
-    lenient = DefaultLoadPlanner(allow_partial_load=True)
-    dcp.load({"model": weights, "optimizer": state}, checkpoint_id=path, planner=lenient)
+    dcp.load({"model": weights, "optimizer": state}, checkpoint_id=path)
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
     say(f"goes on after step {optimizer.param_groups[0]['steps_done']}")
 

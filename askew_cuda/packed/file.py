@@ -2,7 +2,9 @@
 can go on from.
 
 A quantized weight ``name`` is stored as ``name.codes`` (bytes, see :mod:`askew_cuda.packed.bits`) and ``name.scale``;
-everything else in the model's state_dict as it is. The manifest, JSON in the header's metadata, says how to read it::
+everything else in the model's state_dict as it is. ``name`` itself is there, too, without elements: who takes the file
+for one of plain weights, such as transformers' from_pretrained, finds that it does not fit, instead of finding nothing
+and leaving the weight random. The manifest, JSON in the header's metadata, says how to read it::
 
     {"version": 2,
      "quantized": {name: {"shape": [..], "dtype": "float32", "layout": "row-major", "quantizer": "ternary/channel",
@@ -39,6 +41,7 @@ from .safetensors import TensorReader, TensorWriter, replacing
 VERSION = 2
 _VERSIONS = (1, 2)  # that are read
 LAYOUT = "row-major"  # logical order of the dimensions, whatever the memory format
+_MARK = torch.uint8, (0,)  # what lies in the file under the very name of a quantized weight
 _MANIFEST, _CHECKSUM = "askew_cuda", "askew_cuda.sha256"  # keys of the metadata
 _DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -97,9 +100,10 @@ def save_packed(
         quantizer, channel_dim = by_weight[weight]
         bits = width(len(quantizer.codebook), ternary)
         described[name] = _describe(Packed(tuple(weight.shape), weight.dtype, quantizer, channel_dim, bits))
+        tensors[name] = _MARK
         tensors[f"{name}.codes"] = torch.uint8, (packed_size(weight.numel(), bits),)
         tensors[f"{name}.scale"] = reference.arithmetic(weight.dtype), quantizer.scale_shape(weight, channel_dim)
-    if len(tensors) != len(state) + len(by_weight):
+    if len(tensors) != len(state) + 2 * len(by_weight):
         raise ValueError(
             "save_packed: the model has a tensor NAME.codes or NAME.scale beside a quantized weight NAME; rename it"
         )
@@ -124,6 +128,7 @@ def save_packed(
                     writer.write(name, weight)
                     continue
                 _, packed = _packed_weight(name, weight, scale, by_weight[state[name]], ternary)
+                writer.write(name, torch.empty(_MARK[1], dtype=_MARK[0]))
                 writer.write(f"{name}.codes", packed)
                 writer.write(f"{name}.scale", scale)
             writer.finish()
@@ -435,6 +440,9 @@ def _stored(reader: TensorReader, manifest: dict[str, Any], quantized: dict[str,
     parts = {f"{name}.{part}" for name in quantized for part in ("codes", "scale")}
     _same(reader, parts, parts & set(reader.entries), "tensors in the file")
     _same(reader, set(reader.entries), set(manifest["sha256"]), "checksums")
+    for name in quantized.keys() & reader.entries.keys():  # version 1 has no marks
+        if reader.entries[name][:2] != _MARK:
+            raise reader.error(f"{name!r} is there twice, quantized and as {reader.entries[name].dtype}")
     stored = (set(reader.entries) - parts) | set(quantized)
     for name, first in manifest["tied"].items():
         if not isinstance(first, str) or first not in stored or name in stored:

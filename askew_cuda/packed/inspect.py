@@ -31,7 +31,7 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
         plain = {
             name: {"shape": list(entry.shape), "dtype": _name_of(entry.dtype), "bytes": entry.end - entry.begin}
             for name, entry in reader.entries.items()
-            if name not in parts
+            if name not in parts | quantized.keys()
         }
     weights = sum(math.prod(each.shape) for each in packed.values())
     stored = sum(each["bytes"] for each in quantized.values())

@@ -12,6 +12,7 @@ DEVICE_TIME = "Device time of optimizer.step()"
 REPLAYED = "A replayed graph"
 SETUP = "Beside the step"  # of the setup benchmark, as the next
 SETUP_MEMORY = "Bytes per weight beside the step"
+SAVING, LOADING = "Writing a file", "Reading a file"  # of the files benchmark
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,16 @@ from typing import Any
 from benchmarks import results
 from benchmarks.markdown import markdown_table
 from benchmarks.speed.harness import COPY
-from benchmarks.speed.section import DEVICE_TIME, HOST_TIME, HOST_TIME_TINY, REPLAYED, SETUP, SETUP_MEMORY
+from benchmarks.speed.section import (
+    DEVICE_TIME,
+    HOST_TIME,
+    HOST_TIME_TINY,
+    LOADING,
+    REPLAYED,
+    SAVING,
+    SETUP,
+    SETUP_MEMORY,
+)
 
 NOT_YET = "Not yet run on a GPU."
 Json = dict[str, Any]
@@ -220,6 +229,28 @@ def setup_table(device: str = "cpu") -> str:
     return "\n\n".join(blocks) + "\n\n" + provenance(data)
 
 
+def files_table(device: str = "cpu") -> str:
+    """Codebooks in rows; milliseconds and ratio to safetensors with the floats, and the size of the file."""
+    data = results.load(f"files-{device}")
+    if data is None:
+        return NOT_YET
+    blocks = []
+    for threads in sorted({section["about"]["threads"] for section in data["sections"]}):
+        (saving,), (loading,) = (sections_of(data, title, threads=threads) for title in (SAVING, LOADING))
+        rows = [
+            [
+                written["name"],
+                f"{milliseconds(written)}: {ratio(written)}",
+                f"{milliseconds(read)}: {ratio(read)}",
+                three_digits(saving["memory"][written["name"]]["file"]),
+            ]
+            for written, read in zip(saving["timings"], loading["timings"], strict=True)
+        ]
+        count = f"{saving['about']['weights'] / 2**20:.0f} Mi weights, {plural(threads)}"
+        blocks.append(markdown_table([count, "write", "read", "bytes per weight"], rows))
+    return "\n\n".join(blocks) + "\n\n" + provenance(data)
+
+
 def gpu_tables() -> str:
     """All that a GPU has to show."""
     if results.load("step-cuda") is None:
@@ -237,5 +268,6 @@ FIGURES: dict[str, Callable[[], str]] = {
     "tensors": tensors_table,
     "train": training_table,
     "setup": setup_table,
+    "files": files_table,
     "gpu": gpu_tables,
 }

@@ -12,33 +12,72 @@ struct BlockSums {
   static constexpr int width = lanes<P>();
   const Access<Storage>& access;
 
-  // Calls take(lane, i, count) for each pack of a block of weights; the last one may have fewer.
-  template <typename Take> static ASKEW_FN void over(int64_t begin, int64_t end, const Take& take) {
-    for (int64_t i = begin; i < end; i += sum_lanes) {
-#pragma GCC unroll 8
-      for (int lane = 0; lane < sum_lanes; lane += width)
-        if (i + lane < end) take(lane, i + lane, end - i - lane < width ? static_cast<int>(end - i - lane) : width);
-    }
-  }
   // Of g w and of w^2, without weights that are not finite, or whose gradient is not.
-  __attribute__((noinline)) void radial(const Span& span, int64_t begin, int64_t end, double* gw, double* ww) const {
+  void radial(const Span& span, int64_t begin, int64_t end, double* gw, double* ww) const {
+    radial_of<false>(span, begin, end, gw, ww);
+    if (!(is_finite(*gw) && is_finite(*ww))) radial_of<true>(span, begin, end, gw, ww);
+  }
+  // Of AdamW's second moments, with amsgrad of the largest ones, times a factor; without those that are not finite.
+  void second(const Span& span, int64_t begin, int64_t end, double factor, double* sum) const {
+    second_of<false>(span, begin, end, factor, sum);
+    if (!is_finite(*sum)) second_of<true>(span, begin, end, factor, sum);
+  }
+
+ private:
+  // `checked`: leaves out what is not finite. It is looked for where a sum without checks is not finite.
+  template <bool checked>
+  __attribute__((noinline)) void radial_of(const Span& span, int64_t begin, int64_t end, double* gw, double* ww) const {
     LaneSums along, square;
-    over(begin, end, [&](int lane, int64_t i, int count) {
-      P w, g;
-      if (count == width) {
-        w = access.load_weight(span, i);
-        g = load<P>(at<Storage>(span.grad, i));
-      } else {
-        some(span, i, count, w, g);
+    const auto add = [&](int lane, P w, P g) {
+      if constexpr (checked) {
+        const auto finite = (w - w == Lane<P>(0)) & (g - g == Lane<P>(0));
+        w = finite ? w : P{};
+        g = finite ? g : P{};
       }
-      const auto finite = (w - w == Lane<P>(0)) & (g - g == Lane<P>(0));
-      w = finite ? w : P{};
-      g = finite ? g : P{};
       along.add(lane, g, w);
       square.add(lane, w, w);
-    });
+    };
+    int64_t i = begin;
+    for (; i + sum_lanes <= end; i += sum_lanes) {
+      prefetch_state(span, i);
+#pragma GCC unroll 8
+      for (int lane = 0; lane < sum_lanes; lane += width)
+        add(lane, access.load_weight(span, i + lane), load<P>(at<Storage>(span.grad, i + lane)));
+    }
+    for (int lane = 0; i + lane < end; lane += width) {
+      P w, g;
+      some(span, i + lane, count_of(i + lane, end), w, g);
+      add(lane, w, g);
+    }
     *gw = along.total();
     *ww = square.total();
+  }
+  template <bool checked>
+  __attribute__((noinline)) void second_of(const Span& span, int64_t begin, int64_t end, double factor,
+                                           double* sum) const {
+    LaneSums sums;
+    const int which = span.state[2] ? 2 : 1;
+    const auto add = [&](int lane, P x) {
+      if constexpr (checked) x = x - x == Lane<P>(0) ? x : P{};
+      sums.add_times(lane, x, factor);
+    };
+    int64_t i = begin;
+    for (; i + sum_lanes <= end; i += sum_lanes) {
+#pragma GCC unroll 8
+      for (int lane = 0; lane < sum_lanes; lane += width) add(lane, access.load_state(span, which, i + lane));
+    }
+    for (int lane = 0; i + lane < end; lane += width)
+      add(lane, some_state(span, which, i + lane, count_of(i + lane, end)));
+    *sum = sums.total();
+  }
+  // How many weights of a pack come before the end.
+  static ASKEW_FN int count_of(int64_t i, int64_t end) { return end - i < width ? static_cast<int>(end - i) : width; }
+  // The step of these weights comes next.
+  ASKEW_FN void prefetch_state(const Span& span, int64_t i) const {
+    const int64_t size = access.wide_state ? sizeof(Lane<P>) : sizeof(Storage);
+    for (const void* state : span.state)
+      for (int64_t byte = 0; state && byte < sum_lanes * size; byte += 64)
+        __builtin_prefetch(at<char>(state, i * size + byte), 1);
   }
   // Fewer weights than a pack, and their gradients; zeros fill it up.
   void some(const Span& span, int64_t i, int count, P& w, P& g) const {
@@ -53,26 +92,13 @@ struct BlockSums {
     w = access.load_weight(copy, 0);
     g = load<P>(reinterpret_cast<const Storage*>(grad));
   }
-  // Of AdamW's second moments, with amsgrad of the largest ones, times a factor.
-  __attribute__((noinline)) void second(const Span& span, int64_t begin, int64_t end, double factor,
-                                        double* sum) const {
-    LaneSums sums;
-    const int which = span.state[2] ? 2 : 1;
-    over(begin, end, [&](int lane, int64_t i, int count) {
-      P x{};
-      if (count == width) {
-        x = access.load_state(span, which, i);
-      } else {
-        const size_t size = access.wide_state ? sizeof(Lane<P>) : sizeof(Storage);
-        alignas(64) char state[width * sizeof(Lane<P>)] = {};
-        std::memcpy(state, at<char>(span.state[which], i * size), count * size);
-        Span copy = span;
-        copy.state[which] = state;
-        x = access.load_state(copy, which, 0);
-      }
-      sums.add_times(lane, x - x == Lane<P>(0) ? x : P{}, factor);
-    });
-    *sum = sums.total();
+  P some_state(const Span& span, int which, int64_t i, int count) const {
+    const size_t size = access.wide_state ? sizeof(Lane<P>) : sizeof(Storage);
+    alignas(64) char state[width * sizeof(Lane<P>)] = {};
+    std::memcpy(state, at<char>(span.state[which], i * size), count * size);
+    Span copy = span;
+    copy.state[which] = state;
+    return access.load_state(copy, which, 0);
   }
 };
 template <typename Storage> BlockSums(const Access<Storage>&) -> BlockSums<Storage>;

@@ -176,9 +176,11 @@ struct Loop {
     if (span.snapped) std::memcpy(at<char>(span.snapped, i * snapped_size), snapped, count * snapped_size);
   }
 
+  // Where blocks are summed up before their step, all of the next block is asked for: its sums leave no time for it.
   static ASKEW_FN void prefetch(const Span& span, int64_t i) {
+    const int64_t distance = span.sums ? block_size * static_cast<int64_t>(sizeof(Storage)) : prefetch_bytes;
     for (int64_t line = 0; line < packs * ASKEW_PACK_BYTES; line += 64) {
-      const int64_t ahead = i * static_cast<int64_t>(sizeof(Storage)) + line + prefetch_bytes;
+      const int64_t ahead = i * static_cast<int64_t>(sizeof(Storage)) + line + distance;
       __builtin_prefetch(at<char>(span.weight, ahead), 1);
       __builtin_prefetch(at<char>(span.grad, ahead), 0);
 #pragma GCC unroll 4

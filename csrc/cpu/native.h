@@ -76,6 +76,8 @@ template <typename Factor> ASKEW_FN Doubles plus_product(Doubles sum, Doubles x,
 #if defined(__x86_64__)
   if constexpr (sizeof(Factor) == sizeof(float) && sizeof(Doubles) == 64)
     return (Doubles)_mm512_fmadd_pd((__m512d)x, (__m512d)y, (__m512d)sum);
+  else if constexpr (sizeof(Factor) == sizeof(float) && sizeof(Doubles) == 32)
+    return (Doubles)_mm256_fmadd_pd((__m256d)x, (__m256d)y, (__m256d)sum);
   else
 #endif
     return sum + x * y;

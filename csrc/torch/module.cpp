@@ -27,7 +27,8 @@ const std::vector<Capability>& capabilities() {  // widest first
       {"avx512", ASKEW_KERNELS(avx512),
        __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512vl")},
-      {"avx2", ASKEW_KERNELS(avx2), __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")},
+      {"avx2", ASKEW_KERNELS(avx2),
+       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("fma")},
 #endif
       {"baseline", ASKEW_KERNELS(baseline), true},
   };

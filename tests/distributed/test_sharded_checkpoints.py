@@ -6,7 +6,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -54,8 +53,7 @@ def saved(folder: str, adamw: bool, asynchronous: bool) -> None:
 def loaded(folder: str, adamw: bool) -> tuple[nn.Module, torch.optim.Optimizer]:
     model, optimizer = training(adamw, cut=dist.is_initialized())
     state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
-    # a fresh optimizer's scales still learn; where those of the checkpoint have learned, they leave no velocity there
-    dcp.load(state, checkpoint_id=folder, planner=DefaultLoadPlanner(allow_partial_load=True))
+    dcp.load(state, checkpoint_id=folder)  # strict: what a fresh optimizer has, one whose scales have learned has
     set_model_state_dict(model, state["model"])
     set_optimizer_state_dict(model, optimizer, state["optimizer"])
     return model, optimizer

@@ -88,6 +88,23 @@ def test_without_the_import_it_is_refused(tmp_path):
     assert "quantization type, got askew_cuda" in run.stderr or "askew_cuda" in (tmp_path / "config.json").read_text()
 
 
+@pytest.mark.parametrize("imports", [False, True])
+def test_a_packed_file_is_refused(imports, tmp_path):
+    """One of save_packed, under the name that from_pretrained looks for."""
+    model = language_model()
+    optimizer = askew.AskewSGD(askew.param_groups(model, "ternary", verbose=False, pretrained=True))
+    askew.save_packed(model, optimizer, tmp_path / "model.safetensors")
+    model.config.save_pretrained(tmp_path)
+    script = (
+        f"from tests.layers.architectures import package; transformers = package('transformers')\n"
+        f"{'import askew_cuda.integrations.transformers' if imports else ''}\n"
+        f"transformers.LlamaForCausalLM.from_pretrained({str(tmp_path)!r})"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert run.returncode == 1
+    assert "ignore_mismatched_sizes" in run.stderr
+
+
 def test_another_model_is_refused(tmp_path):
     packed()[0].save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())

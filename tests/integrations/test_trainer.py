@@ -230,7 +230,7 @@ def test_scales_that_learn_belong_to_the_best_model_too(tmp_path):
     assert any(not torch.equal(kept[key]["scale"], last[key]["scale"]) for key in kept if "scale" in kept[key])
     assert on_levels(made.optimizer)
     assert made.evaluate()["eval_loss"] == made.state.best_metric
-    lacking = quantized(tmp_path / "b", save_only_model=True, **best)  # they learn unless told not to
+    lacking = quantized(tmp_path / "b", ours={"scale_lr": 0.1}, save_only_model=True, **best)
     with pytest.raises(ValueError, match=r"leave save_only_model False, or give scale_lr=0"):
         lacking.train()
     fixed = quantized(tmp_path / "c", ours={"scale_lr": 0.0}, save_only_model=True, **best)

@@ -141,3 +141,36 @@ def test_channels_last_and_named_parameters_keep_their_tensors():
     (name, weight), *_ = groups[0]["params"]
     assert name == "1.weight"
     assert weight is net[1].weight
+
+
+def test_a_matrix_of_many_inputs_takes_a_share_of_the_learning_rate():
+    model = nn.Sequential(nn.Linear(256, 64), nn.Linear(64, 32), nn.Conv2d(32, 4, 3), nn.Linear(16, 9))
+    rules = {"3.weight": "binary", "*": "ternary"}
+    groups = askew.param_groups(model, rules, lr=0.5, lr_inputs=64, momentum=0.5, verbose=False)
+    found = {
+        name: (group.get("lr"), group.get("momentum"), group["quantizer"])
+        for group in groups
+        for name, _ in group["params"]
+    }
+    ternary, binary = askew.Quantizer.parse("ternary").plain(), askew.Quantizer.parse("binary").plain()
+    assert found["0.weight"] == (0.125, 0.5, ternary)
+    assert found["1.weight"] == (0.5, 0.5, ternary)
+    assert found["2.weight"] == (0.5 * 64 / 288, 0.5, ternary)
+    assert found["3.weight"] == (0.5, 0.5, binary)
+    assert found["0.bias"] == (None, None, None)
+    optimizer = askew.AskewSGD(groups, lr=0.5)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
+    assert schedule.get_last_lr() == [0.0625, 0.25, 0.25 * 64 / 288, 0.25, 0.25]
+    bare = askew.param_groups(model, rules, lr=0.5, lr_inputs=64, names=False, verbose=False)
+    assert sorted(group.get("lr", 0.0) for group in bare) == sorted([0.125, 0.5, 0.5 * 64 / 288, 0.5, 0.0])
+
+
+@pytest.mark.parametrize("value", [0, -1, 64.0, True, "64"])
+def test_a_wrong_number_of_inputs(value):
+    with pytest.raises(ValueError, match="lr_inputs = "):
+        askew.param_groups(nn.Linear(4, 4), {"*": "ternary"}, lr=0.5, lr_inputs=value)
+
+
+def test_a_share_needs_a_whole():
+    with pytest.raises(ValueError, match="give lr= here, too"):
+        askew.param_groups(nn.Linear(4, 4), {"*": "ternary"}, lr_inputs=64)

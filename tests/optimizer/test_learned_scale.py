@@ -42,7 +42,12 @@ def scales(optimizer):
 
 
 def learning(optimizer):
-    return [p for p, state in optimizer.state.items() if "scale_velocity" in state]
+    """Weights whose scale learns: an infinite velocity says that it has learned."""
+    return [
+        p
+        for p, state in optimizer.state.items()
+        if "scale_velocity" in state and state["scale_velocity"].isfinite().all()
+    ]
 
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
@@ -60,6 +65,7 @@ def test_a_scale_grows_where_the_loss_asks_for_it_and_stands_once_annealing_has_
     train(model, optimizer, 1)  # what the last free step has learned
     assert not learning(optimizer)
     fixed = scales(optimizer)
+    assert all((state["scale_growth"] == 1).all() for state in optimizer.state.values() if "scale" in state)
     train(model, optimizer, 28)
     assert all(torch.equal(a, b) for a, b in zip(fixed, scales(optimizer), strict=True))
     assert optimizer.finalize().share_on_level == 1
@@ -110,6 +116,18 @@ def test_a_run_goes_on_from_a_checkpoint_as_if_nothing_had_happened(rule):
         train(each, one, 30, seed=2)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
     assert all(torch.equal(a, b) for a, b in zip(scales(optimizer), scales(again), strict=True))
+
+
+def test_a_new_scale_learns_anew():
+    """One that has learned, and that is taken away while its weights are free."""
+    model = network()
+    optimizer = RULES["sgd"](groups(model, "ternary"), scale_lr=0.3)
+    train(model, optimizer, 2)
+    with pytest.warns(UserWarning, match="finalize"):
+        optimizer.finalize()
+    del optimizer.state[model[0].weight]["scale"]
+    train(model, optimizer, 2)
+    assert learning(optimizer) == [model[0].weight]
 
 
 def test_a_checkpoint_whose_scales_are_fixed_keeps_them_fixed():
@@ -238,6 +256,10 @@ def test_finalize_ends_the_learning():
     with pytest.warns(UserWarning, match="finalize"):
         optimizer.finalize()
     assert not learning(optimizer)
+    fixed, keys = scales(optimizer), {key for state in optimizer.state.values() for key in state}
+    train(model, optimizer, 2)
+    assert all(torch.equal(a, b) for a, b in zip(fixed, scales(optimizer), strict=True))
+    assert {"scale", "scale_velocity", "scale_growth"} <= keys  # a checkpoint is that of a fresh optimizer
 
 
 @pytest.mark.parametrize("value", [-0.1, math.inf, math.nan, "fast", True])

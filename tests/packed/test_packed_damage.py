@@ -176,7 +176,7 @@ MANIFESTS = [
     pytest.param(lambda said: said["quantized"].update(y=3), r"'y' is described by 3", id="entry-type"),
     pytest.param(
         lambda said: said["quantized"].pop("0.weight"),
-        r"missing '0.weight'; unexpected '0.weight.codes'",
+        r"missing none; unexpected '0.weight.codes', '0.weight.scale'",
         id="not-described",
     ),
     pytest.param(entry(bits=8, extra=1), r"'0.weight' is described by", id="entry-key"),
@@ -218,6 +218,8 @@ CODES = torch.full((27,), 121, dtype=torch.uint8)  # 135 weights, five to a byte
 TENSORS = [
     pytest.param({"0.weight.codes": CODES.index_fill(0, torch.tensor(3), 250)},
                  r"'0.weight.codes': a byte is 250", id="byte"),
+    pytest.param({"0.weight": torch.zeros(5, 3, 3, 3)}, r"'0.weight' is there twice, quantized and as torch.float32",
+                 id="twice"),
     pytest.param({"4.weight.codes": CODES[:3]}, r"'4.weight.codes' is torch.uint8 of shape \(3,\)", id="codes-shape"),
     pytest.param({"0.weight.codes": CODES.to(torch.int8)}, r"'0.weight.codes' is torch.int8", id="codes-dtype"),
     pytest.param({"6.weight.codes": torch.tensor([0, 0, 0, 0, 3], dtype=torch.uint8)},
