@@ -8,15 +8,20 @@ PIP := $(RUN) -m pip install --quiet --constraint constraints.txt
 # Without what they depend on, which is here already, or not needed.
 INTEGRATIONS := accelerate flatbuffers lightning lightning-utilities ml_dtypes onnx onnx-ir onnxruntime onnxscript peft \
     protobuf torchmetrics
+# Rooms of tests that have a target of their own.
+ELSEWHERE := integrations packages runtimes
 
-.PHONY: demo test test-integrations test-runtimes accuracy bench figures lint format clean
+.PHONY: demo test test-packages test-integrations test-runtimes accuracy bench figures docs lint format clean
 .DELETE_ON_ERROR:
 
 demo: build/built  ## train digits at 1 bit, ternary, 2 and 4 bit, beside full precision and a straight-through estimator
 	$(RUN) -m examples.demo
 
-test: build/built  ## all tests but those of trainers and runtimes; ROOM=optimizer those of a folder of tests/
-	$(RUN) -m pytest -n 2 --dist worksteal tests/$(ROOM) $(if $(ROOM),,--ignore tests/integrations --ignore tests/runtimes)
+test: build/built  ## all tests but those of packages, trainers and runtimes; ROOM=optimizer those of a folder of tests/
+	$(RUN) -m pytest -n 2 --dist worksteal tests/$(ROOM) $(if $(ROOM),,$(ELSEWHERE:%=--ignore tests/%))
+
+test-packages: build/installed  ## sdist and wheel, installed into empty environments; ASKEW_BUILD=cpu compiles them, minutes
+	$(RUN) -m pytest -n 2 --dist loadscope tests/packages
 
 test-integrations: build/built  ## those of trainers and other libraries, which it installs
 	$(PIP) --no-deps $(INTEGRATIONS)
@@ -36,6 +41,10 @@ bench: build/built  ## every benchmark of speed in short, beside torch's optimiz
 
 figures: build/installed  ## every table and plot of README and docs, from benchmarks/results
 	$(RUN) -m benchmarks.report
+
+docs: build/installed  ## the site, in build/site; a warning is an error
+	ASKEW_BUILD=none $(PIP) --no-build-isolation --editable '.[docs]'
+	$(RUN) -m mkdocs build --strict
 
 lint: build/installed
 	$(VENV)/bin/ruff check .

@@ -241,7 +241,7 @@ def pack_modules(model: nn.Module, optimizer: torch.optim.Optimizer, *, ternary:
             may compute something else. Tied weights share their codes. The weights are freed when the optimizer is
             dropped, too.
         optimizer: the AskewSGD or AskewAdamW with the scales, or a wrapper of it. Not mutated, and of no use for this
-        model afterwards.
+            model afterwards.
         ternary: codes of three levels at "1.6bit", five to a byte, or at "2bit".
 
     Returns:

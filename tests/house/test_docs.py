@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 
 import askew_cuda
+from docs.site import pictures
 
 ROOT = Path(__file__).parent.parent.parent
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
 RUN_HERE = [page for page in PAGES if page.parent.name != "trainers"]  # theirs run in tests/integrations
 
 
-@pytest.mark.parametrize("page", RUN_HERE, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", RUN_HERE, ids=lambda page: str(page.relative_to(ROOT)))
 def test_the_python_blocks_of_a_page_run_in_order(page, tmp_path, monkeypatch):
     blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     assert blocks or page.name != "README.md"
@@ -52,3 +53,31 @@ def test_links_between_files_lead_somewhere():
 def test_every_public_name_has_a_docstring():
     for name in askew_cuda.__all__:
         assert getattr(askew_cuda, name).__doc__, name
+
+
+def test_every_public_name_is_in_the_reference():
+    pages = "".join(page.read_text() for page in ROOT.glob("docs/reference/*.md"))
+    named = set(re.findall(r"^::: askew_cuda\.(\w+)$", pages, flags=re.MULTILINE))
+    assert set(askew_cuda.__all__) <= named
+
+
+def test_readme_is_read_in_a_minute():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+
+
+PICTURES = ROOT / "docs/pictures"
+
+
+def test_every_picture_is_drawn_by_a_script_and_shown():
+    shown = set(re.findall(r"!\[[^\]]+\]\([^)]*?([\w-]+\.(?:svg|png))\)", "".join(page.read_text() for page in PAGES)))
+    assert {path.name for path in PICTURES.iterdir()} == {*(f"{name}.svg" for name in pictures.PICTURES), "digits.png"}
+    assert {path.name for path in PICTURES.iterdir()} <= shown
+
+
+@pytest.mark.parametrize("name", ["feasible-set", "two-annealings"])
+def test_a_picture_takes_the_colour_of_the_text_around(name):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: `pip install matplotlib`, or the demo extra")
+    for svg in (pictures.svg_of(name), (PICTURES / f"{name}.svg").read_text()):
+        assert svg.count("currentColor") > 20
+        assert "prefers-color-scheme:dark" in svg
+        assert "#000000" not in svg
