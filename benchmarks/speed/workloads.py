@@ -74,7 +74,9 @@ class Tensors:
         self.states = [random(0.01).abs_() for _ in range(STATES[self.rule])]
         self.counter = [torch.tensor(10.0)]
         self.counted = [torch.tensor(11.0, device=self.device)]  # torch's kernel is told the number of this step
-        self.source = self.weight.new_empty(self.moved // (2 * self.dtype.itemsize)).uniform_(-1, 1, generator=generator)
+        self.source = self.weight.new_empty(self.moved // (2 * self.dtype.itemsize)).uniform_(
+            -1, 1, generator=generator
+        )
         self.target = torch.zeros_like(self.source)
 
     @property

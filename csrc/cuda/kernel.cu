@@ -1,38 +1,15 @@
-// The CUDA backend: one kernel template around csrc/cuda/block.h, and its launches.
-#include <cuda_runtime.h>
+// The CUDA backend as the binding sees it: the launches, and the kernels beside the step.
+#include "launches.h"
 
 #include <algorithm>
 
-#include "block.h"
+#include "table.h"
+
+static_assert(CUDART_VERSION >= 12010,
+              "the table of a captured launch travels as 32 KB of kernel arguments: CUDA 12.1");
 
 namespace askew {
 namespace {
-
-// Blocks that a multiprocessor holds at a time: 4 leave a thread 64 registers, 3 leave it 80, 2 leave it 128. 16-bit
-// weights need more than 64, and so does interval annealing with AdamW; AdamW of 16-bit weights, and float64, whose
-// numbers take two each, more than 80. Enough bytes stay in flight.
-template <typename V>
-constexpr int resident_blocks() {
-  constexpr bool is_adamw = V::RuleType::states > 1, is_interval = std::is_same_v<typename V::Annealing, Interval>;
-  constexpr size_t bytes = sizeof(typename V::Storage);
-  if (bytes == 8 || (bytes == 2 && is_adamw)) return 2;
-  return bytes == 2 || (is_interval && is_adamw) ? 3 : 4;
-}
-
-template <typename V>
-__global__ void __launch_bounds__(block_threads, resident_blocks<V>())
-    step_kernel(const __grid_constant__ KernelArguments<V> arguments) {
-  static_assert(sizeof(KernelArguments<V>) <= 4096, "what every launch may pass");
-  __shared__ Block<V> block;
-  prepare(block, arguments, blockIdx.x, threadIdx.x);
-  __syncthreads();
-  if (V::book == Book::none || !arguments.h.learns) return run(block, arguments, threadIdx.x);
-  sum_radial(block, arguments, threadIdx.x);
-  __syncthreads();
-  run(block, arguments, threadIdx.x);
-  __syncthreads();
-  sum_second(block, arguments, threadIdx.x);
-}
 
 // AdamW's step counters that live on the device: one more each, unless AMP found an infinity.
 struct Counters {
@@ -53,29 +30,14 @@ __global__ void count_kernel(const __grid_constant__ Counters counters) {
     *static_cast<float*>(step) += 1;
 }
 
-template <typename Argument>
-cudaError_t start(void (*kernel)(Argument), int64_t blocks, const Argument& argument, void* stream) {
-  void* arguments[] = {const_cast<Argument*>(&argument)};
-  return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(blocks)),
-                          dim3(block_threads), arguments, 0, static_cast<cudaStream_t>(stream));
+cudaError_t count_steps(const Launch& launch, const CudaCall& call) {
+  Counters counters{call.numbers, launch.span_count, call.spans, {}};
+  for (int64_t i = 0; i < launch.span_count && !call.spans; ++i) counters.few[i] = launch.spans[i].step;
+  return start(count_kernel, chunks_of(launch.span_count, block_threads), counters, call.stream);
 }
 
-template <typename V>
-cudaError_t step_variant(const Launch& launch, const CudaCall& call) {
-  KernelArguments<V> arguments = arguments_of<V>(launch, call);
-  const int64_t at_a_time = spans_at_a_time(launch, call);
-  for (int64_t begin = 0; begin < launch.span_count; begin += at_a_time) {
-    const int64_t end = std::min(launch.span_count, begin + at_a_time),
-                  blocks = set_spans(arguments, launch, begin, end);
-    cudaError_t error = blocks > 0 ? start(step_kernel<V>, blocks, arguments, call.stream) : cudaSuccess;
-    if (error == cudaSuccess && launch.spans[begin].step && !launch.sums_alone) {
-      Counters counters{call.numbers, end - begin, call.spans, {}};
-      for (int64_t i = begin; i < end && !call.spans; ++i) counters.few[i - begin] = launch.spans[i].step;
-      error = start(count_kernel, chunks_of(end - begin, block_threads), counters, call.stream);
-    }
-    if (error != cudaSuccess) return error;
-  }
-  return cudaSuccess;
+__global__ void write_table_kernel(const __grid_constant__ TablePart part) {
+  write_entry(part, blockIdx.x * int64_t{block_threads} + threadIdx.x);
 }
 
 // (E7) From the sums of blocks to those of scales, `each` blocks to one. Where these are more than a chunk of order.h,
@@ -136,8 +98,34 @@ std::string version(int number) { return std::to_string(number / 1000) + "." + s
 const char* cuda_step(const Launch& launch, const CudaCall& call) {
   cudaError_t error =
       cudaSetDevice(call.device);  // this copy of the runtime library does not know what torch told its own
-  if (error == cudaSuccess)
-    visit_variant(launch, [&](auto variant) { error = step_variant<decltype(variant)>(launch, call); });
+  if (error == cudaSuccess) {
+    switch (launch.dtype) {
+      case Dtype::float32:
+        error = step_float32(launch, call);
+        break;
+      case Dtype::float64:
+        error = step_float64(launch, call);
+        break;
+      case Dtype::bfloat16:
+        error = step_bfloat16(launch, call);
+        break;
+      case Dtype::float16:
+        error = step_float16(launch, call);
+        break;
+    }
+  }
+  if (error == cudaSuccess && launch.span_count > 0 && launch.spans[0].step && !launch.sums_alone)
+    error = count_steps(launch, call);
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+const char* cuda_write_table(const Launch& launch, const CudaCall& call) {
+  cudaError_t error = cudaSetDevice(call.device);
+  for (int64_t row = 0; error == cudaSuccess && row <= launch.span_count;) {
+    const TablePart part = table_part(launch, call, row);
+    error = start(write_table_kernel, chunks_of(int64_t{part.rows} * table_columns, block_threads), part, call.stream);
+    row += part.rows;
+  }
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
@@ -183,7 +171,7 @@ std::string cuda_built_for() { return version(CUDART_VERSION) + " for compute ca
 std::string cuda_problem(int device) {
   int driver = 0;
   if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0) return "there is no NVIDIA driver; install one";
-  if (driver / 1000 < CUDART_VERSION / 1000) {
+  if (driver / 1000 < CUDART_VERSION / 1000 || driver < 12010) {
     return "the driver knows CUDA " + version(driver) + " and the kernels were built with " + version(CUDART_VERSION) +
            "; update the driver, or reinstall askew_cuda with a toolkit as old";
   }

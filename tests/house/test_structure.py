@@ -22,7 +22,7 @@ PYTHON = sorted(
 CSRC = sorted(path for path in ROOT.glob("csrc/**/*") if path.is_file())
 
 # What the files of a folder of csrc/ may include of the others, beyond the standard library. Torch stops at torch/,
-# CUDA at cuda/kernel.cu, and the maths knows neither.
+# CUDA at cuda/, and the maths knows neither.
 STANDARD = {"cmath", "cstdint", "cstring", "string", "type_traits"}
 INCLUDES = {
     "maths": {"maths"},
@@ -31,7 +31,7 @@ INCLUDES = {
     "cuda": {"maths", ".", "cuda"},
     "torch": {"maths", ".", "cpu", "cuda", "torch"},
 }
-OUTSIDE = {"maths/pack.h": {"immintrin.h"}, "cuda/kernel.cu": {"algorithm", "cuda_runtime.h"}}
+OUTSIDE = {"maths/pack.h": {"immintrin.h"}, "cuda/kernel.cu": {"algorithm"}, "cuda/launches.h": {"cuda_runtime.h"}}
 
 # What a function that needs it may import, not the module: the package imports without.
 OPTIONAL = {"matplotlib", "numpy", "onnx", "torchao"}
