@@ -194,8 +194,8 @@ ASKEW_FN void place(Block<V>& block, const KernelArguments<V>& arguments, const 
   if constexpr (sizeof(typename V::Storage) == 2) block.key = make_key(seed, span.stream);
 }
 
-// First all threads of a block do this: they look for the span of its chunk, and the one that finds it fills in what the
-// block shares ..
+// First all threads of a block do this: they look for the span of its chunk, and the one that finds it fills in what
+// the block shares ..
 template <typename V>
 ASKEW_FN void prepare(Block<V>& block, const KernelArguments<V>& arguments, int64_t number, int thread) {
   if constexpr (V::is_table) {

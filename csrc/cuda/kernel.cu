@@ -40,13 +40,26 @@ __global__ void write_table_kernel(const __grid_constant__ TablePart part) {
   write_entry(part, blockIdx.x * int64_t{block_threads} + threadIdx.x);
 }
 
-// (E7) From the sums of blocks to those of scales, `each` blocks to one. Where these are more than a chunk of order.h,
-// all threads of a block of threads add up chunks.
-__global__ void add_up_kernel(const double* blocks, double* sums, int64_t count, int64_t each, DeviceNumber found_inf) {
+// (E7) Both kernels below take several tensors, blockIdx.y says which: few, whose arguments cost a launch little, or as
+// many as 32 KB hold.
+constexpr int few_tensors = 32;
+template <typename Span> constexpr int many_tensors = (32764 - 256) / sizeof(Span);
+
+// From the sums of blocks to those of scales. Where the blocks of one are more than a chunk of order.h, all threads of
+// a block of threads add up chunks.
+template <int capacity> struct SumArguments {
+  DeviceNumber found_inf;
+  BlockSums tensors[capacity];
+};
+
+template <int capacity>
+__global__ void add_up_kernel(const __grid_constant__ SumArguments<capacity> arguments) {
+  const DeviceNumber& found_inf = arguments.found_inf;
   if (found_inf.at && found_inf.read() != 0) return;
+  const auto [blocks, sums, count, each] = arguments.tensors[blockIdx.y];
   if (each <= chunk_blocks) {
-    const int64_t k = blockIdx.x * int64_t{block_threads} + threadIdx.x;
-    if (k < count) sums[k] = add_blocks(blocks + k * each, each);
+    for (int64_t k = blockIdx.x * int64_t{block_threads} + threadIdx.x; k < count; k += gridDim.x * block_threads)
+      sums[k] = add_blocks(blocks + k * each, each);
     return;
   }
   __shared__ double chunks[block_threads];
@@ -64,15 +77,14 @@ __global__ void add_up_kernel(const double* blocks, double* sums, int64_t count,
   }
 }
 
-// The scales of a few tensors: blockIdx.y is the tensor.
-constexpr int64_t few_scale_spans = 32;
-struct ScaleArguments {
+template <int capacity> struct ScaleArguments {
   ScaleSettings settings;
   DeviceNumbers numbers;
-  ScaleSpan spans[few_scale_spans];
+  ScaleSpan tensors[capacity];
 };
 
-__global__ void learn_kernel(const __grid_constant__ ScaleArguments arguments) {
+template <int capacity>
+__global__ void learn_kernel(const __grid_constant__ ScaleArguments<capacity> arguments) {
   const DeviceNumbers& numbers = arguments.numbers;
   if (numbers.found_inf.at && numbers.found_inf.read() != 0) return;
   ScaleSettings settings = arguments.settings;
@@ -80,13 +92,33 @@ __global__ void learn_kernel(const __grid_constant__ ScaleArguments arguments) {
   if (numbers.epsilon.at) settings.epsilon = numbers.epsilon.read();
   if (numbers.grad_scale.at) settings.grad_scale = numbers.grad_scale.read();
   const Learning learning = learning_of(settings);
-  const ScaleSpan& span = arguments.spans[blockIdx.y];
+  const ScaleSpan& span = arguments.tensors[blockIdx.y];
   for (int64_t k = blockIdx.x * int64_t{block_threads} + threadIdx.x; k < span.size; k += gridDim.x * block_threads) {
     if (span.is_double)
       span.learn<double>(k, learning);
     else
       span.learn<float>(k, learning);
   }
+}
+
+// Launches a kernel for all tensors, as many at a time as its arguments hold. `blocks_of` says how many blocks of
+// threads are of use to one.
+template <typename Arguments, typename Span, typename BlocksOf>
+cudaError_t start_for_each(void (*kernel)(Arguments), Arguments arguments, const Span* tensors, int64_t count,
+                           const BlocksOf& blocks_of, void* stream) {
+  static_assert(sizeof(Arguments) <= 32764);
+  constexpr int64_t capacity = sizeof(arguments.tensors) / sizeof(Span);
+  cudaError_t error = cudaSuccess;
+  for (int64_t begin = 0; error == cudaSuccess && begin < count; begin += capacity) {
+    const int64_t end = std::min(count, begin + capacity);
+    int64_t most = 1;
+    for (int64_t i = begin; i < end; ++i) {
+      arguments.tensors[i - begin] = tensors[i];
+      most = std::max<int64_t>(most, blocks_of(tensors[i]));
+    }
+    error = start(kernel, dim3(static_cast<unsigned>(most), static_cast<unsigned>(end - begin)), arguments, stream);
+  }
+  return error;
 }
 
 constexpr int oldest = 75;  // compute capability that the kernels are compiled for in tests, and that CUDA 13 knows
@@ -129,33 +161,35 @@ const char* cuda_write_table(const Launch& launch, const CudaCall& call) {
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-const char* cuda_add_up(const double* blocks, double* sums, int64_t count, int64_t each, const CudaCall& call) {
+const char* cuda_add_up(const BlockSums* tensors, int64_t count, const CudaCall& call) {
   cudaError_t error = cudaSetDevice(call.device);
-  if (error == cudaSuccess && count > 0) {
-    DeviceNumber found_inf = call.numbers.found_inf;
-    void* arguments[] = {&blocks, &sums, &count, &each, &found_inf};
-    const int64_t grid = each <= chunk_blocks ? chunks_of(count, block_threads) : std::min<int64_t>(count, 4096);
-    error = cudaLaunchKernel(reinterpret_cast<const void*>(add_up_kernel), dim3(static_cast<unsigned>(grid)),
-                             dim3(block_threads), arguments, 0, static_cast<cudaStream_t>(call.stream));
+  const auto blocks_of = [](const BlockSums& of) {
+    return of.each <= chunk_blocks ? std::min<int64_t>(chunks_of(of.count, block_threads), 1024)
+                                   : std::min<int64_t>(of.count, 4096);
+  };
+  const auto start_with = [&](auto capacity) {
+    constexpr int room = decltype(capacity)::value;
+    return start_for_each(add_up_kernel<room>, SumArguments<room>{call.numbers.found_inf, {}}, tensors, count,
+                          blocks_of, call.stream);
+  };
+  if (error == cudaSuccess) {
+    error = count <= few_tensors ? start_with(std::integral_constant<int, few_tensors>{})
+                                 : start_with(std::integral_constant<int, many_tensors<BlockSums>>{});
   }
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
 const char* cuda_learn(const ScaleSettings& settings, const ScaleSpan* spans, int64_t count, const CudaCall& call) {
   cudaError_t error = cudaSetDevice(call.device);
-  for (int64_t begin = 0; error == cudaSuccess && begin < count; begin += few_scale_spans) {
-    ScaleArguments few{settings, call.numbers, {}};
-    const int64_t end = std::min(count, begin + few_scale_spans);
-    int64_t most = 1;
-    for (int64_t i = begin; i < end; ++i) {
-      few.spans[i - begin] = spans[i];
-      most = std::max(most, spans[i].size);
-    }
-    void* arguments[] = {&few};
-    const dim3 grid(static_cast<unsigned>(std::min<int64_t>(chunks_of(most, block_threads), 1024)),
-                    static_cast<unsigned>(end - begin));
-    error = cudaLaunchKernel(reinterpret_cast<const void*>(learn_kernel), grid, dim3(block_threads), arguments, 0,
-                             static_cast<cudaStream_t>(call.stream));
+  const auto blocks_of = [](const ScaleSpan& of) { return std::min<int64_t>(chunks_of(of.size, block_threads), 1024); };
+  const auto start_with = [&](auto capacity) {
+    constexpr int room = decltype(capacity)::value;
+    return start_for_each(learn_kernel<room>, ScaleArguments<room>{settings, call.numbers, {}}, spans, count, blocks_of,
+                          call.stream);
+  };
+  if (error == cudaSuccess) {
+    error = count <= few_tensors ? start_with(std::integral_constant<int, few_tensors>{})
+                                 : start_with(std::integral_constant<int, many_tensors<ScaleSpan>>{});
   }
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

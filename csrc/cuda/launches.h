@@ -13,21 +13,27 @@ cudaError_t step_bfloat16(const Launch& launch, const CudaCall& call);
 cudaError_t step_float16(const Launch& launch, const CudaCall& call);
 
 template <typename Argument>
-cudaError_t start(void (*kernel)(Argument), int64_t blocks, const Argument& argument, void* stream) {
+cudaError_t start(void (*kernel)(Argument), dim3 blocks, const Argument& argument, void* stream) {
   void* arguments[] = {const_cast<Argument*>(&argument)};
-  return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(blocks)),
-                          dim3(block_threads), arguments, 0, static_cast<cudaStream_t>(stream));
+  return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), blocks, dim3(block_threads), arguments, 0,
+                          static_cast<cudaStream_t>(stream));
+}
+template <typename Argument>
+cudaError_t start(void (*kernel)(Argument), int64_t blocks, const Argument& argument, void* stream) {
+  return start(kernel, dim3(static_cast<unsigned>(blocks)), argument, stream);
 }
 
-// Blocks that a multiprocessor holds at a time: 4 leave a thread 64 registers, 3 leave it 80, 2 leave it 128. Kernels
-// that ask for flags need more than 64 where weights have 16 bits or AdamW meets interval annealing, AdamW of 16-bit
-// weights more than 80; so does float64, whose numbers take two each. Enough bytes stay in flight.
+// Blocks that a multiprocessor holds at a time: 4 leave a thread 64 registers, 3 leave it 80, 2 leave it 128. Where
+// AdamW's state has 16 bits and weights are rounded with care, vectors of 8 need more than 64. Kernels that ask for
+// flags need more than 64 where weights have 16 bits or AdamW meets interval annealing, AdamW of 16-bit weights more
+// than 80; so does float64, whose numbers take two each. Enough bytes stay in flight.
 template <typename V>
 constexpr int resident_blocks() {
   constexpr bool is_adamw = V::RuleType::states > 1, is_interval = std::is_same_v<typename V::Annealing, Interval>;
   constexpr size_t bytes = sizeof(typename V::Storage);
   if constexpr (V::usual) {
-    return bytes == 2 && is_adamw && V::rounding == Rounding::remainder ? 3 : 4;
+    constexpr bool rounds = V::rounding == Rounding::remainder || (V::rounding == Rounding::stochastic && V::may_learn);
+    return bytes == 2 && is_adamw && !V::wide_state && rounds ? 3 : 4;
   } else {
     if (bytes == 8 || (bytes == 2 && is_adamw)) return 2;
     return bytes == 2 || (is_interval && is_adamw) ? 3 : 4;

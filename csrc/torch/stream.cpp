@@ -49,11 +49,9 @@ void launched(const char* error, at::Device device) {
 
 }  // namespace
 
-void add_up_cuda(const at::Tensor& blocks, const at::Tensor& sums, int64_t each, const DeviceNumbers& numbers) {
-  const c10::DeviceGuard guard(sums.device());
-  launched(cuda_add_up(blocks.const_data_ptr<double>(), sums.mutable_data_ptr<double>(), sums.numel(), each,
-                       call_on(sums.device(), numbers)),
-           sums.device());
+void add_up_cuda(const std::vector<BlockSums>& tensors, const DeviceNumbers& numbers, at::Device device) {
+  const c10::DeviceGuard guard(device);
+  launched(cuda_add_up(tensors.data(), static_cast<int64_t>(tensors.size()), call_on(device, numbers)), device);
 }
 
 void learn_scales_cuda(const ScaleSettings& settings, const DeviceNumbers& numbers, const std::vector<ScaleSpan>& spans,
