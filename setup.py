@@ -18,7 +18,10 @@ from setuptools import setup
 
 MODES = ("auto", "cuda", "cpu", "none")
 # What takes longest comes first, so that no core waits for it at the end.
-CUDA_SOURCES = ["csrc/cuda/kernel.cu", "csrc/torch/stream.cpp"]
+CUDA_SOURCES = [
+    *(f"csrc/cuda/{name}.cu" for name in ("bfloat16", "float16", "float64", "float32", "kernel")),
+    "csrc/torch/stream.cpp",
+]
 SOURCES = [
     *(f"csrc/cpu/{name}.cpp" for name in ("avx512", "loop", "avx2", "look", "fit")),
     *(
@@ -85,7 +88,7 @@ def add_cuda(module, cpp_extension, cuda: Path) -> None:
     module.libraries += ["cudart_static", "dl", "rt", "pthread"]
     changed = max(header.stat().st_mtime for header in Path("csrc").rglob("*.h"))
     for built in Path("build").glob(
-        "temp*/csrc/cuda/kernel.o"
+        "temp*/csrc/cuda/*.o"
     ):  # beside a torch without CUDA, BuildExtension does not see that headers changed
         if built.stat().st_mtime < changed:
             built.unlink()

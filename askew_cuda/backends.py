@@ -131,10 +131,8 @@ def _triton_absent(device: torch.device, dtype: torch.dtype) -> str:
     return ""
 
 
-def absent(backend: str, device: torch.device, dtype: torch.dtype, rounds: bool = False) -> str:
-    """Why ``backend`` can't step weights of this dtype on this device, and what helps; "" where it can. rounds: it is
-    to round them otherwise than to nearest.
-    """
+def absent(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Why ``backend`` can't step weights of this dtype on this device, and what helps; "" where it can."""
     if dtype not in DTYPES:
         return f"weights of {dtype} are not supported; float32, float64, bfloat16 and float16 are"
     if backend == "cpu":
@@ -144,27 +142,25 @@ def absent(backend: str, device: torch.device, dtype: torch.dtype, rounds: bool 
     if backend == "cuda":
         return _extension_absent or _cuda_absent(device)
     if backend == "triton":
-        return (
-            "it rounds to nearest only; low_precision = 'nearest' would do" if rounds else _triton_absent(device, dtype)
-        )
+        return _triton_absent(device, dtype)
     return ""
 
 
 @functools.cache
-def _choose(backend: str, device: torch.device, dtype: torch.dtype, rounds: bool) -> tuple[str, str]:
+def _choose(backend: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     """(backend, a warning or "")."""
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"backend = {backend!r}; 'auto', 'cuda', 'triton', 'cpu' or 'reference'")
     if dtype not in DTYPES:
         raise TypeError(absent("reference", device, dtype))
     if backend != "auto":
-        reason = absent(backend, device, dtype, rounds)
+        reason = absent(backend, device, dtype)
         if reason:
             raise RuntimeError(f"backend = {backend!r} is absent: {reason}")
         return backend, ""
     # Triton's interpreter is for tests, not for "auto".
     candidates = [name for name in BACKENDS if (name, device.type) != ("triton", "cpu")]
-    chosen = next(name for name in candidates if not absent(name, device, dtype, rounds))
+    chosen = next(name for name in candidates if not absent(name, device, dtype))
     if chosen != "reference":
         return chosen, ""
     own = absent("cpu" if device.type == "cpu" else "cuda", device, dtype)
@@ -174,7 +170,7 @@ def _choose(backend: str, device: torch.device, dtype: torch.dtype, rounds: bool
 _warned: set[str] = set()
 
 
-def choose(backend: str, device: torch.device, dtype: torch.dtype, rounds: bool = False) -> str:
+def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     """The backend that steps weights of this dtype on this device: the one asked for, or the first present one for
     "auto".
 
@@ -182,21 +178,21 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype, rounds: bool 
         ValueError: ``backend`` is not a backend's name. TypeError: no backend has this dtype.
         RuntimeError: it is absent; the message says why and what helps.
     """
-    chosen, warning = _choose(backend, device, dtype, rounds)
+    chosen, warning = _choose(backend, device, dtype)
     if warning and warning not in _warned:
         _warned.add(warning)
         warnings.warn(warning, stacklevel=2)
     return chosen
 
 
-def explain(backend: str, device: torch.device, dtype: torch.dtype, rounds: bool = False) -> str:
+def explain(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     """What choose() says, and of which weights; for "auto" with the reasons why no other backend of the device was
     taken before it.
     """
-    chosen = choose(backend, device, dtype, rounds)
+    chosen = choose(backend, device, dtype)
     before = BACKENDS[: BACKENDS.index(chosen)] if backend == "auto" else ()
     reasons = [
-        f"{name} is absent: {absent(name, device, dtype, rounds)}"
+        f"{name} is absent: {absent(name, device, dtype)}"
         for name in before
         if (name == "cpu") == (device.type == "cpu")
     ]

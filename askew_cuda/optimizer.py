@@ -221,7 +221,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         """The backend of weights of a group. Asked for once: torch.compile watches the answers, which are this
         optimizer's own.
         """
-        key = (group["backend"], device, dtype, dtype.itemsize == 2 and group["low_precision"] != "nearest")
+        key = (group["backend"], device, dtype)
         if key not in self._chosen:
             self._chosen[key] = backends.choose(*key)
         return self._chosen[key]
@@ -749,11 +749,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         for i, group in enumerate(self.param_groups):
             quantizer = self._quantizer(group)
             kinds = dict.fromkeys((weight.device, weight.dtype) for weight in group["params"])
-            rounds = group["low_precision"] != "nearest"
-            chosen = [
-                backends.explain(group["backend"], device, dtype, rounds and dtype.itemsize == 2)
-                for device, dtype in kinds
-            ]
+            chosen = [backends.explain(group["backend"], device, dtype) for device, dtype in kinds]
             shown = {key: value for key, value in sorted(group.items()) if key not in ("params", "param_names")}
             shown["quantizer"] = None if quantizer is None else quantizer.summary()
             lines += [f"Parameter Group {i}", *(f"    {key}: {value}" for key, value in shown.items())]

@@ -1,6 +1,7 @@
 """The step in Triton: the operations of ``csrc/maths/step.h``, in the same order, and the kernel that brings weights to
 them and back.
- The tags (E1)-(E6) are those of :mod:`askew_cuda.reference`, which explains the method. All arithmetic is float32;
+
+The tags (E1)-(E7) are those of :mod:`askew_cuda.reference`, which explains the method. All arithmetic is float32;
 divisions and roots are the rounded ones (``div_rn``, ``sqrt_rn``), and the launch forbids fused multiply-adds, so that
 the bits are those of the other backends. Selects let a NaN through. :mod:`askew_cuda.triton.launch` says what is
 launched.
@@ -18,10 +19,12 @@ Triton has no structs; these tuples go from function to function:
 import triton
 import triton.language as tl
 
+from .storage import join, make_key, narrow, random_bits, split, stochastic, widen
+
 # Columns of a tensor's row in the launch's table of int64 numbers; addresses that are not used are 0.
-WEIGHT, GRAD, STATE, CODES, SNAPPED, SCALE = (tl.constexpr(k) for k in (0, 1, 2, 5, 6, 7))
-SIZE, SCALE_RUN, SCALE_COUNT, OUTER_RUN, OUTER_COUNT, FIRST_BLOCK, ALIGNED, COLUMNS = (
-    tl.constexpr(k) for k in range(8, 16)
+WEIGHT, GRAD, STATE, CODES, SNAPPED, REMAINDER, SCALE, GROWTH = (tl.constexpr(k) for k in (0, 1, 2, 5, 6, 7, 8, 9))
+STREAM, FIRST_ELEMENT, SIZE, SCALE_RUN, SCALE_COUNT, OUTER_RUN, OUTER_COUNT, FIRST_BLOCK, ALIGNED, COLUMNS = (
+    tl.constexpr(k) for k in range(10, 20)
 )
 # Rows of a table of levels: their values, the midpoints above them, then half the distance to the neighbour, and its
 # inverse.
@@ -202,11 +205,10 @@ def multiples(position, lane, period, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def scale_of(row, start, lane, BLOCK: tl.constexpr, PER_TENSOR: tl.constexpr):
+def number_of_scale(row, start, lane, BLOCK: tl.constexpr, PER_TENSOR: tl.constexpr):
     """Weight i has scale[(i // outer_run) % outer_count * count + (i // run) % count]."""
-    scale = tl.load(row + SCALE).to(tl.pointer_type(tl.float32))
     if PER_TENSOR:
-        return tl.load(scale)
+        return 0
     else:
         run, count = tl.load(row + SCALE_RUN), tl.load(row + SCALE_COUNT)
         first = (start // run) % count
@@ -216,7 +218,7 @@ def scale_of(row, start, lane, BLOCK: tl.constexpr, PER_TENSOR: tl.constexpr):
         before = (start // outer_run) % outer_count
         after = multiples(start % outer_run, lane, outer_run, BLOCK)
         outer = before + (after - multiples(before, after, outer_count, BLOCK) * outer_count)
-        return tl.load(scale + outer * count + inner)
+        return outer * count + inner
 
 
 @triton.jit
@@ -240,31 +242,11 @@ def place(row, column, start, lane, DTYPE: tl.constexpr, WHOLE: tl.constexpr):
 
 
 @triton.jit
-def widen(x):
-    """A number as stored, in float32."""
-    if x.dtype == tl.uint16:
-        return (x.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-    else:
-        return x.to(tl.float32)
-
-
-@triton.jit
 def read(pointers, mask, WHOLE: tl.constexpr):
     if WHOLE:
-        return widen(tl.load(pointers))
+        return tl.load(pointers)
     else:
-        return widen(tl.load(pointers, mask=mask, other=0))
-
-
-@triton.jit
-def narrow(x, DTYPE: tl.constexpr):
-    """x in its storage type, rounded to nearest even."""
-    if tl.uint16 == DTYPE:
-        bits = x.to(tl.uint32, bitcast=True)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        return tl.where(x != x, 0x7FC0, rounded).to(tl.uint16)
-    else:
-        return x.to(DTYPE)
+        return tl.load(pointers, mask=mask, other=0)
 
 
 @triton.jit
@@ -276,65 +258,92 @@ def write(pointers, x, mask, WHOLE: tl.constexpr):
 
 
 @triton.jit
-def base_rule(
-    g, w, row, tensor, start, lane, mask, lr, rule,
-    WHOLE: tl.constexpr, STATE_TYPE: tl.constexpr, ADAMW: tl.constexpr, STATES: tl.constexpr, DECAYS: tl.constexpr,
-    NESTEROV: tl.constexpr,
+def read_state(
+    row, start, lane, mask, g,
+    WHOLE: tl.constexpr, STATE_TYPE: tl.constexpr, ADAMW: tl.constexpr, STATES: tl.constexpr,
 ):  # fmt: skip
-    """(E4): the displacement; the state is read, moved and written."""
+    """The state's parts; one that there is not is like g."""
+    first, second, third = g, g, g
+    if STATES >= 1:
+        first = widen(read(place(row, STATE, start, lane, STATE_TYPE, WHOLE), mask, WHOLE))
     if ADAMW:
-        means, squares = (
-            place(row, STATE, start, lane, STATE_TYPE, WHOLE),
-            place(row, STATE + 1, start, lane, STATE_TYPE, WHOLE),
-        )
-        largests = place(row, STATE + 2, start, lane, STATE_TYPE, WHOLE)
-        mean, square, largest = read(means, mask, WHOLE), read(squares, mask, WHOLE), g
-        if STATES == 3:
-            largest = read(largests, mask, WHOLE)
-        d, mean, square, largest = adamw_displacement(g, w, mean, square, largest, lr, rule, tensor, STATES == 3)
-        write(means, narrow(mean, STATE_TYPE), mask, WHOLE)
-        write(squares, narrow(square, STATE_TYPE), mask, WHOLE)
-        if STATES == 3:
-            write(largests, narrow(largest, STATE_TYPE), mask, WHOLE)
+        second = widen(read(place(row, STATE + 1, start, lane, STATE_TYPE, WHOLE), mask, WHOLE))
+    if STATES == 3:
+        third = widen(read(place(row, STATE + 2, start, lane, STATE_TYPE, WHOLE), mask, WHOLE))
+    return first, second, third
+
+
+@triton.jit
+def write_state(
+    state, row, start, lane, mask,
+    WHOLE: tl.constexpr, STATE_TYPE: tl.constexpr, ADAMW: tl.constexpr, STATES: tl.constexpr,
+):  # fmt: skip
+    if STATES >= 1:
+        write(place(row, STATE, start, lane, STATE_TYPE, WHOLE), narrow(state[0], STATE_TYPE), mask, WHOLE)
+    if ADAMW:
+        write(place(row, STATE + 1, start, lane, STATE_TYPE, WHOLE), narrow(state[1], STATE_TYPE), mask, WHOLE)
+    if STATES == 3:
+        write(place(row, STATE + 2, start, lane, STATE_TYPE, WHOLE), narrow(state[2], STATE_TYPE), mask, WHOLE)
+
+
+@triton.jit
+def base_rule(
+    g, w, state, tensor, lr, rule,
+    ADAMW: tl.constexpr, STATES: tl.constexpr, DECAYS: tl.constexpr, NESTEROV: tl.constexpr,
+):  # fmt: skip
+    """(E4): the displacement and the new state."""
+    first, second, third = state
+    if ADAMW:
+        d, first, second, third = adamw_displacement(g, w, first, second, third, lr, rule, tensor, STATES == 3)
     else:
-        buffers, buffer = place(row, STATE, start, lane, STATE_TYPE, WHOLE), g
-        if STATES == 1:
-            buffer = read(buffers, mask, WHOLE)
-        d, buffer = sgd_displacement(g, w, buffer, lr, rule, DECAYS, STATES, NESTEROV)
-        if STATES == 1:
-            write(buffers, narrow(buffer, STATE_TYPE), mask, WHOLE)
-    return d
+        d, first = sgd_displacement(g, w, first, lr, rule, DECAYS, STATES, NESTEROV)
+    return d, (first, second, third)
 
 
 @triton.jit
 def step_block(
-    row, tensor, start, lr, grad_factor, h, book, rule,
+    row, tensor, start, lr, grad_factor, h, book, rule, key,
     BLOCK: tl.constexpr, WHOLE: tl.constexpr, WEIGHT_TYPE: tl.constexpr, STATE_TYPE: tl.constexpr,
-    SNAPPED_TYPE: tl.constexpr,
+    SNAPPED_TYPE: tl.constexpr, ROUNDING: tl.constexpr,
     CODED: tl.constexpr, ADAMW: tl.constexpr, STATES: tl.constexpr, DECAYS: tl.constexpr, NESTEROV: tl.constexpr,
-    QUANTIZED: tl.constexpr, CAPACITY: tl.constexpr, PER_TENSOR: tl.constexpr, CAPTURE: tl.constexpr,
-    SKEW_GRADIENT: tl.constexpr,
-    CLIP: tl.constexpr,
+    QUANTIZED: tl.constexpr, GROWS: tl.constexpr, CAPACITY: tl.constexpr, PER_TENSOR: tl.constexpr,
+    CAPTURE: tl.constexpr, SKEW_GRADIENT: tl.constexpr, CLIP: tl.constexpr,
 ):  # fmt: skip
-    """One step of a block of one tensor: loads, (E1)-(E6), stores."""
+    """One step of a block of one tensor: loads, (E1)-(E7), stores."""
     lane = tl.arange(0, BLOCK)
     mask = lane < tl.load(row + SIZE) - start
     weights = place(row, WEIGHT, start, lane, WEIGHT_TYPE, WHOLE)
-    w = read(weights, mask, WHOLE)
-    g = read(place(row, GRAD, start, lane, WEIGHT_TYPE, WHOLE), mask, WHOLE) * grad_factor
+    remainders = place(row, REMAINDER, start, lane, tl.int16, WHOLE)
+    stored = read(weights, mask, WHOLE)
+    g = widen(read(place(row, GRAD, start, lane, WEIGHT_TYPE, WHOLE), mask, WHOLE)) * grad_factor
+    state = read_state(row, start, lane, mask, g, WHOLE, STATE_TYPE, ADAMW, STATES)  # before anything waits for a scale
+    w = join(stored, read(remainders, mask, WHOLE), WEIGHT_TYPE) if ROUNDING == "remainder" else widen(stored)
     if QUANTIZED:
-        scale = scale_of(row, start, lane, BLOCK, PER_TENSOR)
+        number = number_of_scale(row, start, lane, BLOCK, PER_TENSOR)
+        scale = tl.load(tl.load(row + SCALE).to(tl.pointer_type(tl.float32)) + number)
+        if GROWS:  # (E7)
+            growth = tl.load(tl.load(row + GROWTH).to(tl.pointer_type(tl.float32)) + number)
+            w, scale = w * growth, scale * growth
         unit = scale * book[0]
         grid = (unit, tl.div_rn(1.0, unit))
         if SKEW_GRADIENT:
             g = tl.where(lr != 0, -skew_interval(-g, w, grid, book, h, CAPACITY), g)
-    d = base_rule(g, w, row, tensor, start, lane, mask, lr, rule, WHOLE, STATE_TYPE, ADAMW, STATES, DECAYS, NESTEROV)
+    d, state = base_rule(g, w, state, tensor, lr, rule, ADAMW, STATES, DECAYS, NESTEROV)
+    write_state(state, row, start, lane, mask, WHOLE, STATE_TYPE, ADAMW, STATES)
     if QUANTIZED and not SKEW_GRADIENT:
         d = skew_capture(d, w, grid, book, h, CAPACITY) if CAPTURE else skew_interval(d, w, grid, book, h, CAPACITY)
     moved = w + d
     if CLIP:
         moved = clipped(moved, scale, grid, book)
-    stored = narrow(tl.where(lr != 0, moved, w), WEIGHT_TYPE)
+    moved = tl.where(lr != 0, moved, w)
+    if ROUNDING == "remainder":
+        stored, remainder = split(moved, WEIGHT_TYPE)
+        write(remainders, remainder, mask, WHOLE)
+    elif ROUNDING == "stochastic":
+        random = random_bits(key, tl.load(row + FIRST_ELEMENT) + start + lane)
+        stored = stochastic(moved, random, WEIGHT_TYPE)
+    else:
+        stored = narrow(moved, WEIGHT_TYPE)
     write(weights, stored, mask, WHOLE)
     if CODED or SNAPPED_TYPE is not None:  # (E6), from what the storage made of the weight
         kept = widen(stored)
@@ -347,14 +356,15 @@ def step_block(
             write(place(row, SNAPPED, start, lane, SNAPPED_TYPE, WHOLE), snapped, mask, WHOLE)
 
 
-@triton.jit(do_not_specialize=["table", "owner", "lr", "epsilon", "grad_scale", "found_inf", "pull", "book", "rule"])
+@triton.jit(
+    do_not_specialize=["table", "owner", "lr", "epsilon", "grad_scale", "found_inf", "pull", "book", "rule", "seed"]
+)
 def step_kernel(
-    table, owner, lr, epsilon, grad_scale, found_inf, pull, book, rule,
+    table, owner, lr, epsilon, grad_scale, found_inf, pull, book, rule, seed,
     BLOCK: tl.constexpr, MAXIMIZE: tl.constexpr, RATE_IS_ALPHA: tl.constexpr, WEIGHT_TYPE: tl.constexpr,
-    STATE_TYPE: tl.constexpr,
-    SNAPPED_TYPE: tl.constexpr, CODED: tl.constexpr, ADAMW: tl.constexpr, STATES: tl.constexpr, DECAYS: tl.constexpr,
-    NESTEROV: tl.constexpr, QUANTIZED: tl.constexpr, CAPACITY: tl.constexpr, PER_TENSOR: tl.constexpr,
-    CAPTURE: tl.constexpr,
+    STATE_TYPE: tl.constexpr, SNAPPED_TYPE: tl.constexpr, ROUNDING: tl.constexpr, CODED: tl.constexpr,
+    ADAMW: tl.constexpr, STATES: tl.constexpr, DECAYS: tl.constexpr, NESTEROV: tl.constexpr, QUANTIZED: tl.constexpr,
+    GROWS: tl.constexpr, CAPACITY: tl.constexpr, PER_TENSOR: tl.constexpr, CAPTURE: tl.constexpr,
     SKEW_GRADIENT: tl.constexpr, CLIP: tl.constexpr,
 ):  # fmt: skip
     """One step of all tensors of a list, a block of BLOCK weights in each program; found_inf != 0 leaves everything as
@@ -366,6 +376,7 @@ def step_kernel(
         lr, epsilon, grad_scale, found_inf: numbers, or pointers to float32 numbers.
         pull: (rate, max_step, snap). book: see above. rule: the settings of SGD or AdamW, in the order that they are
             unpacked.
+        seed: of stochastic rounding, in three pieces of 21 bits; or (a pointer to int64, 0, 0).
     """
     if loaded(found_inf, 0) == 0:
         program = tl.program_id(0)
@@ -376,15 +387,16 @@ def step_kernel(
         lr_value = loaded(lr, 0)
         grad_factor = tl.div_rn(-1.0 if MAXIMIZE else 1.0, loaded(grad_scale, 0))
         h = hyper(lr_value, loaded(epsilon, 0), pull, CAPTURE, SKEW_GRADIENT, RATE_IS_ALPHA)
+        key = make_key(seed, tl.load(row + STREAM), ROUNDING)
         if whole:
             step_block(
-                row, tensor, start, lr_value, grad_factor, h, book, rule, BLOCK, True, WEIGHT_TYPE, STATE_TYPE,
-                SNAPPED_TYPE,
-                CODED, ADAMW, STATES, DECAYS, NESTEROV, QUANTIZED, CAPACITY, PER_TENSOR, CAPTURE, SKEW_GRADIENT, CLIP,
+                row, tensor, start, lr_value, grad_factor, h, book, rule, key, BLOCK, True, WEIGHT_TYPE, STATE_TYPE,
+                SNAPPED_TYPE, ROUNDING, CODED, ADAMW, STATES, DECAYS, NESTEROV, QUANTIZED, GROWS, CAPACITY, PER_TENSOR,
+                CAPTURE, SKEW_GRADIENT, CLIP,
             )  # fmt: skip
         else:
             step_block(
-                row, tensor, start, lr_value, grad_factor, h, book, rule, BLOCK, False, WEIGHT_TYPE, STATE_TYPE,
-                SNAPPED_TYPE,
-                CODED, ADAMW, STATES, DECAYS, NESTEROV, QUANTIZED, CAPACITY, PER_TENSOR, CAPTURE, SKEW_GRADIENT, CLIP,
+                row, tensor, start, lr_value, grad_factor, h, book, rule, key, BLOCK, False, WEIGHT_TYPE, STATE_TYPE,
+                SNAPPED_TYPE, ROUNDING, CODED, ADAMW, STATES, DECAYS, NESTEROV, QUANTIZED, GROWS, CAPACITY, PER_TENSOR,
+                CAPTURE, SKEW_GRADIENT, CLIP,
             )  # fmt: skip

@@ -1,8 +1,13 @@
 """The Triton backend: from the lists of a call to one launch of :mod:`askew_cuda.triton.kernel`.
- A launch steps all tensors of a call: a table on the device says where they lie, and a map which tensor each program's
-block is in. Both are kept: the map is made anew only for other layouts, the table where tensors lie elsewhere. Nothing
-is read from the device, and numbers that lie there are read by the kernel; with one exception: AdamW's step counts on
-the CPU can only stand still for a ``found_inf`` that the host has read.
+
+A launch steps all tensors of a call: a table on the device says where they lie, and a map which tensor each program's
+block is in. Both are kept: the map is made anew only for other layouts, the table where tensors lie elsewhere. A call
+with the tensors of an earlier one is known by their addresses, before anything else is looked at. Nothing is read from
+the device, and numbers that lie there are read by the kernel; with one exception: AdamW's step counts on the CPU can
+only stand still for a ``found_inf`` that the host has read.
+
+It is written for NVIDIA's GPUs and has not yet run on one. ROCm and XPU, which Triton compiles for as well, are
+untested.
 
 With TRITON_INTERPRET=1 in the environment Triton runs the same code on the CPU, slowly, for tests.
 """
@@ -11,6 +16,7 @@ import contextlib
 import functools
 import itertools
 import math
+import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -26,11 +32,22 @@ from .kernel import step_kernel
 
 Tensors = Sequence[Tensor]
 Scalar = float | Tensor | None  # one that changes from step to step
+Addresses = tuple[tuple[int, ...], ...]
 Rule = tuple[float | Tensor, ...]  # the settings of SGD or AdamW, in the order in which the kernel unpacks them
 Made = TypeVar("Made")
 Step = TypeVar("Step", bound=Callable[..., None])
 
-BLOCK, WARPS = 512, 4  # weights and warps of a program: 4 weights per thread, 16 bytes of float32
+
+class Program(NamedTuple):
+    """Its weights, and the warps that share them."""
+
+    block: int
+    warps: int
+
+
+# 4 weights per thread: 16 bytes of float32. A warp has 32 threads; on AMD's data-center GPUs 64, on Intel's 16.
+PROGRAMS = {"cuda": Program(512, 4), "hip": Program(1024, 4), "xpu": Program(512, 8), "cpu": Program(512, 4)}
+BESIDE = 8  # columns of the table that hold addresses of weights and what lies beside them
 INTERPRETED = not isinstance(step_kernel, triton.JITFunction)
 DEVICES = ("cpu",) if INTERPRETED else ("cuda", "xpu")
 # Triton's interpreter converts to bfloat16 by cutting off: there its bits are handled as integers, and rounded by the
@@ -44,6 +61,31 @@ STORAGE = {
 }
 
 
+class Rounding(NamedTuple):
+    """How weights are stored, of :func:`reference.sgd_`'s arguments."""
+
+    remainders: Tensors = ()
+    seed: Tensor | int | None = None
+    streams: Sequence[int] = ()
+    first_elements: Sequence[int] = ()
+
+    @property
+    def name(self) -> str:
+        return "stochastic" if self.seed is not None else "remainder" if self.remainders else "nearest"
+
+    def numbers(self, weights: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of each weight: its stream, and the number of its first element."""
+        nothing = (0,) * weights
+        return tuple(self.streams) or nothing, tuple(self.first_elements) or nothing
+
+    def seed_argument(self, device: torch.device) -> tuple[int | Tensor, int, int]:
+        """As the kernel takes it: numbers of 21 bits, which don't change their type from seed to seed."""
+        if isinstance(self.seed, Tensor) and self.seed.device == device:
+            return self.seed, 0, 0
+        seed, piece = int(self.seed or 0), 2**21 - 1
+        return seed & piece, seed >> 21 & piece, seed >> 42
+
+
 class Lists(NamedTuple):
     """The lists of one call; those of ``state``, by name, are empty or have a tensor for each weight."""
 
@@ -52,12 +94,15 @@ class Lists(NamedTuple):
     state: dict[str, Tensors]
     scales: Tensors
     levels: tuple[float, ...]
+    growths: Tensors
     codes: Tensors
     snapped: Tensors
+    rounding: Rounding
 
     def beside_weights(self) -> dict[str, Tensors]:
         """The lists whose tensors have the shapes of the weights, by name."""
-        return {"grads": self.grads, **self.state, "codes": self.codes, "snapped": self.snapped}
+        outputs = {"codes": self.codes, "snapped": self.snapped, "remainders": self.rounding.remainders}
+        return {"grads": self.grads, **self.state, **outputs}
 
 
 class Latest(dict[Hashable, Made]):
@@ -80,10 +125,37 @@ class BlockMap(NamedTuple):
 
     owner: Tensor  # (programs,) int32, on the device: the tensor that a program's block is in
     columns: Tensor  # (tensors, 6) int64: size, four of scales, first block
+    program: Program
     per_tensor: bool  # no weight has more than one scale
     tables: Latest[Tensor]
 
 
+class Known(NamedTuple):
+    """A call that needed no copies: where its tensors lay, which ones they were, and what was made of them."""
+
+    addresses: Addresses
+    lengths: tuple[int, ...]
+    tensors: list[weakref.ref[Tensor]]  # but for gradients, which come anew
+    strides: list[tuple[int, ...]]  # of the weights
+    levels: tuple[float, ...]
+    layout: BlockMap
+    table: Tensor
+
+    def is_of(self, lists: Lists, addresses: Addresses) -> bool:
+        """Whether these are the same tensors, where they were; gradients may be others that lie alike. What a tensor is
+        can't change with its place unless somebody sets its data.
+        """
+        if self.addresses != addresses or self.lengths != lengths_of(lists) or self.levels != lists.levels:
+            return False
+        same = all(kept() is tensor for kept, tensor in zip(self.tensors, lasting(lists), strict=True))
+        dtype = lists.weights[0].dtype
+        return same and all(
+            grad.stride() == strides and grad.dtype == dtype
+            for grad, strides in zip(lists.grads, self.strides, strict=True)
+        )
+
+
+known: list[Known] = []  # the last ones, newest first
 layouts: Latest[BlockMap | None] = Latest(64)
 captured: list[tuple[object, ...]] = []  # what CUDA graphs go on reading, as long as the process lives
 
@@ -157,27 +229,46 @@ def make_layout(lists: Lists) -> BlockMap:
     scales = zip(lists.weights, lists.scales, strict=True) if lists.scales else ()
     runs = [scale_order(weight, scale)[1:] for weight, scale in scales] or [(1, 1, 1, 1)] * len(lists.weights)
     sizes = torch.tensor([weight.numel() for weight in lists.weights], device="cpu")
-    blocks = (sizes + (BLOCK - 1)) // BLOCK
+    program = PROGRAMS["hip" if torch.version.hip and not INTERPRETED else lists.weights[0].device.type]
+    blocks = (sizes + (program.block - 1)) // program.block
     owner = torch.repeat_interleave(torch.arange(len(sizes), dtype=torch.int32, device="cpu"), blocks)
     columns = torch.cat([sizes[:, None], torch.tensor(runs, device="cpu"), (blocks.cumsum(0) - blocks)[:, None]], 1)
-    return BlockMap(owner.to(lists.weights[0].device), columns, all(count == 1 for _, count, *_ in runs), Latest(8))
+    per_tensor = all(count == 1 for _, count, *_ in runs)
+    return BlockMap(owner.to(lists.weights[0].device), columns, program, per_tensor, Latest(8))
 
 
-def addresses_of(lists: Lists) -> tuple[tuple[int, ...], ...]:
-    """The first columns of the table: addresses of weights, gradients, three states, codes, snapped weights and scales;
-    0 without.
+def addresses_of(lists: Lists) -> Addresses:
+    """The first columns of the table: addresses of weights, gradients, three states, codes, snapped weights,
+    remainders, scales and growths; 0 without. Then the numbers that random bits depend on.
     """
-    every = (lists.weights, lists.grads, *[*lists.state.values(), (), ()][:3], lists.codes, lists.snapped, lists.scales)
-    return tuple([tuple([t.data_ptr() for t in tensors]) or (0,) * len(lists.weights) for tensors in every])
+    state = [*lists.state.values(), (), ()][:3]
+    outputs = (lists.codes, lists.snapped, lists.rounding.remainders)
+    every = (lists.weights, lists.grads, *state, *outputs, lists.scales, lists.growths)
+    count = len(lists.weights)
+    addresses = [tuple([t.data_ptr() for t in tensors]) or (0,) * count for tensors in every]
+    return (*addresses, *lists.rounding.numbers(count))
 
 
-def make_table(addresses: tuple[tuple[int, ...], ...], layout: BlockMap) -> Tensor:
+def lengths_of(lists: Lists) -> tuple[int, ...]:
+    """Of the lists; and whether weights must lie in logical order."""
+    logical = lists.rounding.seed is not None
+    return (*map(len, lists.beside_weights().values()), len(lists.scales), len(lists.growths), logical)
+
+
+def lasting(lists: Lists) -> list[Tensor]:
+    """All tensors but the gradients."""
+    beside = lists.beside_weights()
+    del beside["grads"]
+    return [*lists.weights, *itertools.chain.from_iterable(beside.values()), *lists.scales, *lists.growths]
+
+
+def make_table(addresses: Addresses, layout: BlockMap) -> Tensor:
     """(tensors, COLUMNS) int64, on the device. The host waits for the copy, this once, so that any stream may use
     it.
     """
     refuse_capture(layout.owner.device)
     columns = torch.tensor(addresses, device="cpu").t()
-    aligned = (columns[:, :-1] % 16 == 0).all(1, keepdim=True)
+    aligned = (columns[:, :BESIDE] % 16 == 0).all(1, keepdim=True)
     return torch.cat([columns, layout.columns, aligned], 1).to(layout.owner.device)
 
 
@@ -199,7 +290,8 @@ def in_memory_order(lists: Lists) -> tuple[Lists, list[tuple[Tensor, Tensor]]]:
         )
 
     def dense(weight: Tensor) -> Tensor:
-        if torch.ops.aten.is_non_overlapping_and_dense(weight):
+        logical = lists.rounding.seed is not None  # random bits count elements in logical order
+        if weight.is_contiguous() if logical else torch.ops.aten.is_non_overlapping_and_dense(weight):
             return weight
         return copied(weight, torch.empty_like(weight, memory_format=torch.contiguous_format), "weights")
 
@@ -209,8 +301,15 @@ def in_memory_order(lists: Lists) -> tuple[Lists, list[tuple[Tensor, Tensor]]]:
         for name, tensors in lists.beside_weights().items()
     }
     state: dict[str, Tensors] = {name: beside[name] for name in lists.state}
-    scales = [scale_order(weight, scale).scale for weight, scale in zip(weights, lists.scales, strict=False)]
-    return Lists(weights, beside["grads"], state, scales, lists.levels, beside["codes"], beside["snapped"]), written
+    scales, growths = (
+        [scale_order(weight, each).scale for weight, each in zip(weights, tensors, strict=False)]
+        for tensors in (lists.scales, lists.growths)
+    )
+    ordered = lists._replace(
+        weights=weights, grads=beside["grads"], state=state, scales=scales, growths=growths, codes=beside["codes"],
+        snapped=beside["snapped"], rounding=lists.rounding._replace(remainders=beside["remainders"]),
+    )  # fmt: skip
+    return ordered, written
 
 
 def layout_of(lists: Lists) -> BlockMap | None:
@@ -218,8 +317,8 @@ def layout_of(lists: Lists) -> BlockMap | None:
     order.
     """
     beside = lists.beside_weights()
-    tensors = [*lists.weights, *itertools.chain.from_iterable(beside.values()), *lists.scales]
-    lengths = (*((name, len(each)) for name, each in beside.items()), len(lists.scales))
+    tensors = [*lasting(lists), *lists.grads]
+    lengths = (*beside, *lengths_of(lists))
 
     def make() -> BlockMap | None:
         if lists.weights[0].device.type not in DEVICES:
@@ -228,7 +327,7 @@ def layout_of(lists: Lists) -> BlockMap | None:
                 "tensors"
             )
         ordered = in_memory_order(lists)[0]
-        same = [*ordered.weights, *itertools.chain.from_iterable(ordered.beside_weights().values()), *ordered.scales]
+        same = [*lasting(ordered), *ordered.grads]
         return make_layout(lists) if all(a is b for a, b in zip(tensors, same, strict=True)) else None
 
     return layouts.make(
@@ -332,25 +431,42 @@ def on_device(device: torch.device) -> Iterator[None]:
             yield
 
 
+def brought_into_order(lists: Lists) -> tuple[Lists, BlockMap, Tensor, list[tuple[Tensor, Tensor]]]:
+    """The lists as the kernel takes them, their layout and table, and what to write back: (original, copy)."""
+    addresses = addresses_of(lists)
+    for one in known:
+        if one.is_of(lists, addresses):
+            return lists, one.layout, one.table, []
+    layout, written = layout_of(lists), []
+    in_order = layout is not None
+    if layout is None:
+        given, (lists, written) = lists, in_memory_order(lists)
+        layout = make_layout(lists._replace(scales=given.scales))
+        addresses = addresses_of(lists)
+    table = layout.tables.make(addresses, functools.partial(make_table, addresses, layout))
+    if in_order:
+        references = [weakref.ref(tensor) for tensor in lasting(lists)]
+        strides = [weight.stride() for weight in lists.weights]
+        known.insert(0, Known(addresses, lengths_of(lists), references, strides, lists.levels, layout, table))
+        del known[8:]
+    return lists, layout, table, written
+
+
 def launch(
     lists: Lists, settings: Settings, rule: Rule, found_inf: float | Tensor, adamw: bool, decays: bool, nesterov: bool
 ) -> None:
     """One launch for all tensors, whose versions it increments. ``rule``: the rule's numbers, in the kernel's order."""
-    layout = layout_of(lists)
-    written: list[tuple[Tensor, Tensor]] = []
-    if layout is None:
-        given, (lists, written) = lists, in_memory_order(lists)
-        layout = make_layout(lists._replace(scales=given.scales))
     device, dtype, quantized = lists.weights[0].device, lists.weights[0].dtype, bool(lists.levels)
-    addresses = addresses_of(lists)
-    table = layout.tables.make(addresses, functools.partial(make_table, addresses, layout))
+    lists, layout, table, written = brought_into_order(lists)
     book, capacity = kernel_book(lists.levels, device)
     in_use([each for each in (table, layout.owner, *book) if isinstance(each, Tensor)], device)
     if capturing(device):
         captured.append((table, layout.owner, book))
     capture, rate = settings.anneal == "capture", settings.alpha if settings.recovery is None else settings.recovery
     assert rate is not None  # checked before
-    snap = snap_radius(dtype, lists.levels, settings, device) if capture and quantized else 0.0
+    exact = torch.float32 if lists.rounding.remainders else dtype  # as which a weight is as exact as it is stored
+    snap = snap_radius(exact, lists.levels, settings, device) if capture and quantized else 0.0
+    seed = lists.rounding.seed_argument(device)
     numbers = [
         argument(name, getattr(settings, name), default, device)
         for name, default in (("lr", 0.0), ("epsilon", 0.0), ("grad_scale", 1.0))
@@ -358,54 +474,37 @@ def launch(
     pull = (float(rate), float(settings.max_step), snap)
     states = [tensors for tensors in lists.state.values() if tensors]
     constants = {
-        "BLOCK": BLOCK, "MAXIMIZE": bool(settings.maximize), "RATE_IS_ALPHA": settings.alpha is not None,
+        "BLOCK": layout.program.block, "MAXIMIZE": bool(settings.maximize), "RATE_IS_ALPHA": settings.alpha is not None,
         "WEIGHT_TYPE": STORAGE[dtype], "STATE_TYPE": STORAGE[states[0][0].dtype if states else torch.float32],
         "SNAPPED_TYPE": STORAGE[lists.snapped[0].dtype if lists.snapped else None], "CODED": bool(lists.codes),
-        "ADAMW": adamw, "STATES": len(states), "DECAYS": decays, "NESTEROV": nesterov, "QUANTIZED": quantized,
-        "CAPACITY": capacity, "PER_TENSOR": layout.per_tensor, "CAPTURE": capture,
-        "SKEW_GRADIENT": quantized and settings.skew_at == "gradient", "CLIP": quantized and bool(settings.clip),
+        "ROUNDING": lists.rounding.name, "ADAMW": adamw, "STATES": len(states), "DECAYS": decays, "NESTEROV": nesterov,
+        "QUANTIZED": quantized, "GROWS": bool(lists.growths), "CAPACITY": capacity, "PER_TENSOR": layout.per_tensor,
+        "CAPTURE": capture, "SKEW_GRADIENT": quantized and settings.skew_at == "gradient",
+        "CLIP": quantized and bool(settings.clip),
     }  # fmt: skip
     if len(layout.owner):
         with on_device(device):
             step_kernel[(len(layout.owner),)](
-                table, layout.owner, *numbers, found_inf, pull, book, rule, num_warps=WARPS, enable_fp_fusion=False,
-                **constants,
+                table, layout.owner, *numbers, found_inf, pull, book, rule, seed, num_warps=layout.program.warps,
+                enable_fp_fusion=False, **constants,
             )  # fmt: skip
     for original, copy in written:
         original.copy_(copy)
     # Autograd must see that these changed: a backward pass over a graph from before the step is an error, as with
     # torch's optimizers.
-    for changed in (lists.weights, lists.codes, lists.snapped):
+    for changed in (lists.weights, lists.codes, lists.snapped, lists.rounding.remainders):
         torch.autograd.graph.increment_version([tensor for tensor in changed if not tensor.is_inference()])
 
 
-def refuse_rounding(remainders: Tensors, seed: object) -> None:
-    """The kernel rounds to nearest."""
-    if remainders or seed is not None:
-        raise ValueError(
-            "askew_cuda: Triton's kernel rounds to nearest only; leave remainders and seed out, or take another backend"
-        )
-
-
-def begin_to_learn(
-    weights: Tensors, grads: Tensors, scales: Tensors, growths: Tensors, sums: Tensors, infinite: float | Tensor
-) -> list[Tensor]:
-    """(E7) before the launch, by PyTorch's operations: the sums are made, the weights grow, and the scales that they
-    have then come back. It takes memory and time that the kernel does not; scales learn while weights are free.
+def sum_up(lists: Lists, sums: Tensors, infinite: float | Tensor) -> None:
+    """(E7) before the launch, by PyTorch's operations, which take memory and time that the kernel does not; scales
+    learn while weights are free.
     """
-    if growths and weights[0].dtype.itemsize == 2:
-        raise ValueError(
-            f"askew_cuda: growths of weights of {weights[0].dtype}, which Triton's kernel would round twice; scales of "
-            "16-bit weights learn with low_precision = 'remainder' or 'stochastic', and another backend"
-        )
-    storage, grown = Storage((), None, (), (), infinite), list(scales)
-    for i, (growth, each) in enumerate(zip(growths, sums, strict=True)):
-        w, scale = weights[i].float(), scales[i]
-        radial = torch.stack(reference.radial_sums(grads[i].float(), w, scale.shape))
-        w, grown[i] = reference.grow(w, scale, growth)
-        storage.write(each[:2], radial)
-        storage.write(weights[i].data, w)  # the launch increments their versions, once
-    return grown
+    storage = Storage(lists.rounding.remainders, None, (), (), infinite)
+    for i, each in enumerate(sums):
+        weight = lists.weights[i]
+        radial = reference.radial_sums(lists.grads[i].float(), storage.load(i, weight), lists.scales[i].shape)
+        storage.write(each[:2], torch.stack(radial))
 
 
 # The launch follows addresses, which a trace does not have.
@@ -418,22 +517,24 @@ outside_of_graphs: Callable[[Step], Step] = torch.compiler.disable(
 @torch.no_grad()
 def sgd_(
     weights: Tensors, grads: Tensors, momentum_buffers: Tensors, scales: Tensors, levels: Sequence[float],
-    codes: Tensors, snapped: Tensors, *, found_inf: Scalar = None, remainders: Tensors = (), seed: object = None,
-    streams: Sequence[int] = (), first_elements: Sequence[int] = (), growths: Tensors = (), sums: Tensors = (),
-    **settings: Any,
+    codes: Tensors, snapped: Tensors, *, found_inf: Scalar = None, remainders: Tensors = (),
+    seed: Tensor | int | None = None, streams: Sequence[int] = (), first_elements: Sequence[int] = (),
+    growths: Tensors = (), sums: Tensors = (), **settings: Any,
 ) -> None:  # fmt: skip
     """:func:`askew_cuda.reference.sgd_` in one launch, for float32, bfloat16 and float16. Arguments are checked before
     (``checks.py``). lr, epsilon, grad_scale and found_inf on the weights' device are not read by the host.
     """
-    refuse_rounding(remainders, seed)
     if not weights:
         return
     s, infinite = Settings(**settings), argument("found_inf", found_inf, 0.0, weights[0].device)
     if isinstance(infinite, float) and infinite != 0:
         return
     buffers = momentum_buffers if s.momentum != 0 else []
-    scales = begin_to_learn(weights, grads, scales, growths, sums, infinite)
-    lists = Lists(weights, grads, {"momentum_buffers": buffers}, scales, tuple(levels), codes, snapped)
+    rounding = Rounding(remainders, seed, streams, first_elements)
+    lists = Lists(
+        weights, grads, {"momentum_buffers": buffers}, scales, tuple(levels), growths, codes, snapped, rounding
+    )
+    sum_up(lists, sums, infinite)
     rule = (float(s.momentum), 1.0 - s.dampening, float(s.weight_decay))
     launch(lists, s, rule, infinite, False, s.weight_decay != 0, bool(s.nesterov and s.momentum != 0))
 
@@ -443,14 +544,13 @@ def sgd_(
 def adamw_(
     weights: Tensors, grads: Tensors, exp_avgs: Tensors, exp_avg_sqs: Tensors, max_exp_avg_sqs: Tensors, steps: Tensors,
     scales: Tensors, levels: Sequence[float], codes: Tensors, snapped: Tensors, *, found_inf: Scalar = None,
-    remainders: Tensors = (), seed: object = None, streams: Sequence[int] = (), first_elements: Sequence[int] = (),
-    growths: Tensors = (), sums: Tensors = (), **settings: Any,
+    remainders: Tensors = (), seed: Tensor | int | None = None, streams: Sequence[int] = (),
+    first_elements: Sequence[int] = (), growths: Tensors = (), sums: Tensors = (), **settings: Any,
 ) -> None:  # fmt: skip
     """:func:`askew_cuda.reference.adamw_` in one launch, as :func:`sgd_`. ``steps`` are all on the CPU, where a
     ``found_inf`` on a device is read by the host so that they can stand still, or all on the weights' device: then
     nothing is, and the bias corrections may differ from the reference's by a last bit.
     """
-    refuse_rounding(remainders, seed)
     if not weights:
         return
     device = weights[0].device
@@ -460,8 +560,9 @@ def adamw_(
     if isinstance(infinite, float) and infinite != 0:
         return
     state = {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "max_exp_avg_sqs": max_exp_avg_sqs}
-    scales = begin_to_learn(weights, grads, scales, growths, sums, infinite)
-    lists = Lists(weights, grads, state, scales, tuple(levels), codes, snapped)
+    rounding = Rounding(remainders, seed, streams, first_elements)
+    lists = Lists(weights, grads, state, scales, tuple(levels), growths, codes, snapped, rounding)
+    sum_up(lists, sums, infinite)
     corrections = bias_corrections(steps, s.beta1, s.beta2, device)
     moments = (float(s.beta1), 1.0 - s.beta1, float(s.beta2), 1.0 - s.beta2)
     rule = (*moments, float(s.eps), float(s.weight_decay), *corrections)

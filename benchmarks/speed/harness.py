@@ -138,13 +138,14 @@ def cold(clock: Clock = host_seconds) -> Clock:
 def device_clock() -> Clock:
     """As host_seconds, by events on the current GPU's stream.
 
-    The L2 cache is overwritten before, and no call waits for the host.
+    A buffer of four times the L2 cache is read before, so that it holds nothing of the call's and nothing that has yet
+    to be written back, and no call waits for the host.
     """
-    junk = torch.empty(4 * torch.cuda.get_device_properties().L2_cache_size, dtype=torch.uint8, device="cuda")
+    junk = torch.ones(torch.cuda.get_device_properties().L2_cache_size, dtype=torch.int32, device="cuda")
 
     def seconds(run: Callable[[], object], calls: int) -> float:
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        junk.zero_()
+        junk.sum()
         torch.cuda._sleep(1_000_000)  # half a millisecond, in which the host puts the calls into the queue
         begin.record()
         for _ in range(calls):

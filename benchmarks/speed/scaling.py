@@ -16,7 +16,7 @@ from benchmarks.speed.harness import COPY
 from benchmarks.speed.section import Section
 from benchmarks.speed.workloads import Tensors
 
-BYTES = 4 * 4  # weight, gradient, momentum, target of the copy
+BYTES = 4 * 8  # weight, gradient, momentum; two and a half each for the copy and its target
 ROOM = 0.5  # share of the free memory that may be taken
 
 
@@ -50,7 +50,7 @@ def measure(effort: script.Effort) -> Iterator[Section]:
                 variants[f"askew {name} 4 bit, capture"] = tensors.ours(name)
             fits = (
                 size * BYTES < 4 * machine.last_level_cache() and device.type == "cpu"
-            )  # a GPU's clock overwrites its cache anyway
+            )  # a GPU's clock clears its cache anyway
             calls = max(1, min(200, 2**20 // size))
             for caches, clock in {"warm": harness.clock_of(device), "cold": cold}.items():
                 if caches == "cold" and not fits:

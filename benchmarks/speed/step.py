@@ -36,8 +36,7 @@ def our_variants(tensors: Tensors, backend: str, everything: bool) -> dict[str, 
         "4 bit, capture": tensors.ours(backend),
         "4 bit, interval": tensors.ours(backend, anneal="interval"),
     }
-    if backend != "triton" or tensors.dtype.itemsize > 2:  # where Triton's kernel would round twice
-        found["4 bit, a scale that learns"] = tensors.ours(backend, learns=True)
+    found["4 bit, a scale that learns"] = tensors.ours(backend, learns=True)
     if everything:
         found |= {f"{name}, capture": tensors.ours(backend, levels=levels) for name, levels in LEVELS.items()}
         found["nf4 (table of 16), interval"] = tensors.ours(

@@ -74,7 +74,10 @@ class Tensors:
         self.states = [random(0.01).abs_() for _ in range(STATES[self.rule])]
         self.counter = [torch.tensor(10.0)]
         self.counted = [torch.tensor(11.0, device=self.device)]  # torch's kernel is told the number of this step
-        self.target = torch.zeros_like(self.weight)
+        self.source = self.weight.new_empty(self.moved // (2 * self.dtype.itemsize)).uniform_(
+            -1, 1, generator=generator
+        )
+        self.target = torch.zeros_like(self.source)
 
     @property
     def moved(self) -> int:
@@ -82,10 +85,11 @@ class Tensors:
         return (3 + 2 * STATES[self.rule]) * self.dtype.itemsize * self.size
 
     def copy(self) -> Variant:
-        return Variant(lambda: self.target.copy_(self.weight), 2 * self.dtype.itemsize * self.size)
+        """Of a tensor so large that it moves as many bytes as the step."""
+        return Variant(lambda: self.target.copy_(self.source), 2 * self.source.nbytes)
 
     def negation(self) -> Variant:
-        return Variant(self.target.neg_, 2 * self.dtype.itemsize * self.size)
+        return Variant(self.target.neg_, 2 * self.target.nbytes)
 
     def torch_fused(self) -> Variant:
         weight, grad, *states = ([each] for each in (self.weight, self.grad, *self.states))

@@ -7,9 +7,17 @@
 
 namespace askew {
 
-constexpr int64_t block_chunk =
-    1 << 13;                       // weights of a block: 32 a thread, so that what a thread does once is a small share
 constexpr int64_t few_spans = 16;  // travel as kernel arguments: as many as leave those below 4 KiB
+
+// Weights of a block: a power of two, so that whole vectors fit. Few, where blocks would else be fewer than a large GPU
+// holds at a time; many, where what a block does once is to be a small share.
+constexpr int64_t smallest_chunk = 1 << 10, largest_chunk = 1 << 13;
+ASKEW_HOST_FN int64_t chunk_of(const Launch& launch) {
+  int64_t total = 0, chunk = smallest_chunk;
+  for (int64_t i = 0; i < launch.span_count; ++i) total += launch.spans[i].size;
+  while (chunk < largest_chunk && total / chunk > 2048) chunk *= 2;
+  return chunk;
+}
 
 // A number that changes from step to step and that only the device knows: float32 or float64; null where the host knows
 // it.
@@ -26,18 +34,27 @@ struct DeviceNumbers {
   bool step_is_double;  // Span.step
 };
 
+// (E7) Of a tensor: the sums of blocks, `each` of them to one of `count` sums.
+struct BlockSums {
+  const double* blocks;
+  double* sums;
+  int64_t count, each;
+};
+
 struct CudaCall {
   int device;
   void* stream;  // cudaStream_t
   DeviceNumbers numbers;
-  const Span*
-      spans;  // the launch's, in device memory: one launch; null: they travel as arguments, in as many as it takes
-  const int64_t* first_chunk;  // in device memory too: [span_count + 1] chunks of block_chunk weights before each span
+  int64_t chunk;               // weights of a block
+  const Span* spans;           // the launch's, in device memory; null: they are few, and travel as arguments
+  const int64_t* first_chunk;  // in device memory too: [span_count + 1] chunks before each span
 };
 
 const char* cuda_step(const Launch& launch, const CudaCall& call);  // null, or what went wrong
-// (E7) From the sums of blocks to `count` sums, of `each` of them; and what scales learn. Null, or what went wrong.
-const char* cuda_add_up(const double* blocks, double* sums, int64_t count, int64_t each, const CudaCall& call);
+// Fills call.spans and call.first_chunk, as a CUDA graph can capture it: by kernels whose arguments hold the content.
+const char* cuda_write_table(const Launch& launch, const CudaCall& call);
+// (E7) From the sums of blocks to those of the scales of tensors; and what scales learn. Null, or what went wrong.
+const char* cuda_add_up(const BlockSums* tensors, int64_t count, const CudaCall& call);
 const char* cuda_learn(const ScaleSettings& settings, const ScaleSpan* spans, int64_t count, const CudaCall& call);
 bool cuda_is_capturing(void* stream);  // whether a CUDA graph is being captured
 std::string cuda_problem(int device);  // why kernels can't run there, and what helps; "" where they can

@@ -1,38 +1,15 @@
-// The CUDA backend: one kernel template around csrc/cuda/block.h, and its launches.
-#include <cuda_runtime.h>
+// The CUDA backend as the binding sees it: the launches, and the kernels beside the step.
+#include "launches.h"
 
 #include <algorithm>
 
-#include "block.h"
+#include "table.h"
+
+static_assert(CUDART_VERSION >= 12010,
+              "the table of a captured launch travels as 32 KB of kernel arguments: CUDA 12.1");
 
 namespace askew {
 namespace {
-
-// Blocks that a multiprocessor holds at a time: 4 leave a thread 64 registers, 3 leave it 80, 2 leave it 128. 16-bit
-// weights need more than 64, and so does interval annealing with AdamW; AdamW of 16-bit weights, and float64, whose
-// numbers take two each, more than 80. Enough bytes stay in flight.
-template <typename V>
-constexpr int resident_blocks() {
-  constexpr bool is_adamw = V::RuleType::states > 1, is_interval = std::is_same_v<typename V::Annealing, Interval>;
-  constexpr size_t bytes = sizeof(typename V::Storage);
-  if (bytes == 8 || (bytes == 2 && is_adamw)) return 2;
-  return bytes == 2 || (is_interval && is_adamw) ? 3 : 4;
-}
-
-template <typename V>
-__global__ void __launch_bounds__(block_threads, resident_blocks<V>())
-    step_kernel(const __grid_constant__ KernelArguments<V> arguments) {
-  static_assert(sizeof(KernelArguments<V>) <= 4096, "what every launch may pass");
-  __shared__ Block<V> block;
-  prepare(block, arguments, blockIdx.x, threadIdx.x);
-  __syncthreads();
-  if (V::book == Book::none || !arguments.h.learns) return run(block, arguments, threadIdx.x);
-  sum_radial(block, arguments, threadIdx.x);
-  __syncthreads();
-  run(block, arguments, threadIdx.x);
-  __syncthreads();
-  sum_second(block, arguments, threadIdx.x);
-}
 
 // AdamW's step counters that live on the device: one more each, unless AMP found an infinity.
 struct Counters {
@@ -53,38 +30,36 @@ __global__ void count_kernel(const __grid_constant__ Counters counters) {
     *static_cast<float*>(step) += 1;
 }
 
-template <typename Argument>
-cudaError_t start(void (*kernel)(Argument), int64_t blocks, const Argument& argument, void* stream) {
-  void* arguments[] = {const_cast<Argument*>(&argument)};
-  return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(blocks)),
-                          dim3(block_threads), arguments, 0, static_cast<cudaStream_t>(stream));
+cudaError_t count_steps(const Launch& launch, const CudaCall& call) {
+  Counters counters{call.numbers, launch.span_count, call.spans, {}};
+  for (int64_t i = 0; i < launch.span_count && !call.spans; ++i) counters.few[i] = launch.spans[i].step;
+  return start(count_kernel, chunks_of(launch.span_count, block_threads), counters, call.stream);
 }
 
-template <typename V>
-cudaError_t step_variant(const Launch& launch, const CudaCall& call) {
-  KernelArguments<V> arguments = arguments_of<V>(launch, call);
-  const int64_t at_a_time = spans_at_a_time(launch, call);
-  for (int64_t begin = 0; begin < launch.span_count; begin += at_a_time) {
-    const int64_t end = std::min(launch.span_count, begin + at_a_time),
-                  blocks = set_spans(arguments, launch, begin, end);
-    cudaError_t error = blocks > 0 ? start(step_kernel<V>, blocks, arguments, call.stream) : cudaSuccess;
-    if (error == cudaSuccess && launch.spans[begin].step && !launch.sums_alone) {
-      Counters counters{call.numbers, end - begin, call.spans, {}};
-      for (int64_t i = begin; i < end && !call.spans; ++i) counters.few[i - begin] = launch.spans[i].step;
-      error = start(count_kernel, chunks_of(end - begin, block_threads), counters, call.stream);
-    }
-    if (error != cudaSuccess) return error;
-  }
-  return cudaSuccess;
+__global__ void write_table_kernel(const __grid_constant__ TablePart part) {
+  write_entry(part, blockIdx.x * int64_t{block_threads} + threadIdx.x);
 }
 
-// (E7) From the sums of blocks to those of scales, `each` blocks to one. Where these are more than a chunk of order.h,
-// all threads of a block of threads add up chunks.
-__global__ void add_up_kernel(const double* blocks, double* sums, int64_t count, int64_t each, DeviceNumber found_inf) {
+// (E7) Both kernels below take several tensors, blockIdx.y says which: few, whose arguments cost a launch little, or as
+// many as 32 KB hold.
+constexpr int few_tensors = 32;
+template <typename Span> constexpr int many_tensors = (32764 - 256) / sizeof(Span);
+
+// From the sums of blocks to those of scales. Where the blocks of one are more than a chunk of order.h, all threads of
+// a block of threads add up chunks.
+template <int capacity> struct SumArguments {
+  DeviceNumber found_inf;
+  BlockSums tensors[capacity];
+};
+
+template <int capacity>
+__global__ void add_up_kernel(const __grid_constant__ SumArguments<capacity> arguments) {
+  const DeviceNumber& found_inf = arguments.found_inf;
   if (found_inf.at && found_inf.read() != 0) return;
+  const auto [blocks, sums, count, each] = arguments.tensors[blockIdx.y];
   if (each <= chunk_blocks) {
-    const int64_t k = blockIdx.x * int64_t{block_threads} + threadIdx.x;
-    if (k < count) sums[k] = add_blocks(blocks + k * each, each);
+    for (int64_t k = blockIdx.x * int64_t{block_threads} + threadIdx.x; k < count; k += gridDim.x * block_threads)
+      sums[k] = add_blocks(blocks + k * each, each);
     return;
   }
   __shared__ double chunks[block_threads];
@@ -102,15 +77,14 @@ __global__ void add_up_kernel(const double* blocks, double* sums, int64_t count,
   }
 }
 
-// The scales of a few tensors: blockIdx.y is the tensor.
-constexpr int64_t few_scale_spans = 32;
-struct ScaleArguments {
+template <int capacity> struct ScaleArguments {
   ScaleSettings settings;
   DeviceNumbers numbers;
-  ScaleSpan spans[few_scale_spans];
+  ScaleSpan tensors[capacity];
 };
 
-__global__ void learn_kernel(const __grid_constant__ ScaleArguments arguments) {
+template <int capacity>
+__global__ void learn_kernel(const __grid_constant__ ScaleArguments<capacity> arguments) {
   const DeviceNumbers& numbers = arguments.numbers;
   if (numbers.found_inf.at && numbers.found_inf.read() != 0) return;
   ScaleSettings settings = arguments.settings;
@@ -118,13 +92,33 @@ __global__ void learn_kernel(const __grid_constant__ ScaleArguments arguments) {
   if (numbers.epsilon.at) settings.epsilon = numbers.epsilon.read();
   if (numbers.grad_scale.at) settings.grad_scale = numbers.grad_scale.read();
   const Learning learning = learning_of(settings);
-  const ScaleSpan& span = arguments.spans[blockIdx.y];
+  const ScaleSpan& span = arguments.tensors[blockIdx.y];
   for (int64_t k = blockIdx.x * int64_t{block_threads} + threadIdx.x; k < span.size; k += gridDim.x * block_threads) {
     if (span.is_double)
       span.learn<double>(k, learning);
     else
       span.learn<float>(k, learning);
   }
+}
+
+// Launches a kernel for all tensors, as many at a time as its arguments hold. `blocks_of` says how many blocks of
+// threads are of use to one.
+template <typename Arguments, typename Span, typename BlocksOf>
+cudaError_t start_for_each(void (*kernel)(Arguments), Arguments arguments, const Span* tensors, int64_t count,
+                           const BlocksOf& blocks_of, void* stream) {
+  static_assert(sizeof(Arguments) <= 32764);
+  constexpr int64_t capacity = sizeof(arguments.tensors) / sizeof(Span);
+  cudaError_t error = cudaSuccess;
+  for (int64_t begin = 0; error == cudaSuccess && begin < count; begin += capacity) {
+    const int64_t end = std::min(count, begin + capacity);
+    int64_t most = 1;
+    for (int64_t i = begin; i < end; ++i) {
+      arguments.tensors[i - begin] = tensors[i];
+      most = std::max<int64_t>(most, blocks_of(tensors[i]));
+    }
+    error = start(kernel, dim3(static_cast<unsigned>(most), static_cast<unsigned>(end - begin)), arguments, stream);
+  }
+  return error;
 }
 
 constexpr int oldest = 75;  // compute capability that the kernels are compiled for in tests, and that CUDA 13 knows
@@ -136,38 +130,66 @@ std::string version(int number) { return std::to_string(number / 1000) + "." + s
 const char* cuda_step(const Launch& launch, const CudaCall& call) {
   cudaError_t error =
       cudaSetDevice(call.device);  // this copy of the runtime library does not know what torch told its own
-  if (error == cudaSuccess)
-    visit_variant(launch, [&](auto variant) { error = step_variant<decltype(variant)>(launch, call); });
+  if (error == cudaSuccess) {
+    switch (launch.dtype) {
+      case Dtype::float32:
+        error = step_float32(launch, call);
+        break;
+      case Dtype::float64:
+        error = step_float64(launch, call);
+        break;
+      case Dtype::bfloat16:
+        error = step_bfloat16(launch, call);
+        break;
+      case Dtype::float16:
+        error = step_float16(launch, call);
+        break;
+    }
+  }
+  if (error == cudaSuccess && launch.span_count > 0 && launch.spans[0].step && !launch.sums_alone)
+    error = count_steps(launch, call);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-const char* cuda_add_up(const double* blocks, double* sums, int64_t count, int64_t each, const CudaCall& call) {
+const char* cuda_write_table(const Launch& launch, const CudaCall& call) {
   cudaError_t error = cudaSetDevice(call.device);
-  if (error == cudaSuccess && count > 0) {
-    DeviceNumber found_inf = call.numbers.found_inf;
-    void* arguments[] = {&blocks, &sums, &count, &each, &found_inf};
-    const int64_t grid = each <= chunk_blocks ? chunks_of(count, block_threads) : std::min<int64_t>(count, 4096);
-    error = cudaLaunchKernel(reinterpret_cast<const void*>(add_up_kernel), dim3(static_cast<unsigned>(grid)),
-                             dim3(block_threads), arguments, 0, static_cast<cudaStream_t>(call.stream));
+  for (int64_t row = 0; error == cudaSuccess && row <= launch.span_count;) {
+    const TablePart part = table_part(launch, call, row);
+    error = start(write_table_kernel, chunks_of(int64_t{part.rows} * table_columns, block_threads), part, call.stream);
+    row += part.rows;
+  }
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+const char* cuda_add_up(const BlockSums* tensors, int64_t count, const CudaCall& call) {
+  cudaError_t error = cudaSetDevice(call.device);
+  const auto blocks_of = [](const BlockSums& of) {
+    return of.each <= chunk_blocks ? std::min<int64_t>(chunks_of(of.count, block_threads), 1024)
+                                   : std::min<int64_t>(of.count, 4096);
+  };
+  const auto start_with = [&](auto capacity) {
+    constexpr int room = decltype(capacity)::value;
+    return start_for_each(add_up_kernel<room>, SumArguments<room>{call.numbers.found_inf, {}}, tensors, count,
+                          blocks_of, call.stream);
+  };
+  if (error == cudaSuccess) {
+    error = count <= few_tensors ? start_with(std::integral_constant<int, few_tensors>{})
+                                 : start_with(std::integral_constant<int, many_tensors<BlockSums>>{});
   }
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
 const char* cuda_learn(const ScaleSettings& settings, const ScaleSpan* spans, int64_t count, const CudaCall& call) {
   cudaError_t error = cudaSetDevice(call.device);
-  for (int64_t begin = 0; error == cudaSuccess && begin < count; begin += few_scale_spans) {
-    ScaleArguments few{settings, call.numbers, {}};
-    const int64_t end = std::min(count, begin + few_scale_spans);
-    int64_t most = 1;
-    for (int64_t i = begin; i < end; ++i) {
-      few.spans[i - begin] = spans[i];
-      most = std::max(most, spans[i].size);
-    }
-    void* arguments[] = {&few};
-    const dim3 grid(static_cast<unsigned>(std::min<int64_t>(chunks_of(most, block_threads), 1024)),
-                    static_cast<unsigned>(end - begin));
-    error = cudaLaunchKernel(reinterpret_cast<const void*>(learn_kernel), grid, dim3(block_threads), arguments, 0,
-                             static_cast<cudaStream_t>(call.stream));
+  const auto blocks_of = [](const ScaleSpan& of) { return std::min<int64_t>(chunks_of(of.size, block_threads), 1024); };
+  const auto start_with = [&](auto capacity) {
+    constexpr int room = decltype(capacity)::value;
+    return start_for_each(learn_kernel<room>, ScaleArguments<room>{settings, call.numbers, {}}, spans, count, blocks_of,
+                          call.stream);
+  };
+  if (error == cudaSuccess) {
+    error = count <= few_tensors ? start_with(std::integral_constant<int, few_tensors>{})
+                                 : start_with(std::integral_constant<int, many_tensors<ScaleSpan>>{});
   }
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
@@ -183,7 +205,7 @@ std::string cuda_built_for() { return version(CUDART_VERSION) + " for compute ca
 std::string cuda_problem(int device) {
   int driver = 0;
   if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0) return "there is no NVIDIA driver; install one";
-  if (driver / 1000 < CUDART_VERSION / 1000) {
+  if (driver / 1000 < CUDART_VERSION / 1000 || driver < 12010) {
     return "the driver knows CUDA " + version(driver) + " and the kernels were built with " + version(CUDART_VERSION) +
            "; update the driver, or reinstall askew_cuda with a toolkit as old";
   }

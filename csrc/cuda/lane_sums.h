@@ -5,20 +5,36 @@
 
 namespace askew {
 
-// What the lanes of a block of sums add up to, for the first of its 16 threads; `of` gives a lane's own sum. On a
-// processor, for tests, that thread asks for all lanes.
-template <typename OfLane>
-ASKEW_FN double over_lanes(int thread, const OfLane& of) {
+template <int kinds> struct LaneSums {
+  double of[kinds];
+};
+
+// What the lanes of a block of sums add up to, several kinds at a time, for the first of its 16 threads; `add` adds up
+// a lane's own. On a processor, for tests, that thread asks for all lanes.
+template <int kinds, typename Add>
+ASKEW_FN LaneSums<kinds> over_lanes(int thread, const Add& add) {
 #if defined(__CUDA_ARCH__)
-  double sum = of(thread % sum_lanes);
+  double total[kinds] = {};
+  add(thread % sum_lanes, total);
   const unsigned neighbours = 0xffffu << (threadIdx.x & 16);
 #pragma unroll
-  for (int half = sum_lanes / 2; half > 0; half /= 2) sum += __shfl_down_sync(neighbours, sum, half, sum_lanes);
-  return sum;
+  for (int half = sum_lanes / 2; half > 0; half /= 2)
+#pragma unroll
+    for (int k = 0; k < kinds; ++k) total[k] += __shfl_down_sync(neighbours, total[k], half, sum_lanes);
+  LaneSums<kinds> sums;
+#pragma unroll
+  for (int k = 0; k < kinds; ++k) sums.of[k] = total[k];
+  return sums;
 #else
-  double lanes[sum_lanes] = {};
-  for (int lane = 0; lane < sum_lanes && thread % sum_lanes == 0; ++lane) lanes[lane] = of(lane);
-  return add_lanes(lanes);
+  double lanes[kinds][sum_lanes] = {};
+  for (int lane = 0; lane < sum_lanes && thread % sum_lanes == 0; ++lane) {
+    double total[kinds] = {};
+    add(lane, total);
+    for (int k = 0; k < kinds; ++k) lanes[k][lane] = total[k];
+  }
+  LaneSums<kinds> sums;
+  for (int k = 0; k < kinds; ++k) sums.of[k] = add_lanes(lanes[k]);
+  return sums;
 #endif
 }
 

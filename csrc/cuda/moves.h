@@ -4,6 +4,13 @@
 
 #include "../maths/pack.h"
 
+// What is long and done seldom: one function, not a copy in each place.
+#if defined(__CUDACC__)
+#define ASKEW_RARE_FN __host__ __device__ __noinline__ inline
+#else
+#define ASKEW_RARE_FN inline
+#endif
+
 namespace askew {
 
 // What moves at a time: 16 bytes of neighbouring elements, or all of them where they are fewer. Memory is aligned to as

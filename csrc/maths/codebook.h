@@ -23,10 +23,7 @@ struct UniformCodebook {
   ASKEW_FN P lowest() const { return first; }
   ASKEW_FN P highest() const { return last; }
   ASKEW_FN P nearest(P u) const {  // ties go to the lower level; NaN: 0
-    P x = u + shift;
-    x = x > bottom ? x : bottom;
-    x = x < top ? x : top;
-    return ceil_index(x);
+    return ceil_index(at_most(at_least(u + shift, bottom), top));
   }
   ASKEW_FN P level(P index) const { return index + first; }
   ASKEW_FN P gap(P index, P) const { return broadcast(Lane<P>(0.5), index); }

@@ -53,8 +53,36 @@ ASKEW_FN float ceil_index(float x) { return ::ceilf(x); }
 ASKEW_FN double ceil_index(double x) { return ::ceil(x); }
 
 // x with its sign turned where `sign` is negative: x * sign(sign), without a multiplication.
-ASKEW_FN float flip(float x, float sign) { return ::copysignf(1.0f, sign) < 0 ? -x : x; }
+ASKEW_FN float flip(float x, float sign) {
+#if defined(__CUDA_ARCH__)
+  return __uint_as_float(__float_as_uint(x) ^ (__float_as_uint(sign) & 0x80000000u));
+#else
+  return ::copysignf(1.0f, sign) < 0 ? -x : x;
+#endif
+}
 ASKEW_FN double flip(double x, double sign) { return ::copysign(1.0, sign) < 0 ? -x : x; }
+
+// The smaller and the larger of two numbers. Of a NaN in the first place these make the second number ..
+template <typename P> ASKEW_FN P at_most(P x, P most) { return x < most ? x : most; }
+template <typename P> ASKEW_FN P at_least(P x, P least) { return x > least ? x : least; }
+// .. and these leave it a NaN. The second must not be one.
+template <typename P> ASKEW_FN P no_more(P x, P most) { return x > most ? most : x; }
+template <typename P> ASKEW_FN P no_less(P x, P least) { return x < least ? least : x; }
+#if defined(__CUDA_ARCH__)
+// One instruction each.
+ASKEW_FN float at_most(float x, float most) { return ::fminf(x, most); }
+ASKEW_FN float at_least(float x, float least) { return ::fmaxf(x, least); }
+#if __CUDA_ARCH__ >= 800
+ASKEW_FN float no_more(float x, float most) {
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(x) : "f"(x), "f"(most));
+  return x;
+}
+ASKEW_FN float no_less(float x, float least) {
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(x) : "f"(x), "f"(least));
+  return x;
+}
+#endif
+#endif
 
 // table[index], index below `capacity`; the table may be larger. With a pack of integers, for each lane.
 template <int capacity, typename T> ASKEW_FN T lookup(const T* table, int32_t index) { return table[index]; }

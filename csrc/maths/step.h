@@ -4,7 +4,8 @@
 // (settings.h). The tags (E1)-(E7) are those of askew_cuda/reference.py, which explains the method and states the same
 // operations in PyTorch. Every operation is an IEEE operation that rounds once, in the order written here, and no
 // multiply-add is fused (build flags): all backends agree bit for bit. `a < b ? a : b` returns b when either is NaN;
-// every select below is written so that a NaN gradient, or weight, comes out as NaN.
+// every select below, and every smaller or larger number, is chosen so that a NaN gradient, or weight, comes out as
+// NaN.
 //
 // Source: Leconte, Schechtman, Moulines, "ASkewSGD", AISTATS 2023; velocity constraints of Muehlebach & Jordan, JMLR
 // 23, 2022.
@@ -73,12 +74,10 @@ struct Capture {
   static ASKEW_FN P skew(P d, P, const At& at, const Grid<P>&, const Codebook&, const Hyper<P>& h) {
     const P distance = abs(at.e);
     const P cap = h.now.max_step * at.half;
-    P pull = h.now.rate * distance;
-    pull = pull < cap ? pull : cap;
+    P pull = at_most(h.now.rate * distance, cap);
     pull = distance <= h.now.snap * at.half ? distance : pull;  // the last bit of the way: exactly onto the level
     const P toward = flip(d, at.e);
-    const P wanted = toward > distance ? distance : toward;
-    const P move = pull > wanted ? pull : wanted;
+    const P move = no_less(no_more(toward, distance), pull);
     return distance < h.now.capture_radius * at.half ? flip(move, at.e) : d;
   }
 };
@@ -162,9 +161,7 @@ ASKEW_FN P step(P w, P g, P (&state)[Rule::states], const Grid<P>& grid, const C
   else {
     if (!(Annealing::on_gradient && h.skew_gradient))
       d = Annealing::skew(d, w, locate(w, grid, codebook), grid, codebook, h);
-    P moved = w + d;  // (E5)
-    moved = moved < grid.low ? grid.low : moved;
-    return moved > grid.high ? grid.high : moved;
+    return no_more(no_less(w + d, grid.low), grid.high);  // (E5)
   }
 }
 

@@ -26,8 +26,8 @@ struct SpanTable {
 // call.
 void run_cuda(const Launch& launch, const DeviceNumbers& numbers, at::Device device, SpanTable& table);
 
-// (E7) The same of the sums of blocks, of `each` blocks to a scale, and of scales.
-void add_up_cuda(const at::Tensor& blocks, const at::Tensor& sums, int64_t each, const DeviceNumbers& numbers);
+// (E7) The same of the sums of blocks, and of scales.
+void add_up_cuda(const std::vector<BlockSums>& tensors, const DeviceNumbers& numbers, at::Device device);
 void learn_scales_cuda(const ScaleSettings& settings, const DeviceNumbers& numbers, const std::vector<ScaleSpan>& spans,
                        at::Device device);
 

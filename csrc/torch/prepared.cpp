@@ -355,12 +355,14 @@ void PreparedCall::learn() {
   launch_.sums_alone = false;
   ScaleLaunch scales = scale_launch(a.scale_lr, launch_.settings, a.rule);
   scales.numbers = numbers_;
+  std::vector<size_t> stepped;
   for (size_t i = 0; i < a.weights.size(); ++i) {
     if (!a.grads[i].defined()) continue;
-    radial_.add_up(i, numbers_);
+    stepped.push_back(i);
     if (!a.velocities.empty())
       scales.spans.push_back(scale_span(a.scales[i], a.velocities[i], a.growths[i], a.sums[i], a.counts[i]));
   }
+  radial_.add_up(stepped, numbers_);
   learn_scales(scales, device_);
 }
 

@@ -69,23 +69,27 @@ std::vector<std::pair<size_t, Span>> RadialSums::apart() {
   return spans;
 }
 
-void RadialSums::add_up(size_t i, [[maybe_unused]] const DeviceNumbers& numbers) const {
-  const auto& [blocks, sums, size] = parts_[i];
-  if (size == 0) {
-    sums.zero_();
-    return;
-  }
-  const int64_t count = sums.numel(), each = blocks.numel() / count;
-  if (sums.is_cpu()) {
+void RadialSums::add_up(const std::vector<size_t>& weights, [[maybe_unused]] const DeviceNumbers& numbers) const {
+  std::vector<BlockSums> there;
+  for (const size_t i : weights) {
+    const auto& [blocks, sums, size] = parts_[i];
+    if (size == 0) {
+      sums.zero_();
+      continue;
+    }
+    const int64_t count = sums.numel(), each = blocks.numel() / count;
     const double* from = blocks.const_data_ptr<double>();
     double* to = sums.mutable_data_ptr<double>();
+    if (!sums.is_cpu()) {
+      there.push_back({from, to, count, each});
+      continue;
+    }
     at::parallel_for(0, count, std::max<int64_t>(1, 8192 / each), [&](int64_t begin, int64_t end) {
       for (int64_t k = begin; k < end; ++k) to[k] = add_blocks(from + k * each, each);
     });
-    return;
   }
 #if defined(ASKEW_WITH_CUDA)
-  add_up_cuda(blocks, sums, each, numbers);
+  if (!there.empty()) add_up_cuda(there, numbers, parts_[weights[0]].sums.device());
 #endif
 }
 

@@ -24,8 +24,8 @@ class RadialSums {
   bool has_copies() const { return !copies_.empty(); }
   // The spans of the copies, with second moments as they are now.
   std::vector<std::pair<size_t, Span>> apart();
-  // From the blocks of a weight to its scales.
-  void add_up(size_t i, const DeviceNumbers& numbers) const;
+  // From the blocks of these weights to their scales.
+  void add_up(const std::vector<size_t>& weights, const DeviceNumbers& numbers) const;
 
  private:
   struct Copy {

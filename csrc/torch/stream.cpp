@@ -13,11 +13,11 @@
 namespace askew {
 namespace {
 
-std::vector<char> table_of(const Launch& launch) {
+std::vector<char> table_of(const Launch& launch, int64_t chunk) {
   const size_t spans = launch.span_count * sizeof(Span);
   std::vector<int64_t> first_chunk(launch.span_count + 1, 0);
   for (int64_t i = 0; i < launch.span_count; ++i)
-    first_chunk[i + 1] = first_chunk[i] + chunks_of(launch.spans[i].size, block_chunk);
+    first_chunk[i + 1] = first_chunk[i] + chunks_of(launch.spans[i].size, chunk);
   std::vector<char> content(spans + first_chunk.size() * sizeof(int64_t));
   std::memcpy(content.data(), launch.spans, spans);
   std::memcpy(content.data() + spans, first_chunk.data(), content.size() - spans);
@@ -25,22 +25,22 @@ std::vector<char> table_of(const Launch& launch) {
 }
 
 // Copies the launch's table to the device where it differs from the one before, or that one is another stream's.
-void bring_there(SpanTable& table, const Launch& launch, at::Device device, void* stream) {
-  std::vector<char> content = table_of(launch);
-  if (table.there.defined() && table.stream == stream && table.content == content) return;
+void bring_there(SpanTable& table, const Launch& launch, const CudaCall& call, at::Device device) {
+  std::vector<char> content = table_of(launch, call.chunk);
+  if (table.there.defined() && table.stream == call.stream && table.content == content) return;
   // Pinned memory goes back to torch's allocator, which does not hand it out before the copy is done.
   const at::Tensor here =
       at::empty({static_cast<int64_t>(content.size())}, at::TensorOptions().dtype(at::kByte).pinned_memory(true));
   std::memcpy(here.mutable_data_ptr(), content.data(), content.size());
   table.there = here.to(device, at::kByte, true);
   table.content = std::move(content);
-  table.stream = stream;
+  table.stream = call.stream;
 }
 
 // A call on the device's current stream.
 CudaCall call_on(at::Device device, const DeviceNumbers& numbers) {
   void* stream = c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle();
-  return {device.index(), stream, numbers, nullptr, nullptr};
+  return {device.index(), stream, numbers, largest_chunk, nullptr, nullptr};
 }
 
 void launched(const char* error, at::Device device) {
@@ -49,11 +49,9 @@ void launched(const char* error, at::Device device) {
 
 }  // namespace
 
-void add_up_cuda(const at::Tensor& blocks, const at::Tensor& sums, int64_t each, const DeviceNumbers& numbers) {
-  const c10::DeviceGuard guard(sums.device());
-  launched(cuda_add_up(blocks.const_data_ptr<double>(), sums.mutable_data_ptr<double>(), sums.numel(), each,
-                       call_on(sums.device(), numbers)),
-           sums.device());
+void add_up_cuda(const std::vector<BlockSums>& tensors, const DeviceNumbers& numbers, at::Device device) {
+  const c10::DeviceGuard guard(device);
+  launched(cuda_add_up(tensors.data(), static_cast<int64_t>(tensors.size()), call_on(device, numbers)), device);
 }
 
 void learn_scales_cuda(const ScaleSettings& settings, const DeviceNumbers& numbers, const std::vector<ScaleSpan>& spans,
@@ -65,13 +63,19 @@ void learn_scales_cuda(const ScaleSettings& settings, const DeviceNumbers& numbe
 void run_cuda(const Launch& launch, const DeviceNumbers& numbers, at::Device device, SpanTable& table) {
   const c10::DeviceGuard guard(device);
   CudaCall call = call_on(device, numbers);
-  void* stream = call.stream;
-  // A captured graph would read the table when it is replayed, and the table may be gone then: arguments are captured
-  // by value.
-  if (launch.span_count > few_spans && !cuda_is_capturing(stream)) {
-    bring_there(table, launch, device, stream);
-    call.spans = static_cast<const Span*>(table.there.const_data_ptr());
+  call.chunk = chunk_of(launch);
+  at::Tensor captured;  // of the graph's own pool, where it may be used again behind the step
+  if (launch.span_count > few_spans) {
+    const bool captures = cuda_is_capturing(call.stream);
+    if (captures) {
+      const int64_t bytes = launch.span_count * sizeof(Span) + (launch.span_count + 1) * sizeof(int64_t);
+      captured = at::empty({bytes}, at::TensorOptions().dtype(at::kByte).device(device));
+    } else {
+      bring_there(table, launch, call, device);
+    }
+    call.spans = static_cast<const Span*>((captures ? captured : table.there).const_data_ptr());
     call.first_chunk = reinterpret_cast<const int64_t*>(call.spans + launch.span_count);
+    if (captures) launched(cuda_write_table(launch, call), device);
   }
   launched(cuda_step(launch, call), device);
 }

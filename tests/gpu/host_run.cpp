@@ -10,6 +10,7 @@
 
 #include "../../csrc/cpu/cpu.h"
 #include "../../csrc/cuda/block.h"
+#include "../../csrc/cuda/table.h"
 
 using namespace askew;
 
@@ -27,8 +28,6 @@ template <typename Any> Any pick(std::initializer_list<Any> from) {
   std::fprintf(stderr, "FAILED: %s (%lld, %lld)\n", what, static_cast<long long>(a), static_cast<long long>(b));
   std::exit(1);
 }
-
-int size_of(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
 
 // Memory that ends where the tensor ends, so that the sanitizer sees a step beyond it; the `offset` bytes before the
 // tensor must stay as they are.
@@ -146,21 +145,25 @@ Setup draw_setup() {
 Tensor draw_tensor(const Setup& setup) {
   const Launch& launch = setup.launch;
   const bool is_double = launch.dtype == Dtype::float64;
-  Tensor tensor{
-      pick<int64_t>({0, 1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 127, 1000, 8191, 8192, 8193, 16391}),
-      0,
-      1,
-      1,
-      1,
-      {},
-      {},
-      {},
-      {},
-      {},
-      {},
-      {}};
+  Tensor tensor{pick<int64_t>({0,  1,  2,  3,  5,   7,    8,    9,    15,   16,   17,    31,
+                               33, 63, 64, 65, 127, 1000, 8191, 8192, 8193, 9225, 16391, 16653}),
+                0,
+                1,
+                1,
+                1,
+                {},
+                {},
+                {},
+                {},
+                {},
+                {},
+                {}};
   tensor.run = tensor.size > 0 ? tensor.size : 1;
-  if (chance(0.6) && tensor.size > 1) {  // per channel or group, in memory order or across it
+  const int64_t odd = tensor.size % 9 == 0 ? 9 : 1281;
+  if (tensor.size > smallest_chunk && tensor.size % odd == 0 && chance(0.6)) {  // chunks that end within a vector
+    tensor.run = odd;
+    tensor.count = tensor.size / odd;
+  } else if (chance(0.6) && tensor.size > 1) {  // per channel or group, in memory order or across it
     tensor.run = pick<int64_t>({1, 2, 8, 9, 27, 32, 1281, tensor.size / 2, tensor.size});
     tensor.count = chance(0.5) ? (tensor.size + tensor.run - 1) / tensor.run : 1 + below(20);
   }
@@ -246,31 +249,57 @@ template <typename V> constexpr bool built() {
 #endif
 }
 
-// The launches as csrc/cuda/kernel.cu makes them. Threads run in a drawn order, since none waits for another except
-// between the two halves.
+// The launch as csrc/cuda/launches.h makes it. Threads run in a drawn order, since none waits for another except
+// where all do.
 template <typename V>
 void run_blocks(const Launch& launch, const CudaCall& call) {
   if constexpr (built<V>()) {
     KernelArguments<V> arguments = arguments_of<V>(launch, call);
-    const int64_t at_a_time = spans_at_a_time(launch, call);
-    for (int64_t begin = 0; begin < launch.span_count; begin += at_a_time) {
-      const int64_t end = std::min(launch.span_count, begin + at_a_time),
-                    blocks = set_spans(arguments, launch, begin, end);
-      for (int64_t number = 0; number < blocks; ++number) {
-        const auto block = std::make_unique<Block<V>>();
-        std::memset(static_cast<void*>(block.get()), 0xaa, sizeof *block);  // shared memory holds what it will
-        const int turn = static_cast<int>(below(block_threads));
-        for (int thread = 0; thread < block_threads; ++thread)
-          prepare(*block, arguments, number, (thread + turn) % block_threads);
-        const auto all = [&](const auto& part) {
-          for (int thread = 0; thread < block_threads; ++thread) part((thread + turn) % block_threads);
-        };
-        if constexpr (V::book != Book::none) all([&](int thread) { sum_radial(*block, arguments, thread); });
-        all([&](int thread) { run(*block, arguments, thread); });
-        if constexpr (V::book != Book::none) all([&](int thread) { sum_second(*block, arguments, thread); });
-      }
+    const int64_t blocks = set_spans(arguments, launch);
+    for (int64_t number = 0; number < blocks; ++number) {
+      const auto block = std::make_unique<Block<V>>();
+      std::memset(static_cast<void*>(block.get()), 0xaa, sizeof *block);  // shared memory holds what it will
+      const int turn = static_cast<int>(below(block_threads));
+      const auto all = [&](const auto& part) {
+        for (int thread = 0; thread < block_threads; ++thread) part((thread + turn) % block_threads);
+      };
+      all([&](int thread) { prepare(*block, arguments, number, thread); });
+      if (arguments.reads_numbers) all([&](int thread) { read_numbers(*block, arguments, thread); });
+      if (is_learning(arguments)) all([&](int thread) { sum_radial(*block, arguments, thread); });
+      all([&](int thread) { run(*block, arguments, thread); });
+      if (is_learning(arguments)) all([&](int thread) { sum_second(*block, arguments, thread); });
     }
   }
+}
+
+// The table of a launch in memory of its own, written by kernels or copied.
+struct Table {
+  std::vector<Span> spans;
+  std::vector<int64_t> first_chunk;
+};
+Table table_of(const Launch& launch, CudaCall& call) {
+  const std::vector<Span> spans(launch.spans, launch.spans + launch.span_count);
+  Table table{spans, {0}};
+  for (const Span& span : spans)
+    table.first_chunk.push_back(table.first_chunk.back() + chunks_of(span.size, call.chunk));
+  const Table wanted = table;
+  if (chance(0.5)) {
+    std::memset(static_cast<void*>(table.spans.data()), 0xaa, spans.size() * sizeof(Span));
+    std::memset(table.first_chunk.data(), 0xaa, table.first_chunk.size() * sizeof(int64_t));
+  }
+  call.spans = table.spans.data();
+  call.first_chunk = table.first_chunk.data();
+  for (int64_t row = 0; row <= launch.span_count;) {
+    const TablePart part = table_part(launch, call, row);
+    for (int64_t number = 0; number < chunks_of(int64_t{part.rows} * table_columns, block_threads) * block_threads;
+         ++number)
+      write_entry(part, number);
+    row += part.rows;
+  }
+  if (std::memcmp(table.spans.data(), spans.data(), spans.size() * sizeof(Span)) != 0 ||
+      table.first_chunk != wanted.first_chunk)
+    fail("another table than the launch's", launch.span_count, 0);
+  return table;
 }
 
 std::vector<int64_t> first_chunks(const std::vector<Span>& spans, int64_t chunk) {
@@ -348,27 +377,27 @@ bool run_case() {
   if (setup.steps_there) launch.settings.steps = 55;
   call.numbers.step_is_double = true;
   for (size_t t = 0; t < tensors.size(); ++t) spans[t] = span_of(tensors[t], setup);
-  const std::vector<int64_t> first = first_chunks(spans, block_chunk);
-  if (chance(0.5)) {
-    call.spans = spans.data();
-    call.first_chunk = first.data();
-  }
-  visit_variant(launch, [&](auto variant) { run_blocks<decltype(variant)>(launch, call); });
+  call.chunk = pick({smallest_chunk, 2 * smallest_chunk, largest_chunk});
+  Table table;
+  if (chance(0.5) || launch.span_count > few_spans) table = table_of(launch, call);
+  visit_variant(launch, [&](auto variant) {
+    visit_kind(launch, variant, [&](auto kind) { run_blocks<decltype(kind)>(launch, call); });
+  });
   compare(expected, tensors);
   return true;
 }
 
 // Every weight in one chunk and every chunk in one span, for lists that mix empty, tiny and huge spans.
 void check_chunk_map() {
-  using V = Variant<float, Sgd, Capture, Book::uniform>;
+  using V = Any<Variant<float, Sgd, Capture, Book::uniform>>;
   const double levels[] = {-1, 1};
   const std::vector<float> scales(1000, 1.0f);
   for (int round = 0; round < 200; ++round) {
-    std::vector<Span> spans(1 + below(few_spans));
+    std::vector<Span> spans(1 + below(chance(0.2) ? 700 : few_spans));
     int64_t huge = round % 8 == 0 ? 1 : 0;
     for (Span& span : spans) {
       span = Span{};
-      span.size = pick<int64_t>({0, 0, 1, 2, block_chunk - 1, block_chunk, block_chunk + 1, 5 * block_chunk});
+      span.size = pick<int64_t>({0, 0, 1, 2, largest_chunk - 1, largest_chunk, largest_chunk + 1, 5 * largest_chunk});
       if (huge-- > 0) span.size = (int64_t{1} << 31) + below(1 << 20);
       span.scale = scales.data();
       span.scale_count = pick<int64_t>({1, 7, 1000});
@@ -383,22 +412,21 @@ void check_chunk_map() {
     launch.spans = spans.data();
     launch.span_count = static_cast<int64_t>(spans.size());
     CudaCall call{};
-    const std::vector<int64_t> first = first_chunks(spans, block_chunk);
-    if (chance(0.5)) {
-      call.spans = spans.data();
-      call.first_chunk = first.data();
-    }
+    call.chunk = largest_chunk;
+    Table table;
+    if (chance(0.5) || launch.span_count > few_spans) table = table_of(launch, call);
     KernelArguments<V> arguments = arguments_of<V>(launch, call);
-    const int64_t blocks = set_spans(arguments, launch, 0, launch.span_count);
+    const int64_t blocks = set_spans(arguments, launch);
     size_t which = 0;
     int64_t upto = 0;  // weights of the span that are covered
     for (int64_t number = 0; number < blocks; ++number) {
       Block<V> block;
-      prepare(block, arguments, number, 0);
+      std::memset(static_cast<void*>(&block), 0xaa, sizeof block);
+      for (int thread = 0; thread < block_threads; ++thread) prepare(block, arguments, number, thread);
       while (upto == spans[which].size) ++which, upto = 0;
       if (block.span.size != spans[which].size || block.span.scale_run != spans[which].scale_run)
         fail("wrong span for block", number, which);
-      if (block.begin != upto || block.size < 1 || block.size > block_chunk)
+      if (block.begin != upto || block.size < 1 || block.size > largest_chunk)
         fail("wrong weights for block", number, block.begin);
       const int32_t position = static_cast<int32_t>(below(block.size));
       int32_t end;

@@ -108,11 +108,10 @@ class Smoke:
         sgd, momentum = KINDS["sgd"]
         for (name, (kind, keywords)), count in itertools.product(KINDS.items(), (1, 18, 19, 300)):
             self.check(f"{name}, {count} tensors", lambda k=kind, w=keywords, c=count: self.equal(k, c, **w))
-        rounds = self.backend != "triton"
-        for dtype in (torch.bfloat16, torch.float16, *[torch.float64][:rounds]):
+        for dtype in (torch.bfloat16, torch.float16, *[torch.float64][: self.backend != "triton"]):
             self.check(f"sgd, {dtype}", lambda d=dtype: self.equal(sgd, 5, dtype=d, **momentum))
         self.check("sgd, misaligned", lambda: self.equal(sgd, 25, offset=1, **momentum))
-        for rounding in ("remainder", "stochastic") if rounds else ():
+        for rounding in ("remainder", "stochastic"):
             more = {"dtype": torch.bfloat16, "low_precision": rounding, **momentum}
             self.check(f"sgd, bfloat16, {rounding}", lambda m=more: self.equal(sgd, 5, **m))
         for count in (3, 60) if graphs and self.on_gpu else ():

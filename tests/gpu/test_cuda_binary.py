@@ -91,10 +91,35 @@ def test_older_gpus_are_built_for(tmp_path):
     subprocess.run([*command, tmp_path / "narrow.cu"], check=True)
 
 
+def is_usual(name: str) -> bool:
+    """Whether a kernel knows the flags of its launches (csrc/cuda/kinds.h)."""
+    return "5UsualI" in name
+
+
+def learns(name: str) -> bool:
+    """Whether scales do, in a usual kernel."""
+    return re.search(r"Lb(\d)ELNS_8RoundingE", name)[1] == "1"
+
+
+def rounding(name: str) -> str:
+    """That of a usual kernel."""
+    return {"0": "nearest", "1": "remainder", "2": "stochastic"}[re.search(r"8RoundingE(\d)", name)[1]]
+
+
+def has_wide_state(name: str) -> bool:
+    """Whether a usual kernel keeps float32 state of 16-bit weights."""
+    return re.search(r"8RoundingE\dELb(\d)", name)[1] == "1"
+
+
 def test_every_variant_is_there():
-    """Two rules; without levels, and uniform, small and large tables under both annealings."""
+    """Two rules; without levels, and uniform, small and large tables under both annealings. Of usual launches: scales
+    that learn or don't; of 16-bit weights, too, each rounding with both widths of state, where to nearest no scale
+    learns.
+    """
     for storage in STORAGES:
-        assert len(kernels(storage)) == 2 * (1 + 2 * 3), storage
+        usual = [name for name in kernels(storage) if is_usual(name)]
+        assert len(kernels(storage)) - len(usual) == 2 * (1 + 2 * 3), storage
+        assert len(usual) == 2 * {"float": 2, "BFloat16": 2 * (3 + 2)}.get(storage, 0), storage
 
 
 @pytest.mark.parametrize("storage", STORAGES)
@@ -103,6 +128,9 @@ def test_registers_are_few_and_none_is_spilled(storage):
         hard = ("AdamW" in name) + ("Float16" in name)
         more = "Float16" in name or ("AdamW" in name and "Interval" in name)
         allowed = 128 if storage == "double" or hard == 2 else 80 if more else 64
+        if is_usual(name):
+            rounds = rounding(name) == "remainder" or (rounding(name) == "stochastic" and learns(name))
+            allowed = 80 if hard == 2 and rounds and not has_wide_state(name) else 64
         used = resources()[name]
         assert used["REG"] <= allowed, name
         assert used["STACK"] == 0, name
@@ -113,8 +141,20 @@ def test_registers_are_few_and_none_is_spilled(storage):
 def test_aligned_tensors_move_sixteen_bytes_at_a_time(storage):
     for name in kernels(storage):
         wide = [each for each in instructions()[name] if ".128" in each]
+        if is_usual(name) and has_wide_state(name):  # 16 bytes of state; as many weights are 8 bytes
+            half = [each for each in instructions()[name] if ".64" in each]
+            assert sum(each.startswith("LDG") for each in half) >= 2, name
+            assert sum(each.startswith("STG") for each in half) >= 1, name
+            assert sum(each.startswith("LDG") for each in wide) >= (1 if "AdamW" not in name else 2), name
+            assert sum(each.startswith("STG") for each in wide) >= (1 if "AdamW" not in name else 2), name
+            continue
         # weight, gradient and moments are read at least; all but the gradient are written
         tensors = 2 if "AdamW" not in name else 4
         assert sum(each.startswith("LDG") for each in wide) >= tensors, name
         assert sum(each.startswith("STG") for each in wide) >= tensors - 1, name
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_nothing_lies_in_local_memory(storage):
+    for name in kernels(storage):
         assert not [each for each in instructions()[name] if each.startswith(("LDL", "STL"))], name

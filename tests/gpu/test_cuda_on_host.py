@@ -67,8 +67,8 @@ FAULTS = {
     ),
     "one weight too few": (
         "cuda/block.h",
-        "int64_t size = left < block_chunk ? left :",
-        "int64_t size = left < block_chunk ? left - 1 :",
+        "int64_t size = left < arguments.chunk ? left :",
+        "int64_t size = left < arguments.chunk ? left - 1 :",
         "wrong span|wrong weights",
     ),
     "vectors that are not aligned": (
@@ -84,15 +84,15 @@ FAULTS = {
         "misaligned address",
     ),
     "the span before": (
-        "launch.h",
-        "if (first_chunk[middle] <= chunk)",
-        "if (first_chunk[middle] < chunk)",
+        "cuda/block.h",
+        "if (first <= number && number < next)",
+        "if (first < number && number <= next)",
         "wrong span|wrong weights",
     ),
     "32 bits for a weight's index": (
         "cuda/block.h",
-        "const int64_t begin = (number - first_chunk[which]) * block_chunk",
-        "const int64_t begin = static_cast<int32_t>((number - first_chunk[which]) * block_chunk)",
+        "const int64_t begin = number * arguments.chunk",
+        "const int64_t begin = static_cast<int32_t>(number * arguments.chunk)",
         "wrong weights",
     ),
     "the scale of the run before": (
@@ -101,7 +101,7 @@ FAULTS = {
         "? 0 : (position",
         "wrong scale|another value",
     ),
-    "a vector across two scales": ("cuda/block.h", "end <= size && end <= grid_end", "end <= size", "another value"),
+    "a vector across two scales": ("cuda/block.h", "end <= size && end <= shared.end", "end <= size", "another value"),
     "threads that overlap": (
         "cuda/block.h",
         "position += block_threads * count)",
@@ -116,8 +116,8 @@ FAULTS = {
     ),
     "a sum that a NaN takes part in": (
         "cuda/block.h",
-        "if (is_finite(w) && is_finite(g)) total",
-        "total",
+        "if (!(is_finite(w) && is_finite(g))) continue;",
+        "",
         "another sum",
     ),
     "a block of sums that is cut": (
@@ -125,6 +125,24 @@ FAULTS = {
         "size = whole_blocks(span, begin + size) - from;",
         "",
         "Sanitizer|another",
+    ),
+    "vectors that begin where the chunk does": (
+        "cuda/block.h",
+        "static_cast<int32_t>(block.begin % count) : 0;",
+        "0 : 0;",
+        "misaligned address",
+    ),
+    "a column of the table that is taken for zero": (
+        "cuda/table.h",
+        "used[k] = used[k] || row[k] != 0;",
+        "used[k] = row[k] != 0;",
+        "another table",
+    ),
+    "a row of the table too few": (
+        "cuda/table.h",
+        "if (row >= part.rows) return;",
+        "if (row + 1 >= part.rows) return;",
+        "another table",
     ),
 }
 

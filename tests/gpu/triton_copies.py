@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 
 from askew_cuda import backends
 
-MODULES = ("kernel", "launch")
+MODULES = ("storage", "kernel", "launch")
 
 
 @functools.cache

@@ -41,10 +41,6 @@ def made(rule: str, backend: str, tensors: bool) -> Any:
         {"quantizer": "2bit/group2", "low_precision": "stochastic", "seed": torch.tensor(7) if tensors else 7},
         {"quantizer": None, "low_precision": "remainder"},
     ]
-    if backend == "triton":  # it rounds to nearest only
-        groups = [
-            {key: value for key, value in group.items() if key not in ("low_precision", "seed")} for group in groups
-        ]
     names = (["first", "late"], ["second"], ["third"])
     for group, members in zip(groups, names, strict=True):
         group |= {"params": [(name, named[name]) for name in members]}
