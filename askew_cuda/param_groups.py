@@ -354,7 +354,7 @@ def _quantized_groups(
         layout = _check(name, weight, quantizer, found, keywords["pretrained"])
         channel_dim = 0 if layout is None else layout.channel_dim
         group = groups.setdefault(
-            (quantizer, channel_dim, free),
+            (quantizer, quantizer.blocks, channel_dim, free),
             {
                 "params": [],
                 "quantizer": quantizer.plain(),
