@@ -73,6 +73,12 @@ def in_pairs(weight: torch.Tensor, heads: int) -> torch.Tensor:
     return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
+def names_in_file(model) -> dict[str, str]:
+    """From names of the model to those that the converter gives."""
+    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, model.config.num_hidden_layers)
+    return {name: table.get_name(name, try_suffixes=(".weight",)) for name in model.state_dict()}
+
+
 def write_template(model, path: Path) -> None:
     """What convert_hf_to_gguf.py --outtype f32 writes of the model, with a vocabulary of its own."""
     config = model.config
@@ -95,11 +101,11 @@ def write_template(model, path: Path) -> None:
     writer.add_token_types(kinds)
     for add, token in ((writer.add_unk_token_id, 0), (writer.add_bos_token_id, 1), (writer.add_eos_token_id, 2)):
         add(token)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    names = names_in_file(model)
     heads = {"q_proj.weight": config.num_attention_heads, "k_proj.weight": config.num_key_value_heads}
     for name, tensor in model.state_dict().items():
         turned = next((in_pairs(tensor, count) for end, count in heads.items() if name.endswith(end)), tensor)
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), turned.contiguous().numpy())
+        writer.add_tensor(names[name], turned.contiguous().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

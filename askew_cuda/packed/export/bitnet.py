@@ -1,5 +1,5 @@
-"""BitNet checkpoints of Hugging Face: ternary weights, four to a byte, and a scale each; written as they were trained, and
-read back as weights to train on.
+"""BitNet checkpoints of Hugging Face: ternary weights, four to a byte, and a scale each; written as they were trained,
+and read back as weights to train on.
 """
 
 import os

@@ -57,7 +57,9 @@ def _states(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
         weights, optimizer = (path / name for name in _TRAINER)
         with open(weights, "rb") as file:
             reader = TensorReader(file, weights)
-            return {name: reader.read(name)[0] for name in reader.entries}, _only(_loaded(optimizer), _is_optimizer, path)
+            return {name: reader.read(name)[0] for name in reader.entries}, _only(
+                _loaded(optimizer), _is_optimizer, path
+            )
     loaded = _loaded(path)
     return _only(loaded, _is_model, path), _only(loaded, _is_optimizer, path)
 
@@ -67,10 +69,20 @@ def _loaded(path: Path) -> dict[str, Any]:
     with open(path, "rb") as file:
         try:
             loaded = torch.load(file, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, LookupError, AttributeError, ValueError) as error:
+        except (
+            pickle.UnpicklingError,
+            RuntimeError,
+            OSError,
+            EOFError,
+            LookupError,
+            AttributeError,
+            ValueError,
+        ) as error:
             raise ValueError(f"{path}: torch.load reads no tensors and plain values from it ({error})") from error
     inside = loaded if isinstance(loaded, Mapping) else {}
-    flat = {str(key): value[0] if isinstance(value, list) and len(value) == 1 else value for key, value in inside.items()}
+    flat = {
+        str(key): value[0] if isinstance(value, list) and len(value) == 1 else value for key, value in inside.items()
+    }
     return {"the whole": loaded, **flat}
 
 

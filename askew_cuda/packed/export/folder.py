@@ -22,7 +22,9 @@ def read_config(path: str | os.PathLike[str] | None) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{os.fspath(path)}: it is not JSON ({error})") from error
     if not isinstance(said, dict):
-        raise ValueError(f"{os.fspath(path)}: it is a {type(said).__name__}; an object, a model's config.json, is needed")
+        raise ValueError(
+            f"{os.fspath(path)}: it is a {type(said).__name__}; an object, a model's config.json, is needed"
+        )
     return said
 
 

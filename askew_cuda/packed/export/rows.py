@@ -38,5 +38,7 @@ def model_order(reader: GgufReader, name: str, rows: str | None) -> Tensor | Non
     key = f"{architecture}.attention.{_COUNTS[found[1]]}"
     heads, count = reader.whole(key, 0), next(iter(reader.tensors[name].shape), 0)
     if heads < 1 or count < 1 or count % (2 * heads):
-        raise reader.error(f"{name!r} has {count} rows, and {key} = {heads}; heads of an even number of rows are needed")
+        raise reader.error(
+            f"{name!r} has {count} rows, and {key} = {heads}; heads of an even number of rows are needed"
+        )
     return torch.arange(count).reshape(heads, -1, 2).transpose(1, 2).flatten()

@@ -89,9 +89,15 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, capsys):
     groups = [{**group, "quantizer": {"levels": 3}} for group in states["optimizer"]["param_groups"]]
     odd = {index: {**kept, "scale": torch.ones(3)} for index, kept in states["optimizer"]["state"].items()}
     for saved, match in (
-        (states["model"], r"state_dict of a model is needed .* there is none among|an AskewSGD or AskewAdamW is needed"),
+        (
+            states["model"],
+            r"state_dict of a model is needed .* there is none among|an AskewSGD or AskewAdamW is needed",
+        ),
         ({**states, "ema": states["model"]}, r"the one state_dict of a model .* there is model, ema"),
-        ({"model": states["model"]}, r"an AskewSGD or AskewAdamW is needed beside the other; there is none among model"),
+        (
+            {"model": states["model"]},
+            r"an AskewSGD or AskewAdamW is needed beside the other; there is none among model",
+        ),
         ([1, 2], r"there is none among list"),
         ({**states, "optimizer": bare.state_dict()}, r"param groups have no names"),
         ({**states, "optimizer": float_only.state_dict()}, r"no weight in the optimizer's state has a scale"),
