@@ -5,6 +5,7 @@ No table of names is kept. A file for llama.cpp is made from the one that its co
 tensor whose rows are those of a quantized weight, in whatever order, is replaced by blocks, and all else stays.
 """
 
+import contextlib
 import functools
 import math
 import os
@@ -240,12 +241,17 @@ def _hashes(rows: Tensor) -> Tensor:
 # The way back
 
 
+class _NoCodebook(ValueError):
+    """Blocks that stand for numbers, but for none of levels that they share."""
+
+
 def load_gguf(
     path: str | os.PathLike[str],
     model: nn.Module,
     names: Mapping[str, str] | None = None,
     *,
     rows: str | None = None,
+    floats: bool = False,
 ) -> list[dict[str, Any]]:
     """Reads a GGUF file into a model, every weight as the file's other readers compute it, and returns what goes on
     training it. All is checked before anything in the model changes.
@@ -259,6 +265,9 @@ def load_gguf(
             into the order of transformers' models of such an architecture, llama for one; "stored" takes them as they
             lie there. None: a file that has queries and keys is refused, unless :func:`export_gguf` wrote it without a
             template.
+
+        floats: takes tensors whose blocks are no codebook's, such as those of Q4_1 with a shift for each block, as the
+            numbers that they stand for, to be quantized anew; else they are refused.
 
     Returns: Param groups for a fresh AskewSGD or AskewAdamW, as :func:`askew_cuda.load_packed` returns them.
 
@@ -277,11 +286,11 @@ def load_gguf(
                 f"{', '.join(missing[:5])} ({len(missing)} in all) of the model are not in it; names= says what they "
                 f"are called there, such as {next(iter(reader.tensors), None)!r}"
             )
-        found = {name: _value(reader, given.get(name, name), name, tensor, rows) for name, tensor in own.items()}
+        found = {name: _value(reader, given.get(name, name), name, tensor, rows, floats) for name, tensor in own.items()}
     return taken_over(model, own, found)
 
 
-def _value(reader: GgufReader, there: str, name: str, target: Tensor, rows: str | None) -> Trained | Tensor:
+def _value(reader: GgufReader, there: str, name: str, target: Tensor, rows: str | None, floats: bool) -> Trained | Tensor:
     """What the file holds for a tensor of the model."""
     entry = reader.tensors[there]
     if not same_shape(entry.shape, target.shape):
@@ -303,9 +312,17 @@ def _value(reader: GgufReader, there: str, name: str, target: Tensor, rows: str 
     if target.dtype not in (torch.float32, torch.float64) or target.dim() < 1:
         raise reader.error(f"{there!r} stands for float32 weights; {name} is {target.dtype}: take model.float()")
     try:
-        return trained_of(kind, read_blocks(kind, raw.reshape(-1, kind.size)), tuple(target.shape), target.dtype)
+        blocks = read_blocks(kind, raw.reshape(-1, kind.size))
+        with contextlib.suppress(_NoCodebook) if floats else contextlib.nullcontext():
+            return trained_of(kind, blocks, tuple(target.shape), target.dtype)
+    except _NoCodebook as error:
+        raise reader.error(f"{there!r}: {error}; floats=True takes the numbers") from error
     except ValueError as error:
         raise reader.error(f"{there!r}: {error}") from error
+    numbers = values(kind, blocks).reshape(target.shape)
+    if not bool(numbers.isfinite().all()):
+        raise reader.error(f"{there!r} holds NaN or infinity")
+    return numbers
 
 
 def trained_of(kind: BlockType, blocks: Blocks, shape: tuple[int, ...], dtype: torch.dtype) -> Trained:
@@ -332,7 +349,7 @@ def trained_of(kind: BlockType, blocks: Blocks, shape: tuple[int, ...], dtype: t
     quantizer, scale = _fewest(Codebook(levels), groups, shape, kind.weights)
     trained = Trained(quantizer, 0, dtype, groups.codes.reshape(shape), scale.to(_wide(dtype)))
     if not torch.equal(trained.weight().float().reshape(blocks.digits.shape), values(kind, blocks)):
-        raise ValueError(f"blocks of {kind.name} whose products are rounded otherwise than those of a codebook")
+        raise _NoCodebook(f"blocks of {kind.name} whose products are rounded otherwise than those of a codebook")
     return trained
 
 
@@ -344,7 +361,7 @@ def _levels_of_blocks(kind: BlockType, blocks: Blocks) -> tuple[float, ...]:
     first = blocks.m.float() / blocks.d.float()
     value = float(first[0])
     if not math.isfinite(value) or not bool((first == value).all()) or value * 2 != round(value * 2):
-        raise ValueError(f"blocks of {kind.name} have shifts of their own, which are those of no codebook")
+        raise _NoCodebook(f"blocks of {kind.name} have shifts of their own, which are those of no codebook")
     return tuple(value + digit for digit in range(kind.digits))
 
 

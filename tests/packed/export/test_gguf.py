@@ -398,3 +398,29 @@ def test_blocks_change_their_rows_with_their_scales(tmp_path):
     groups = load_gguf(tmp_path / "b", other, {"q": "blk.3.attn_q.weight"}, rows="halves")
     assert torch.equal(other.q, model.q)
     assert torch.equal(groups[0]["scales"][0], read_tensors(tmp_path / "a")[0]["q"].scale)
+
+
+def test_blocks_of_no_codebook_are_refused_or_taken_as_numbers(tmp_path):
+    """As llama.cpp's quantizer writes Q4_1: every block has a shift of its own."""
+    kind, generator = TYPES["Q4_1"], torch.Generator().manual_seed(0)
+    digits = torch.randint(0, 16, (4, 32), generator=generator, dtype=torch.uint8)
+    d, m = torch.rand(4, 1, generator=generator).half(), -torch.rand(4, 1, generator=generator).half()
+
+    def write(m: torch.Tensor) -> Blocks:
+        blocks = Blocks(digits, d, m)
+        write_gguf(tmp_path / "a", {}, {"w": NewTensor(3, (2, 64), lambda: written_blocks(kind, blocks).reshape(-1))})
+        return blocks
+
+    blocks = write(m)
+    model = Holder({"w": torch.zeros(2, 64)})
+    with pytest.raises(ValueError, match=r"'w': blocks of Q4_1 have shifts of their own.*; floats=True takes the numbers"):
+        load_gguf(tmp_path / "a", model)
+    assert not model.w.any()
+    (group,) = load_gguf(tmp_path / "a", model, floats=True)
+    assert group["quantizer"] is None
+    assert torch.equal(model.w.reshape(4, 32), values(kind, blocks))
+    for bad in (torch.inf, torch.nan):
+        write(m * bad)
+        with pytest.raises(ValueError, match=r"'w' holds NaN or infinity"):
+            load_gguf(tmp_path / "a", model, floats=True)
+    assert torch.equal(model.w.reshape(4, 32), values(kind, blocks))
