@@ -40,7 +40,6 @@ def exported(type: str, folder: Path) -> Path:
 def divergence(ours: torch.Tensor, logits: list[torch.Tensor]) -> float:
     """Mean KL from our logarithms of probabilities to those of the runtime, nats."""
     theirs = torch.stack(logits).double().log_softmax(1)
-    ours = ours.double()
     return float((ours.exp() * (ours - theirs)).sum(1).mean())
 
 

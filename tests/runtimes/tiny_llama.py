@@ -58,12 +58,12 @@ def trained(quantizer: str):
 
 @torch.no_grad()
 def greedy(model, count: int) -> tuple[list[int], torch.Tensor]:
-    """The ``count`` most likely tokens after the prompt, one after the other, and (count, VOCABULARY) logarithms of
-    probabilities that they were chosen by.
+    """The ``count`` most likely tokens after the prompt, one after the other, and (count, VOCABULARY) float64 logarithms
+    of the probabilities that they were chosen by.
     """
     tokens, found = text()[:PROMPT].tolist(), []
     for _ in range(count):
-        found.append(model(torch.tensor([tokens])).logits[0, -1].log_softmax(0))
+        found.append(model(torch.tensor([tokens])).logits[0, -1].double().log_softmax(0))
         tokens.append(int(found[-1].argmax()))
     return tokens[PROMPT:], torch.stack(found)
 
