@@ -58,8 +58,8 @@ def trained(quantizer: str):
 
 @torch.no_grad()
 def greedy(model, count: int) -> tuple[list[int], torch.Tensor]:
-    """The ``count`` most likely tokens after the prompt, one after the other, and (count, VOCABULARY) float64 logarithms
-    of the probabilities that they were chosen by.
+    """The ``count`` most likely tokens after the prompt, one after the other, and the logarithms of the probabilities
+    that they were chosen by, (count, VOCABULARY) float64.
     """
     tokens, found = text()[:PROMPT].tolist(), []
     for _ in range(count):

@@ -113,7 +113,7 @@ class _Model(nn.Module):
         super().__init__()
         self.tensors = tensors
 
-    def state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:
+    def state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:  # type: ignore[override]
         return self.tensors
 
     def parameters(self, recurse: bool = True) -> Iterator[Any]:

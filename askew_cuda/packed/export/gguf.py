@@ -286,11 +286,15 @@ def load_gguf(
                 f"{', '.join(missing[:5])} ({len(missing)} in all) of the model are not in it; names= says what they "
                 f"are called there, such as {next(iter(reader.tensors), None)!r}"
             )
-        found = {name: _value(reader, given.get(name, name), name, tensor, rows, floats) for name, tensor in own.items()}
+        found = {
+            name: _value(reader, given.get(name, name), name, tensor, rows, floats) for name, tensor in own.items()
+        }
     return taken_over(model, own, found)
 
 
-def _value(reader: GgufReader, there: str, name: str, target: Tensor, rows: str | None, floats: bool) -> Trained | Tensor:
+def _value(
+    reader: GgufReader, there: str, name: str, target: Tensor, rows: str | None, floats: bool
+) -> Trained | Tensor:
     """What the file holds for a tensor of the model."""
     entry = reader.tensors[there]
     if not same_shape(entry.shape, target.shape):

@@ -413,7 +413,7 @@ def test_blocks_of_no_codebook_are_refused_or_taken_as_numbers(tmp_path):
 
     blocks = write(m)
     model = Holder({"w": torch.zeros(2, 64)})
-    with pytest.raises(ValueError, match=r"'w': blocks of Q4_1 have shifts of their own.*; floats=True takes the numbers"):
+    with pytest.raises(ValueError, match=r"'w': blocks of Q4_1 have shifts of their own.*; floats=True takes"):
         load_gguf(tmp_path / "a", model)
     assert not model.w.any()
     (group,) = load_gguf(tmp_path / "a", model, floats=True)
