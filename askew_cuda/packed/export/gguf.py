@@ -111,10 +111,11 @@ def _blocks(kind: BlockType, trained: Trained) -> Blocks | str:
     else:
         return f"its digits don't hold levels {_shown(levels)}"
     m = None if digits is None or digits.shift is None else scale * digits.shift
-    if not survives(d, torch.float16) or not bool(d.half().all()) or not (m is None or survives(m, torch.float16)):
+    normal = survives(d, torch.float16) and bool((d.abs() >= torch.finfo(torch.float16).tiny).all())
+    if not normal or not (m is None or survives(m, torch.float16)):
         return (
-            f"its scales are float16, which {float(scale.flatten()[0]):.9g} or another is not: round them to 7 "
-            "significant bits before annealing (short_scales=True), inside of 2^-14 .. 2^15"
+            f"its scales are normal float16 numbers, which {float(scale.flatten()[0]):.9g} or another is not: round "
+            "them to 7 significant bits before annealing (short_scales=True), inside of 2^-14 .. 2^15"
         )
     blocks = Blocks(coded, d.half(), None if m is None else m.half())
     if not torch.equal(values(kind, blocks), trained.weight().reshape(-1, kind.weights).to(_wide(trained.dtype))):

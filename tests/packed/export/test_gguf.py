@@ -145,10 +145,12 @@ REFUSED = [
     pytest.param({"a.weight": "ternary/channel"}, {"shape": (8, 40)}, r"It fits onnx, torchao, compressed-tensors$",
                  id="others"),
     pytest.param({"a": "ternary"}, {"type": "TQ3_0"}, r"type = 'TQ3_0'; take one of Q1_0, TQ1_0", id="unknown"),
-    pytest.param({"a": "int4/channel"}, {"fits": False}, r"float16, which .* is not: round them to 7", id="scale"),
+    pytest.param({"a": "int4/channel"}, {"fits": False}, r"float16 numbers, which .* is not: round them", id="scale"),
     pytest.param({"a": "ternary"}, {"shape": (6, 40)}, r"blocks of 32 don't fit", id="row"),
-    pytest.param({"a": askew.Quantizer("ternary", scale=2.0**-26)}, {}, r"float16, which 1.49011612e-08", id="small"),
-    pytest.param({"a": askew.Quantizer("ternary", scale=2.0**16)}, {}, r"float16, which 65536", id="large"),
+    pytest.param({"a": askew.Quantizer("ternary", scale=2.0**-26)}, {}, r"numbers, which 1.49011612e-08", id="small"),
+    pytest.param({"a": askew.Quantizer("ternary", scale=2.0**-15)}, {}, r"a, ternary, .* which 3.05175781e-05",
+                 id="subnormal"),
+    pytest.param({"a": askew.Quantizer("ternary", scale=2.0**16)}, {}, r"numbers, which 65536", id="large"),
 ]  # fmt: skip
 
 
