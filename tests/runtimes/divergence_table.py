@@ -14,12 +14,12 @@ MARK = r"(<!-- table: python -m tests.runtimes.divergence_table -->\n).*?(<!-- e
 
 def table() -> str:
     """A row for each type, and where the figures come from."""
+    here = environment()
     rows = ["| type | blocks | the same weights in F32 |", "| --- | --- | --- |"]
     for type in TYPES:
         with tempfile.TemporaryDirectory() as folder:
             blocks, plain = compared(type, Path(folder))
         rows.append(f"| {type} | {blocks:.1e} | {plain:.1e} |")
-    here = environment()
     commit, processor = str(here["commit"])[:7], str(here["processor"]).partition(" (")[0]
     return "\n".join(
         [

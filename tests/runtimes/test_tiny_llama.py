@@ -61,8 +61,8 @@ def compared(type: str, folder: Path) -> tuple[float, float]:
 @pytest.mark.parametrize("type", TYPES)
 def test_llama_cpp_says_the_same_tokens(type, tmp_path):
     blocks, plain = compared(type, tmp_path)
-    assert 0 <= plain < 1e-6
-    assert plain < blocks < 1e-3
+    assert 0 <= plain < 1e-7  # docs/export.md has what was measured, a tenth of it; kernels differ from CPU to CPU
+    assert plain < blocks < 2e-5
 
 
 def test_rows_of_queries_and_keys_come_back_as_they_were(tmp_path):

@@ -18,7 +18,7 @@ from .grids import taken_over
 from .holders import or_who_else
 
 _LAYERS = {"bitlinear": -1, "autobitlinear": 1}  # the power of weight_scale that a weight is multiplied by
-_TERNARY = (-1.0, 0.0, 1.0)
+_THREE_LEVELS = (-1.0, 0.0, 1.0)
 
 
 def export_bitnet(
@@ -74,7 +74,7 @@ def packed_of(name: str, trained: Trained, power: int = 1) -> tuple[Tensor, Tens
     Raises: ValueError: as :func:`export_bitnet`.
     """
     said = f"{name}, {trained.quantizer.summary()}, shape {tuple(trained.codes.shape)} of {trained.dtype}"
-    if trained.quantizer.codebook.levels != _TERNARY or trained.scale.unique().numel() != 1:
+    if trained.quantizer.codebook.levels != _THREE_LEVELS or trained.scale.unique().numel() != 1:
         raise ValueError(f"{said}: BitNet's layers hold ternary weights with one scale per tensor")
     if not name.endswith(".weight") or trained.codes.dim() != 2 or trained.codes.shape[0] % 4:
         raise ValueError(f"{said}: BitNet's layers are Linear, and have a multiple of 4 outputs")

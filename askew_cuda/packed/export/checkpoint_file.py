@@ -58,13 +58,13 @@ def _states(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
         with open(weights, "rb") as file:
             reader = TensorReader(file, weights)
             return {name: reader.read(name)[0] for name in reader.entries}, _only(
-                _loaded(optimizer), _is_optimizer, path
+                _unpickled(optimizer), _is_optimizer, path
             )
-    loaded = _loaded(path)
+    loaded = _unpickled(path)
     return _only(loaded, _is_model, path), _only(loaded, _is_optimizer, path)
 
 
-def _loaded(path: Path) -> dict[str, Any]:
+def _unpickled(path: Path) -> dict[str, Any]:
     """What is in a file of torch.save, and in lists of one, by name; and the file itself."""
     with open(path, "rb") as file:
         try:
