@@ -242,8 +242,15 @@ def load_or_refuse(path: Path) -> str | None:
 @given(data=st.data())
 def test_a_mutated_file_is_refused_or_loaded(good, data):
     """There are no checksums: what is changed inside of the data can't be found, but never breaks anything."""
-    raw = bytearray(good.read_bytes())
-    header = len(raw) - sum(each.size for each in sizes(good))
+    bad = good.parent / "bad"
+    bad.write_bytes(mutated(good, data))
+    load_or_refuse(bad)
+
+
+def mutated(path: Path, data: st.DataObject) -> bytes:
+    """The file with a few changes, most of them in its header."""
+    raw = bytearray(path.read_bytes())
+    header = len(raw) - sum(each.size for each in sizes(path))
     for _ in range(data.draw(st.integers(1, 3), "changes")):
         at = data.draw(st.integers(0, len(raw) - 1) | st.integers(0, header - 1), "at")
         kind = data.draw(st.sampled_from(["bit", "byte", "word", "insert", "delete"]), "kind")
@@ -259,9 +266,7 @@ def test_a_mutated_file_is_refused_or_loaded(good, data):
             raw[at:at] = data.draw(st.binary(min_size=1, max_size=40), "inserted")
         else:
             del raw[at : at + data.draw(st.integers(1, 40), "deleted")]
-    bad = good.parent / "bad"
-    bad.write_bytes(raw)
-    load_or_refuse(bad)
+    return bytes(raw)
 
 
 def sizes(path: Path) -> list[NewTensor]:
@@ -384,6 +389,24 @@ def test_rows_of_queries_are_put_back_taken_as_they_are_or_refused(tmp_path):
     with_queries(tmp_path / "a", name="blk.3.attn_qkv.weight")
     with pytest.raises(ValueError, match=r"holds queries, keys and values; .* rows='stored' only"):
         load_gguf(tmp_path / "a", model, {"q": "blk.3.attn_qkv.weight"}, rows="halves")
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_a_mutated_file_with_queries_is_refused_or_loaded(tmp_path_factory, data):
+    folder = tmp_path_factory.getbasetemp() / "mutated-queries"
+    folder.mkdir(exist_ok=True)
+    with_queries(folder / "good")
+    (folder / "bad").write_bytes(mutated(folder / "good", data))
+    model = Holder({"q": torch.ones(8, 32)})
+    try:
+        load_gguf(folder / "bad", model, {"q": "blk.3.attn_q.weight"}, rows="halves")
+    except ValueError as error:
+        message = str(error)
+    else:
+        return
+    assert message.startswith(f"{folder / 'bad'}: ")
+    assert bool((model.q == 1).all())
 
 
 def test_blocks_change_their_rows_with_their_scales(tmp_path):
