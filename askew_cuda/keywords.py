@@ -94,6 +94,7 @@ _OURS = {
     "scale_lr": Keyword(
         None, lambda x: 0 <= x < math.inf, "a finite multiple of lr, at least 0", "number", optional=True
     ),
+    "short_scales": Keyword(None, _among(None, False, True), "True, False, or None: as the quantizer's format needs"),
     "recovery": Keyword(
         None,
         lambda x: 0 < x <= 1,

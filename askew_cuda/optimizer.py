@@ -261,7 +261,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         return {key: each[at] if isinstance(each, (list, tuple)) else each for key, each in given.items()}
 
     def _estimate(self, group: Group, quantizer: Quantizer, name: str, weight: Tensor, whole: Tensor) -> Tensor:
-        return scales.estimate(
+        scale = scales.estimate(
             whole.detach(),
             quantizer,
             pretrained=group["pretrained"],
@@ -270,6 +270,8 @@ class QuantizedOptimizer(torch.optim.Optimizer):
             channel_dim=group["channel_dim"],
             **self._of_layer(group, weight),
         )
+        rounds = scales.are_short(group, quantizer) and group["pretrained"] != "packed"
+        return scales.short(scale) if rounds else scale
 
     def _new_scale(self, group: Group, quantizer: Quantizer, name: str, weight: Tensor, whole: Tensor) -> Tensor:
         """A weight's first scale; warns when snapping or the first clip would tear a network apart.
@@ -432,6 +434,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         for part in found:
             for call in calls_of(part):
                 call()
+            part.shorten()
         if found:
             for group in self.param_groups:
                 schedule.advance(group)

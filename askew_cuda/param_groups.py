@@ -375,7 +375,7 @@ def _quantized_groups(
         channel_dim = 0 if layout is None else layout.channel_dim
         share = 1.0 if layout is None else min(1.0, lr_inputs / layout.fan_in)
         group = groups.setdefault(
-            (quantizer, channel_dim, free, share),
+            (quantizer, quantizer.blocks, channel_dim, free, share),
             {
                 "params": [],
                 "quantizer": quantizer.plain(),

@@ -136,6 +136,7 @@ class Part(NamedTuple):
     fixed: dict[str, Any]  # settings that this call has whatever its group says
     call: Call
     learning: Learning | None  # what follows the call where its scales learn
+    short: bool  # whether those are rounded once they have learned
     names: checks.Names
 
     def arguments(self) -> dict[str, Any]:
@@ -152,6 +153,16 @@ class Part(NamedTuple):
         """Whether its scales have learned enough: the host knows that annealing has begun."""
         epsilon = self.call.settings["epsilon"]
         return self.learning is not None and not isinstance(epsilon, Tensor) and epsilon < 1
+
+    def shorten(self) -> None:
+        """Rounds the scales that have learned, after the first step in which they don't any more. Where only a device
+        knows whether this was one, after each: what is short already stays as it is.
+        """
+        epsilon = self.call.settings["epsilon"]
+        if self.short and (self.settles or isinstance(epsilon, Tensor)):
+            for scale in self.call.lists["scales"]:
+                rounded = scale_rules.short(scale)
+                scale.copy_(rounded if self.settles else torch.where(epsilon.to(scale.device) < 1, rounded, scale))
 
 
 def batches(optimizer: "QuantizedOptimizer", group: Group, additions: Additions) -> Iterator[Batch]:
@@ -201,8 +212,9 @@ def part_of(
     lists |= {"scales": [], "codes": [], "snapped": [], "remainders": [], "growths": [], "sums": []}
     kept |= scales
     lists["scales"] = scales.get("scale", [])
-    learning = None
+    learning, short = None, False
     if quantizer is not None and "scale_velocity" in scales:
+        short = scale_rules.are_short(group, quantizer)
         lists["growths"], kinds = scales["scale_growth"], 2 if operator == "sgd_" else 3
         lists["sums"] = [sums_for(distributed.local(scale), kinds) for scale in lists["scales"]]
         counts = [w.numel() // max(1, s.numel()) for w, s in zip(batch.weights, lists["scales"], strict=True)]
@@ -223,7 +235,7 @@ def part_of(
     levels = () if quantizer is None else quantizer.codebook.levels
     backend = optimizer._choose(group, first.device, first.dtype)
     call = Call(operator, distributed.here(lists), levels, settings_of(optimizer, group, batch) | fixed)
-    return Part(backend, group, batch, kept, fixed, call, learning, names)
+    return Part(backend, group, batch, kept, fixed, call, learning, short, names)
 
 
 def sums_for(scale: Tensor, kinds: int) -> Tensor:
@@ -358,6 +370,7 @@ class Plan:
         self.parts = list(parts(optimizer, self.additions))
         for part in self.parts:
             checks.check_call(part.call, part.names)
+        self.short = [part for part in self.parts if part.short]
         self.structures = [self._structure(optimizer, group) for group in optimizer.param_groups]
         self.groups = list(optimizer.param_groups)
         self.members = [list(group["params"]) for group in self.groups]
@@ -502,6 +515,8 @@ class Plan:
         else:
             for group, key, value in entries:
                 group[key] = value
+        for part in self.short:
+            part.shorten()
         if self.shards is not None:
             self.shards.release()
         for part in self.parts:  # so that zero_grad() frees them

@@ -6,7 +6,7 @@ import math
 import numbers
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -167,6 +167,7 @@ class Quantizer:
     scale: str | float | tuple[Any, ...]
     granularity: str
     group_size: int | None
+    blocks: str | None = field(default=None, init=False, compare=False)  # the format that names it, as "gguf:q4_0"
 
     def __init__(
         self,
@@ -226,6 +227,8 @@ class Quantizer:
         """What a param group and a checkpoint hold: the canonical name where there is one, else numbers, strings and
         lists.
         """
+        if self.blocks is not None:
+            return self.blocks
         if self.scale == "auto" and self.codebook.name is not None:
             suffix = {"tensor": "", "channel": "/channel", "group": f"/group{self.group_size}"}[self.granularity]
             return self.codebook.name + suffix
@@ -366,7 +369,9 @@ def _nested(value: Any, kind: type) -> Any:
 def _parse_name(spec: str) -> Quantizer:
     if spec in _FORMATS:
         levels, size = _FORMATS[spec]
-        return Quantizer(levels, granularity="group", group_size=size)
+        named = Quantizer(levels, granularity="group", group_size=size)
+        object.__setattr__(named, "blocks", spec)
+        return named
     name, slash, suffix = spec.partition("/")
     codebook, group = Codebook.named(name), re.fullmatch("group([0-9]+)", suffix)
     if group:

@@ -110,6 +110,11 @@ def learning_rate(group: dict[str, Any], quantizer: Quantizer) -> float:
     return 0.05 if len(quantizer.codebook) == 2 else 0.1
 
 
+def are_short(group: dict[str, Any], quantizer: Quantizer) -> bool:
+    """Whether the scales of a group are rounded: it says so, or its quantizer is named after a format of others."""
+    return bool(quantizer.blocks is not None if group["short_scales"] is None else group["short_scales"])
+
+
 def short(scale: Tensor, bits: int = 7) -> Tensor:
     """Scales with so many significant bits, each the nearest to the one it replaces, at most 2^-bits of it away; a tie
     goes to the even one.

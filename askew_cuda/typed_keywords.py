@@ -41,6 +41,7 @@ class _OfTraining(TypedDict, total=False):
     alpha: float | None
     max_step: float
     scale_lr: float | None
+    short_scales: bool | None
     clip: bool
     outputs: Collection[Literal["codes", "snapped"]]
     state_dtype: torch.dtype | Literal["float32"] | None
@@ -89,6 +90,10 @@ class Keywords(_OfWeights, _OfTraining, total=False):
         with ``normalized``.
     recovery: share in (0, 1] of the distance that a constrained weight makes up in a step. alpha: the paper's rate, per
         unit of lr, instead of it. Default: recovery 0.5, or alpha 1 with skew_at="gradient".
+    short_scales: whether scales are rounded to 7 significant bits, so that formats that store them in 16 bits hold them
+        (docs/export.md): when they are estimated, and where they learn once more, after the first step of their
+        weights' annealing. Scales that are given as tensors, or found in packed weights, stay. None: where the
+        quantizer is named after such a format ("gguf:q4_0").
     max_step: cap on the pull, in units of half the distance between levels. clip: keep weights within the outermost
         levels.
     outputs: "codes" and "snapped" are written by the step itself, to ``optimizer.outputs[p]``.

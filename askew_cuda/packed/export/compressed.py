@@ -2,17 +2,16 @@
 ``quantization_config`` in the model's config.json.
 """
 
-import json
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..file import Trained, read_tensors
-from .folder import write_folder
+from .folder import read_config, write_folder
 from .grids import by_groups, integers_for, last_run
+from .holders import or_who_else
 
 _BITS = (2, 4, 8)  # those of other widths are packed in one way by some versions, in another by others
 
@@ -43,13 +42,13 @@ def export_compressed(
             state[name] = each
             continue
         module = name.removesuffix(".weight")
-        values, scale, width, size = _compressed(name, each)
+        values, scale, width, size = or_who_else(words_of, name, each)
         state[f"{module}.weight_packed"] = _words(values, width)
         state[f"{module}.weight_scale"] = scale
         state[f"{module}.weight_shape"] = torch.tensor(values.shape)
         groups.setdefault((width, size), []).append(module)
         bits[name] = width
-    said = json.loads(Path(config).read_text()) if config is not None else {}
+    said = read_config(config)
     said["quantization_config"] = quantization_config(groups)
     if tied:
         said["tie_word_embeddings"] = said.get("tie_word_embeddings", True)
@@ -73,7 +72,7 @@ def quantization_config(groups: dict[tuple[int, int | None], list[str]]) -> dict
     }
 
 
-def _compressed(name: str, trained: Trained) -> tuple[Tensor, Tensor, int, int | None]:
+def words_of(name: str, trained: Trained) -> tuple[Tensor, Tensor, int, int | None]:
     """Integers, scale (rows, groups), bits, and weights per scale."""
     levels, size = trained.quantizer.codebook.levels, last_run(trained)
     groups = by_groups(trained, size)
@@ -89,7 +88,7 @@ def _compressed(name: str, trained: Trained) -> tuple[Tensor, Tensor, int, int |
             if not torch.equal(whole.to(scale.dtype) * scale.repeat_interleave(size, -1), trained.weight()):
                 raise ValueError(
                     f"{said}: readers would round its {trained.dtype} weights otherwise; scales of 7 significant bits "
-                    "(askew_cuda.scales.short, before annealing) survive it"
+                    "(short_scales=True) survive it"
                 )
             return whole, scale, width, None if size == whole.shape[1] else size
     raise ValueError(

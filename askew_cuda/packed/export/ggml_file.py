@@ -28,6 +28,11 @@ PLAIN_TYPES = {
     0: torch.float32, 1: torch.float16, 30: torch.bfloat16, 28: torch.float64, 24: torch.int8, 25: torch.int16,
     26: torch.int32, 27: torch.int64,
 }  # fmt: skip
+_I2_S_TYPE = 36
+I2_S = (
+    "bitnet.cpp, for which it is, scales a tensor by the mean of its absolute weights, whatever was trained; llama.cpp "
+    "runs TQ1_0 and TQ2_0, which hold ternary weights and their scales"
+)
 # (weights, bytes) of a block; those that are not in TYPES are stepped over
 _SIZES = {
     **{number: (1, dtype.itemsize) for number, dtype in PLAIN_TYPES.items()},
@@ -153,7 +158,8 @@ class GgufReader:
 
     def _placed(self, name: str, number: int, shape: tuple[int, ...], begin: int) -> StoredTensor:
         if number not in _SIZES:
-            raise self.error(f"{name!r} is of type {number}; {', '.join(map(str, sorted(_SIZES)))} are known")
+            why = f" (i2_s: {I2_S})" if number == _I2_S_TYPE else ""
+            raise self.error(f"{name!r} is of type {number}{why}; {', '.join(map(str, sorted(_SIZES)))} are known")
         weights, size = _SIZES[number]
         count = math.prod(shape)
         if (shape[-1] if shape else 1) % weights:

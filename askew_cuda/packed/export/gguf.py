@@ -5,6 +5,8 @@ No table of names is kept. A file for llama.cpp is made from the one that its co
 tensor whose rows are those of a quantized weight, in whatever order, is replaced by blocks, and all else stays.
 """
 
+import contextlib
+import functools
 import math
 import os
 from collections.abc import Mapping
@@ -16,12 +18,13 @@ from torch import Tensor, nn
 from ...quantizer import Codebook, Quantizer
 from ..file import Trained, model_state, read_tensors
 from .blocks import TYPES, Blocks, BlockType, digits_for, level_digits, read_blocks, values, written_blocks
-from .ggml_file import PLAIN_TYPES, GgufReader, NewTensor, plain_text, plain_whole, same_shape, write_gguf
+from .ggml_file import I2_S, PLAIN_TYPES, GgufReader, NewTensor, plain_text, plain_whole, same_shape, write_gguf
 from .grids import Groups, by_groups, last_run, survives, taken_over
+from .holders import or_who_else
+from .rows import OWN_ARCHITECTURE, ROWS, model_order
 
 _TYPE_OF = {dtype: number for number, dtype in PLAIN_TYPES.items()}
 _BY_NUMBER = {kind.number: kind for kind in TYPES.values()}
-_ARCHITECTURE = "general.architecture"
 
 
 def export_gguf(
@@ -49,10 +52,11 @@ def export_gguf(
         written.
     """
     if type is not None and type not in TYPES:
-        raise ValueError(f"export_gguf: type = {type!r}; take one of {', '.join(TYPES)}, or None")
+        why = f": {I2_S}" if type.upper() == "I2_S" else ""
+        raise ValueError(f"export_gguf: type = {type!r}{why}; take one of {', '.join(TYPES)}, or None")
     tensors, _ = read_tensors(source)
     trained = {name: each for name, each in tensors.items() if isinstance(each, Trained)}
-    made = {name: blocks_of(name, each, type) for name, each in trained.items()}
+    made = {name: or_who_else(functools.partial(blocks_of, type=type), name, each) for name, each in trained.items()}
     if template is not None:
         return _into_template(path, template, trained, made)
     new: dict[str, NewTensor] = {}
@@ -63,7 +67,7 @@ def export_gguf(
         else:
             new[name] = _plain(name, tensor)
     metadata = {
-        _ARCHITECTURE: plain_text("askew_cuda"),
+        "general.architecture": plain_text(OWN_ARCHITECTURE),
         "general.quantization_version": plain_whole(2),
     }
     write_gguf(path, metadata, new)
@@ -107,10 +111,11 @@ def _blocks(kind: BlockType, trained: Trained) -> Blocks | str:
     else:
         return f"its digits don't hold levels {_shown(levels)}"
     m = None if digits is None or digits.shift is None else scale * digits.shift
-    if not survives(d, torch.float16) or not bool(d.half().all()) or not (m is None or survives(m, torch.float16)):
+    normal = survives(d, torch.float16) and bool((d.abs() >= torch.finfo(torch.float16).tiny).all())
+    if not normal or not (m is None or survives(m, torch.float16)):
         return (
-            f"its scales are float16, which {float(scale.flatten()[0]):.9g} or another is not: round them to 7 "
-            "significant bits before annealing (askew_cuda.scales.short), inside of 2^-14 .. 2^15"
+            f"its scales are normal float16 numbers, which {float(scale.flatten()[0]):.9g} or another is not: round "
+            "them to 7 significant bits before annealing (short_scales=True), inside of 2^-14 .. 2^15"
         )
     blocks = Blocks(coded, d.half(), None if m is None else m.half())
     if not torch.equal(values(kind, blocks), trained.weight().reshape(-1, kind.weights).to(_wide(trained.dtype))):
@@ -237,8 +242,17 @@ def _hashes(rows: Tensor) -> Tensor:
 # The way back
 
 
+class _NoCodebook(ValueError):
+    """Blocks that stand for numbers, but for none of levels that they share."""
+
+
 def load_gguf(
-    path: str | os.PathLike[str], model: nn.Module, names: Mapping[str, str] | None = None
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    names: Mapping[str, str] | None = None,
+    *,
+    rows: str | None = None,
+    floats: bool = False,
 ) -> list[dict[str, Any]]:
     """Reads a GGUF file into a model, every weight as the file's other readers compute it, and returns what goes on
     training it. All is checked before anything in the model changes.
@@ -247,14 +261,22 @@ def load_gguf(
         path: of a file with tensors in F32, F16, BF16, Q1_0, Q2_0, TQ1_0, TQ2_0, Q4_0, Q8_0, and in Q4_1 or Q2_K where
             their shifts are those of a codebook, as :func:`export_gguf` writes them.
         model: of the architecture in the file; the weights are float32 wherever the file's are. Mutated.
-        names: from names in the model's state_dict to those in the file; None where they are the same. A model whose
-            rows llama.cpp's converter exchanges (queries and keys of Llama) needs them in the file's order.
+        names: from names in the model's state_dict to those in the file; None where they are the same.
+        rows: of queries and keys, which llama.cpp's converter exchanges for some architectures: "halves" puts them back
+            into the order of transformers' models of such an architecture, llama for one; "stored" takes them as they
+            lie there. None: a file that has queries and keys is refused, unless :func:`export_gguf` wrote it without a
+            template.
+
+        floats: takes tensors whose blocks are no codebook's, such as those of Q4_1 with a shift for each block, as the
+            numbers that they stand for, to be quantized anew; else they are refused.
 
     Returns: Param groups for a fresh AskewSGD or AskewAdamW, as :func:`askew_cuda.load_packed` returns them.
 
     Raises: ValueError: the file is damaged or does not fit the model, or blocks are no codebook's; the message names
         file and tensor, and the model is unchanged. OSError: it can't be read.
     """
+    if rows is not None and rows not in ROWS:
+        raise ValueError(f"load_gguf: rows = {rows!r}; take one of {', '.join(map(repr, ROWS))}, or None")
     own, _ = model_state(model, "load_gguf")
     given = {} if names is None else names
     with open(path, "rb") as file:
@@ -265,16 +287,22 @@ def load_gguf(
                 f"{', '.join(missing[:5])} ({len(missing)} in all) of the model are not in it; names= says what they "
                 f"are called there, such as {next(iter(reader.tensors), None)!r}"
             )
-        found = {name: _value(reader, given.get(name, name), name, tensor) for name, tensor in own.items()}
+        found = {
+            name: _value(reader, given.get(name, name), name, tensor, rows, floats) for name, tensor in own.items()
+        }
     return taken_over(model, own, found)
 
 
-def _value(reader: GgufReader, there: str, name: str, target: Tensor) -> Trained | Tensor:
+def _value(
+    reader: GgufReader, there: str, name: str, target: Tensor, rows: str | None, floats: bool
+) -> Trained | Tensor:
     """What the file holds for a tensor of the model."""
     entry = reader.tensors[there]
     if not same_shape(entry.shape, target.shape):
         raise reader.error(f"{there!r} has shape {entry.shape}; {tuple(target.shape)}, as {name}, is needed")
-    raw = reader.read(there)
+    order, raw = model_order(reader, there, rows), reader.read(there)
+    if order is not None:
+        raw = raw.reshape(len(order), raw.numel() // len(order))[order].reshape(-1)
     if entry.number in PLAIN_TYPES:
         value = raw.view(PLAIN_TYPES[entry.number]).reshape(target.shape)
         kept = value.to(target.dtype).to(value.dtype)
@@ -289,9 +317,17 @@ def _value(reader: GgufReader, there: str, name: str, target: Tensor) -> Trained
     if target.dtype not in (torch.float32, torch.float64) or target.dim() < 1:
         raise reader.error(f"{there!r} stands for float32 weights; {name} is {target.dtype}: take model.float()")
     try:
-        return trained_of(kind, read_blocks(kind, raw.reshape(-1, kind.size)), tuple(target.shape), target.dtype)
+        blocks = read_blocks(kind, raw.reshape(-1, kind.size))
+        with contextlib.suppress(_NoCodebook) if floats else contextlib.nullcontext():
+            return trained_of(kind, blocks, tuple(target.shape), target.dtype)
+    except _NoCodebook as error:
+        raise reader.error(f"{there!r}: {error}; floats=True takes the numbers") from error
     except ValueError as error:
         raise reader.error(f"{there!r}: {error}") from error
+    numbers = values(kind, blocks).reshape(target.shape)
+    if not bool(numbers.isfinite().all()):
+        raise reader.error(f"{there!r} holds NaN or infinity")
+    return numbers
 
 
 def trained_of(kind: BlockType, blocks: Blocks, shape: tuple[int, ...], dtype: torch.dtype) -> Trained:
@@ -318,7 +354,7 @@ def trained_of(kind: BlockType, blocks: Blocks, shape: tuple[int, ...], dtype: t
     quantizer, scale = _fewest(Codebook(levels), groups, shape, kind.weights)
     trained = Trained(quantizer, 0, dtype, groups.codes.reshape(shape), scale.to(_wide(dtype)))
     if not torch.equal(trained.weight().float().reshape(blocks.digits.shape), values(kind, blocks)):
-        raise ValueError(f"blocks of {kind.name} whose products are rounded otherwise than those of a codebook")
+        raise _NoCodebook(f"blocks of {kind.name} whose products are rounded otherwise than those of a codebook")
     return trained
 
 
@@ -330,7 +366,7 @@ def _levels_of_blocks(kind: BlockType, blocks: Blocks) -> tuple[float, ...]:
     first = blocks.m.float() / blocks.d.float()
     value = float(first[0])
     if not math.isfinite(value) or not bool((first == value).all()) or value * 2 != round(value * 2):
-        raise ValueError(f"blocks of {kind.name} have shifts of their own, which are those of no codebook")
+        raise _NoCodebook(f"blocks of {kind.name} have shifts of their own, which are those of no codebook")
     return tuple(value + digit for digit in range(kind.digits))
 
 

@@ -2,17 +2,16 @@
 model's config.json.
 """
 
-import json
 import os
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..file import Trained, read_tensors
 from .blocks import Digits, level_digits
-from .folder import write_folder
+from .folder import read_config, write_folder
 from .grids import by_groups
+from .holders import or_who_else
 
 _BITS, _SIZES = (2, 4, 8), (128, 64, 32)
 
@@ -42,10 +41,10 @@ def export_mlx(
             state[name] = each
             continue
         module = name.removesuffix(".weight")
-        q, scale, bias, made[name] = _affine(name, each)
+        q, scale, bias, made[name] = or_who_else(affine_of, name, each)
         state[f"{module}.weight"] = _mlx_words(q, made[name][0])
         state[f"{module}.scales"], state[f"{module}.biases"] = scale, bias
-    said = json.loads(Path(config).read_text()) if config is not None else {}
+    said = read_config(config)
     kinds = {name.removesuffix(".weight"): {"bits": bits, "group_size": size} for name, (bits, size) in made.items()}
     first = next(iter(kinds.values()), {})
     plain = {name: False for name in state if name.endswith(".weight") and name not in made}
@@ -55,7 +54,7 @@ def export_mlx(
     return made
 
 
-def _affine(name: str, trained: Trained) -> tuple[Tensor, Tensor, Tensor, tuple[int, int]]:
+def affine_of(name: str, trained: Trained) -> tuple[Tensor, Tensor, Tensor, tuple[int, int]]:
     """q (rows, columns), scale and bias (rows, groups), and (bits, weights per scale)."""
     said = f"{name}, {trained.quantizer.summary()}, shape {tuple(trained.codes.shape)}"
     sizes = [size for size in _SIZES if trained.codes.dim() == 2 and by_groups(trained, size) is not None]
@@ -80,7 +79,7 @@ def _affine(name: str, trained: Trained) -> tuple[Tensor, Tensor, Tensor, tuple[
     if not kept or not torch.equal(exact, trained.weight().double()):
         raise ValueError(
             f"{said}: products of its {trained.dtype} scales would be rounded; scales of 7 significant bits "
-            "(askew_cuda.scales.short, before annealing) are not, up to 8 levels in bfloat16"
+            "(short_scales=True) are not, up to 8 levels in bfloat16"
         )
     return q.to(torch.uint8).reshape(trained.codes.shape), scale, bias, (bits, sizes[0])
 

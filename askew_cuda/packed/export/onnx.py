@@ -4,6 +4,7 @@ DequantizeLinear node each.
 No table of names is kept: an initializer is a quantized weight where its values are, as they are or transposed.
 """
 
+import functools
 import os
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from ..file import Trained, read_tensors
 from ..safetensors import replacing
 from .grids import by_groups, integers_for, last_run
+from .holders import or_who_else
 
 # bits: (opset, version of the file format, ONNX's type of the integers); narrower types came later
 _INTEGER_TYPES = {2: (25, 13, "INT2"), 4: (21, 10, "INT4"), 8: (21, 10, "INT8")}
@@ -52,7 +54,9 @@ def export_onnx(
         raise ValueError(f"export_onnx: bits = {bits!r}; 2, 4 or 8")
     tensors, _ = read_tensors(source)
     wanted = {name: each for name, each in tensors.items() if isinstance(each, Trained)}
-    integers = {name: integers_of(name, each, bits) for name, each in wanted.items()}
+    integers = {
+        name: or_who_else(functools.partial(integers_of, least=bits), name, each) for name, each in wanted.items()
+    }
     model = _loaded(template, [_INTEGER_TYPES[each.bits] for each in integers.values()])
     marks: dict[tuple[Any, ...], list[str]] = {}
     for name, each in wanted.items():

@@ -3,7 +3,7 @@
 import itertools
 import math
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from ..file import Trained, read_tensors
 from ..safetensors import TensorWriter, replacing
 from .grids import by_groups, last_run
+from .holders import or_who_else
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -28,7 +29,10 @@ def torchao_state(source: str | os.PathLike[str]) -> dict[str, Any]:
         torchao would compute other weights; the message names it. ModuleNotFoundError: torchao is not installed.
     """
     tensors, tied = read_tensors(source)
-    state = {name: _converted(name, each) if isinstance(each, Trained) else each for name, each in tensors.items()}
+    state = {
+        name: or_who_else(_converted, name, each) if isinstance(each, Trained) else each
+        for name, each in tensors.items()
+    }
     return {**state, **{name: state[first] for name, first in tied.items()}}
 
 
@@ -48,9 +52,21 @@ def export_torchao(source: str | os.PathLike[str], path: str | os.PathLike[str])
         writer.finish()
 
 
-def _converted(name: str, trained: Trained) -> Any:
-    from torchao.quantization import IntxUnpackedToInt8Tensor
+class Affine(NamedTuple):
+    """A weight as ``scale (q - zero)`` in groups of ``size``."""
 
+    q: Tensor  # (rows, columns) int8, of ``bits``
+    scale: Tensor  # (rows, columns / size), as zero of the weights' dtype
+    zero: Tensor
+    bits: int
+    size: int
+
+
+def affine_integers_of(name: str, trained: Trained) -> Affine:
+    """A quantized tensor in the terms of torchao, which is not asked.
+
+    Raises: ValueError: its levels, dimensions or dtype are none of torchao's; the message names it.
+    """
     levels, size = trained.quantizer.codebook.levels, last_run(trained)
     step = levels[1] - levels[0]
     wrong = None
@@ -63,22 +79,24 @@ def _converted(name: str, trained: Trained) -> Any:
     groups = by_groups(trained, size)
     if wrong is not None or groups is None:
         raise ValueError(
-            f"{name}, {trained.quantizer.summary()}, {_in_words(trained.codes)} of {trained.dtype}: {wrong}"
+            f"{name}, {trained.quantizer.summary()}, shape {tuple(trained.codes.shape)} of {trained.dtype}: {wrong}"
         )
     bits = max(1, math.ceil(math.log2(len(levels))))
     low = -(2 ** (bits - 1))
-    qdata = (trained.codes.short() + low).to(torch.int8)
     scale = (groups.scale * step).to(trained.dtype)
     zero = torch.full_like(scale, low - levels[0] / step)
-    block, target = (1, size), getattr(torch, f"int{bits}")
-    made = IntxUnpackedToInt8Tensor(qdata, scale, zero, target, block, trained.dtype, None)
+    return Affine((trained.codes.short() + low).to(torch.int8), scale, zero, bits, size)
+
+
+def _converted(name: str, trained: Trained) -> Any:
+    from torchao.quantization import IntxUnpackedToInt8Tensor
+
+    q, scale, zero, bits, size = affine_integers_of(name, trained)
+    target = getattr(torch, f"int{bits}")
+    made = IntxUnpackedToInt8Tensor(q, scale, zero, target, (1, size), trained.dtype, None)
     if not torch.equal(made.dequantize(), trained.weight()):
         raise ValueError(
             f"{name}, {trained.quantizer.summary()}: torchao rounds its {trained.dtype} weights otherwise; scales of 7 "
-            "significant bits (askew_cuda.scales.short, before annealing) survive it, or train in float32"
+            "significant bits (short_scales=True) survive it, or train in float32"
         )
     return made
-
-
-def _in_words(codes: Tensor) -> str:
-    return f"shape {tuple(codes.shape)}"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from askew_cuda.packed.export.bitnet import export_bitnet
 from askew_cuda.packed.export.blocks import TYPES, digits_for
 from askew_cuda.packed.export.compressed import export_compressed
 from askew_cuda.packed.export.mlx import export_mlx
@@ -20,11 +21,12 @@ PAGE = Path(__file__).parent.parent.parent.parent / "docs/export.md"
 
 def table() -> str:
     """Every named codebook, in groups of 256 weights, tried in every format."""
-    rows = ["| codebook | GGUF | torchao | ONNX | compressed-tensors | MLX |", "| --- | --- | --- | --- | --- | --- |"]
+    rows = ["| codebook | GGUF | torchao | ONNX | compressed-tensors | MLX | BitNet |", "| --- " * 7 + "|"]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for book in _NAMED:
             packed(folder / "a", {"layer.weight": f"{book}/group256"}, shape=(2, 256), dtype=torch.float32)
+            packed(folder / "b", {"layer.weight": book}, shape=(4, 256))  # with one scale
             types = [kind.name for kind in TYPES.values() if digits_for(kind, Codebook.named(book).levels) is not None]
             trained = read_tensors(folder / "a")[0]["layer.weight"]
             cells = [
@@ -33,6 +35,7 @@ def table() -> str:
                 tried(lambda trained=trained: f"INT{integers_of('weight', trained).bits}"),
                 tried(lambda: str(export_compressed(folder / "a", folder / "c")["layer.weight"])),
                 tried(lambda: str(export_mlx(folder / "a", folder / "m")["layer.weight"][0])),
+                tried(lambda: export_bitnet(folder / "b", folder / "n")["layer.weight"]),
             ]
             rows.append(f"| {book} | {' | '.join(cells)} |")
     return "\n".join(rows)

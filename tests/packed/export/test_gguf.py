@@ -139,11 +139,18 @@ REFUSED = [
     pytest.param({"a": "int8"}, {"type": "Q4_0"}, r"Q4_0: its digits .*; Q8_0 would do", id="type"),
     pytest.param({"a": "ternary/group32"}, {"type": "TQ2_0"},
                  r"TQ2_0: blocks of 256 don't fit scales for every 32 .*; Q4_0 or Q4_1 or Q8_0", id="groups"),
+    pytest.param({"a": "ternary"}, {"type": "i2_s"},
+                 r"type = 'i2_s': bitnet\.cpp, for which it is, scales a tensor by the mean .* TQ1_0", id="i2_s"),
+    pytest.param({"a": "nf4/channel"}, {}, r"No format here holds it", id="nobody"),
+    pytest.param({"a.weight": "ternary/channel"}, {"shape": (8, 40)}, r"It fits onnx, torchao, compressed-tensors$",
+                 id="others"),
     pytest.param({"a": "ternary"}, {"type": "TQ3_0"}, r"type = 'TQ3_0'; take one of Q1_0, TQ1_0", id="unknown"),
-    pytest.param({"a": "int4/channel"}, {"fits": False}, r"float16, which .* is not: round them to 7", id="scale"),
+    pytest.param({"a": "int4/channel"}, {"fits": False}, r"float16 numbers, which .* is not: round them", id="scale"),
     pytest.param({"a": "ternary"}, {"shape": (6, 40)}, r"blocks of 32 don't fit", id="row"),
-    pytest.param({"a": askew.Quantizer("ternary", scale=2.0**-26)}, {}, r"float16, which 1.49011612e-08", id="small"),
-    pytest.param({"a": askew.Quantizer("ternary", scale=2.0**16)}, {}, r"float16, which 65536", id="large"),
+    pytest.param({"a": askew.Quantizer("ternary", scale=2.0**-26)}, {}, r"numbers, which 1.49011612e-08", id="small"),
+    pytest.param({"a": askew.Quantizer("ternary", scale=2.0**-15)}, {}, r"a, ternary, .* which 3.05175781e-05",
+                 id="subnormal"),
+    pytest.param({"a": askew.Quantizer("ternary", scale=2.0**16)}, {}, r"numbers, which 65536", id="large"),
 ]  # fmt: skip
 
 
@@ -235,8 +242,15 @@ def load_or_refuse(path: Path) -> str | None:
 @given(data=st.data())
 def test_a_mutated_file_is_refused_or_loaded(good, data):
     """There are no checksums: what is changed inside of the data can't be found, but never breaks anything."""
-    raw = bytearray(good.read_bytes())
-    header = len(raw) - sum(each.size for each in sizes(good))
+    bad = good.parent / "bad"
+    bad.write_bytes(mutated(good, data))
+    load_or_refuse(bad)
+
+
+def mutated(path: Path, data: st.DataObject) -> bytes:
+    """The file with a few changes, most of them in its header."""
+    raw = bytearray(path.read_bytes())
+    header = len(raw) - sum(each.size for each in sizes(path))
     for _ in range(data.draw(st.integers(1, 3), "changes")):
         at = data.draw(st.integers(0, len(raw) - 1) | st.integers(0, header - 1), "at")
         kind = data.draw(st.sampled_from(["bit", "byte", "word", "insert", "delete"]), "kind")
@@ -252,9 +266,7 @@ def test_a_mutated_file_is_refused_or_loaded(good, data):
             raw[at:at] = data.draw(st.binary(min_size=1, max_size=40), "inserted")
         else:
             del raw[at : at + data.draw(st.integers(1, 40), "deleted")]
-    bad = good.parent / "bad"
-    bad.write_bytes(raw)
-    load_or_refuse(bad)
+    return bytes(raw)
 
 
 def sizes(path: Path) -> list[NewTensor]:
@@ -301,6 +313,8 @@ HEADERS = [
                  r"'b' begins at byte .* goes on to", id="overlap"),
     pytest.param(HEAD + struct.pack("<QQ", 1, 0) + ONE[:-8] + struct.pack("<Q", 8) + bytes(256),
                  r"multiples of 32", id="offset"),
+    pytest.param(HEAD + struct.pack("<QQ", 1, 0) + struct.pack("<Q1sI2QIQ", 1, b"a", 2, 32, 1, 36, 0) + bytes(256),
+                 r"'a' is of type 36 \(i2_s: bitnet\.cpp", id="i2_s"),
 ]  # fmt: skip
 
 
@@ -340,3 +354,98 @@ def test_blocks_of_a_type_that_is_not_ours_are_stepped_over(tmp_path):
     assert model.bias.tolist() == [0, 1, 2, 3]
     with pytest.raises(ValueError, match=r"'foreign' is of type 14; Q1_0, .* can be read"):
         load_gguf(tmp_path / "a", Holder({"foreign": torch.zeros(256)}))
+
+
+def with_queries(path, heads: int = 2, architecture: str = "llama", name: str = "blk.3.attn_q.weight") -> torch.Tensor:
+    """A file with queries of ``heads`` heads of four rows, in pairs; the rows as a model has them, in halves."""
+    rows = torch.arange(8.0).repeat_interleave(32).reshape(8, 32)
+    pairs = rows[[0, 2, 1, 3, 4, 6, 5, 7]]  # number 0 of both halves, number 1 of both halves, of each head
+    metadata = {"general.architecture": plain_text(architecture)}
+    if heads:
+        metadata["llama.attention.head_count"] = (4, struct.pack("<I", heads))
+    raw = pairs.reshape(-1).view(torch.uint8)
+    write_gguf(path, metadata, {name: NewTensor(0, (8, 32), lambda: raw)})
+    return rows
+
+
+def test_rows_of_queries_are_put_back_taken_as_they_are_or_refused(tmp_path):
+    rows = with_queries(tmp_path / "a")
+    model, names = Holder({"q": torch.zeros(8, 32)}), {"q": "blk.3.attn_q.weight"}
+    with pytest.raises(ValueError, match=r"'blk\.3\.attn_q\.weight', architecture 'llama': for some .* rows='halves'"):
+        load_gguf(tmp_path / "a", model, names)
+    assert not model.q.any()
+    load_gguf(tmp_path / "a", model, names, rows="halves")
+    assert torch.equal(model.q, rows)
+    load_gguf(tmp_path / "a", model, names, rows="stored")
+    assert torch.equal(model.q, rows[[0, 2, 1, 3, 4, 6, 5, 7]])
+    with pytest.raises(ValueError, match=r"rows = 'pairs'; take one of 'halves', 'stored'"):
+        load_gguf(tmp_path / "a", model, names, rows="pairs")
+    for heads in (0, 3, 8):
+        with_queries(tmp_path / "a", heads)
+        with pytest.raises(
+            ValueError, match=rf"has 8 rows, and llama\.attention\.head_count = {heads}; heads of an even"
+        ):
+            load_gguf(tmp_path / "a", model, names, rows="halves")
+    with_queries(tmp_path / "a", name="blk.3.attn_qkv.weight")
+    with pytest.raises(ValueError, match=r"holds queries, keys and values; .* rows='stored' only"):
+        load_gguf(tmp_path / "a", model, {"q": "blk.3.attn_qkv.weight"}, rows="halves")
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_a_mutated_file_with_queries_is_refused_or_loaded(tmp_path_factory, data):
+    folder = tmp_path_factory.getbasetemp() / "mutated-queries"
+    folder.mkdir(exist_ok=True)
+    with_queries(folder / "good")
+    (folder / "bad").write_bytes(mutated(folder / "good", data))
+    model = Holder({"q": torch.ones(8, 32)})
+    try:
+        load_gguf(folder / "bad", model, {"q": "blk.3.attn_q.weight"}, rows="halves")
+    except ValueError as error:
+        message = str(error)
+    else:
+        return
+    assert message.startswith(f"{folder / 'bad'}: ")
+    assert bool((model.q == 1).all())
+
+
+def test_blocks_change_their_rows_with_their_scales(tmp_path):
+    """Every row has a scale of its own."""
+    model = packed(tmp_path / "a", {"q": "ternary/channel"}, shape=(8, 256))
+    order = [0, 2, 1, 3, 4, 6, 5, 7]
+    with_queries(tmp_path / "t")
+    with open(tmp_path / "t", "rb") as file:
+        metadata = GgufReader(file, "t").metadata
+    raw = model.q.detach()[order].reshape(-1).view(torch.uint8)
+    write_gguf(tmp_path / "t", metadata, {"blk.3.attn_q.weight": NewTensor(0, (8, 256), lambda: raw)})
+    export_gguf(tmp_path / "a", tmp_path / "b", template=tmp_path / "t")
+    other = Holder({"q": torch.zeros(8, 256)})
+    groups = load_gguf(tmp_path / "b", other, {"q": "blk.3.attn_q.weight"}, rows="halves")
+    assert torch.equal(other.q, model.q)
+    assert torch.equal(groups[0]["scales"][0], read_tensors(tmp_path / "a")[0]["q"].scale)
+
+
+def test_blocks_of_no_codebook_are_refused_or_taken_as_numbers(tmp_path):
+    """As llama.cpp's quantizer writes Q4_1: every block has a shift of its own."""
+    kind, generator = TYPES["Q4_1"], torch.Generator().manual_seed(0)
+    digits = torch.randint(0, 16, (4, 32), generator=generator, dtype=torch.uint8)
+    d, m = torch.rand(4, 1, generator=generator).half(), -torch.rand(4, 1, generator=generator).half()
+
+    def write(m: torch.Tensor) -> Blocks:
+        blocks = Blocks(digits, d, m)
+        write_gguf(tmp_path / "a", {}, {"w": NewTensor(3, (2, 64), lambda: written_blocks(kind, blocks).reshape(-1))})
+        return blocks
+
+    blocks = write(m)
+    model = Holder({"w": torch.zeros(2, 64)})
+    with pytest.raises(ValueError, match=r"'w': blocks of Q4_1 have shifts of their own.*; floats=True takes"):
+        load_gguf(tmp_path / "a", model)
+    assert not model.w.any()
+    (group,) = load_gguf(tmp_path / "a", model, floats=True)
+    assert group["quantizer"] is None
+    assert torch.equal(model.w.reshape(4, 32), values(kind, blocks))
+    for bad in (torch.inf, torch.nan):
+        write(m * bad)
+        with pytest.raises(ValueError, match=r"'w' holds NaN or infinity"):
+            load_gguf(tmp_path / "a", model, floats=True)
+    assert torch.equal(model.w.reshape(4, 32), values(kind, blocks))
