@@ -61,8 +61,8 @@ def _training_step() -> list[str]:
     section = only_section(results.load("train-cpu"), "A training step of the transformer", rule="AdamW")
     torchs, ours = section["timings"][:2]
     name, least = _least({each["name"]: each["seconds"][0] for each in section["timings"]})
-    about = section["about"]
-    what = f"forward, backward and step of a transformer of {about['weights'] / 1e6:.1f} M weights, 4 bit, annealing, ms"
+    size = f"{section['about']['weights'] / 1e6:.1f} M weights"
+    what = f"forward, backward and step of a transformer of {size}, 4 bit, annealing, ms"
     return [
         what,
         f"**{milliseconds(ours)}**",
