@@ -52,7 +52,7 @@ def _step() -> list[str]:
     section = only_section(results.load("step-cpu"), "Optimizers on one matrix", threads=1)
     timings = {each["name"]: each for each in section["timings"]}
     name, least = _least({name: each["seconds"][0] for name, each in timings.items()})
-    what = f"one step of {section['about']['weights'] / 2**20:.0f} Mi weights, 4 bit, one thread, ms"
+    what = f"one step of {section['about']['weights'] / 2**20:.0f} Mi weights, 4 bit, annealing, one thread, ms"
     ours, torchs = (milliseconds(timings[each]) for each in ("AskewSGD 4 bit", "torch SGD(fused=True)"))
     return [what, f"**{ours}**", f"{three_digits(least * 1e3)}, {name}", f"{torchs}, torch, fused"]
 
@@ -61,8 +61,8 @@ def _training_step() -> list[str]:
     section = only_section(results.load("train-cpu"), "A training step of the transformer", rule="AdamW")
     torchs, ours = section["timings"][:2]
     name, least = _least({each["name"]: each["seconds"][0] for each in section["timings"]})
-    about = section["about"]
-    what = f"forward, backward and step of a transformer of {about['weights'] / 1e6:.1f} M weights, 4 bit, ms"
+    size = f"{section['about']['weights'] / 1e6:.1f} M weights"
+    what = f"forward, backward and step of a transformer of {size}, 4 bit, annealing, ms"
     return [
         what,
         f"**{milliseconds(ours)}**",
