@@ -83,7 +83,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         self._quantized_depth = 0
         self._lent: dict[Tensor, Tensor] = {}  # scales that are not set yet, while quantized() holds them
         self._plan: Plan | None = None
-        self._chosen: dict[tuple[str, torch.device, torch.dtype, bool], str] = {}  # backends
+        self._chosen: dict[tuple[str, torch.device, torch.dtype], str] = {}  # backends
         self._scaled: dict[Tensor, Quantizer] = {}  # the quantizer that a weight's scale was set for
         self._agreed = False  # whether all ranks were found to say the same
         self._company: distributed.Company = ()  # the ranks that step the same plain weights
