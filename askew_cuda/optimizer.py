@@ -84,7 +84,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         self._quantized_depth = 0
         self._lent: dict[Tensor, Tensor] = {}  # scales that are not set yet, while quantized() holds them
         self._plan: Plan | None = None
-        self._chosen: dict[tuple[str, torch.device, torch.dtype, bool], str] = {}  # backends
+        self._chosen: dict[tuple[str, torch.device, torch.dtype], str] = {}  # backends
         self._scaled: dict[Tensor, Quantizer] = {}  # the quantizer that a weight's scale was set for
         self._settled: dict[Tensor, Tensor] = {}  # the scale of a weight that is known to learn no more
         self._agreed = False  # whether all ranks were found to say the same

@@ -437,7 +437,8 @@ def brought_into_order(lists: Lists) -> tuple[Lists, BlockMap, Tensor, list[tupl
     for one in known:
         if one.is_of(lists, addresses):
             return lists, one.layout, one.table, []
-    layout, written = layout_of(lists), []
+    written: list[tuple[Tensor, Tensor]] = []
+    layout = layout_of(lists)
     in_order = layout is not None
     if layout is None:
         given, (lists, written) = lists, in_memory_order(lists)

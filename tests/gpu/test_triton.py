@@ -235,6 +235,18 @@ def test_a_call_is_one_launch_and_its_table_is_kept(counted):
     assert count() == (11, 4, 5)
 
 
+def test_others_at_the_same_place_are_not_taken_for_those_before(counted):
+    _, count = counted
+    case = PLAIN._replace(granularity="tensor")
+    lists = build(case).lists
+    call(case, lists, TRITON["interpreted"])
+    call(case, lists, TRITON["interpreted"])
+    assert count() == (2, 1, 1)
+    folded = {name: [t.view(-1, 1) if t.dim() == 1 else t for t in tensors] for name, tensors in lists.items()}
+    call(case, folded, TRITON["interpreted"])
+    assert count()[1] == 2
+
+
 def test_what_is_kept_is_dropped_one_by_one(counted):
     _, count = counted
     every = [build(PLAIN._replace(size=size)).lists for size in range(1, 71)]
