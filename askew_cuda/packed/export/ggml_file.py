@@ -28,6 +28,7 @@ PLAIN_TYPES = {
     0: torch.float32, 1: torch.float16, 30: torch.bfloat16, 28: torch.float64, 24: torch.int8, 25: torch.int16,
     26: torch.int32, 27: torch.int64,
 }  # fmt: skip
+_TYPE_OF = {dtype: number for number, dtype in PLAIN_TYPES.items()}
 _I2_S_TYPE = 36
 I2_S = (
     "bitnet.cpp, for which it is, scales a tensor by the mean of its absolute weights, whatever was trained; llama.cpp "
@@ -194,6 +195,16 @@ class GgufReader:
         if self.file.readinto(raw) != len(raw):
             raise self.error(f"{name!r}: the file ends before its {len(raw)} bytes do; it was cut short meanwhile")
         return torch.frombuffer(raw, dtype=torch.uint8) if raw else torch.empty(0, dtype=torch.uint8)
+
+
+def plain_tensor(name: str, tensor: Tensor) -> NewTensor:
+    """A tensor that is not quantized, as it is."""
+    if tensor.dtype not in _TYPE_OF or tensor.dim() > 4 or not tensor.numel():
+        raise ValueError(
+            f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; GGUF holds {', '.join(map(str, _TYPE_OF))} in "
+            "up to four dimensions: take a template, whose other tensors are taken over as they are"
+        )
+    return NewTensor(_TYPE_OF[tensor.dtype], tuple(tensor.shape), lambda: tensor.reshape(-1).view(torch.uint8))
 
 
 def plain_text(value: str) -> tuple[int, bytes]:

@@ -1,8 +1,7 @@
 """GGUF, which llama.cpp runs: packed files written as blocks of the very codes and scales that were trained, and GGUF
 files read back as weights to train on.
 
-No table of names is kept. A file for llama.cpp is made from the one that its converter made of the snapped model: every
-tensor whose rows are those of a quantized weight, in whatever order, is replaced by blocks, and all else stays.
+No table of names is kept: see template.py.
 """
 
 import contextlib
@@ -18,12 +17,22 @@ from torch import Tensor, nn
 from ...quantizer import Codebook, Quantizer
 from ..file import Trained, model_state, read_tensors
 from .blocks import TYPES, Blocks, BlockType, digits_for, level_digits, read_blocks, values, written_blocks
-from .ggml_file import I2_S, PLAIN_TYPES, GgufReader, NewTensor, plain_text, plain_whole, same_shape, write_gguf
+from .ggml_file import (
+    I2_S,
+    PLAIN_TYPES,
+    GgufReader,
+    NewTensor,
+    plain_tensor,
+    plain_text,
+    plain_whole,
+    same_shape,
+    write_gguf,
+)
 from .grids import Groups, by_groups, last_run, survives, taken_over
 from .holders import or_who_else
-from .rows import OWN_ARCHITECTURE, ROWS, model_order
+from .rows import OWN_ARCHITECTURE, check_rows, model_order
+from .template import block_tensor, into_named, into_same_rows
 
-_TYPE_OF = {dtype: number for number, dtype in PLAIN_TYPES.items()}
 _BY_NUMBER = {kind.number: kind for kind in TYPES.values()}
 
 
@@ -33,6 +42,8 @@ def export_gguf(
     *,
     template: str | os.PathLike[str] | None = None,
     type: str | None = None,
+    names: Mapping[str, str] | None = None,
+    rows: str | None = None,
 ) -> dict[str, str]:
     """Writes a packed file as GGUF. Every reader computes the very weights that were trained: each block is read back
     and compared, bit for bit, before anything is written. The file appears at once and whole, or not at all.
@@ -42,30 +53,39 @@ def export_gguf(
         path: of the GGUF file.
         template: a GGUF file that llama.cpp's converter made of the snapped model, in F32, F16 or BF16; its metadata,
             names and order of rows are taken over. None: tensors under the model's own names, for
-            :func:`load_gguf`.
-        type: of blocks, such as "Q4_0"; None takes, for each tensor, the smallest that holds its codebook.
+            :func:`load_gguf`. With ``names``: any GGUF file of the architecture, such as the one that training went on
+            from.
+        type: of blocks, such as "Q4_0"; None takes, for each tensor, that of the template, where it is one that holds
+            it, else the smallest that does.
+        names, rows: as in :func:`load_gguf`: which tensor of the template each tensor of the model takes the place of,
+            whatever it holds.
 
     Returns: The block type of each quantized tensor, under its name in the GGUF file.
 
     Raises: ValueError: no type, or not this one, holds a tensor's levels and granularity, a scale is not a float16
-        number, or the template has no such rows; the message says what would do. OSError: a file can't be read or
-        written.
+        number, or the template has no such rows or names; the message says what would do. OSError: a file can't be read
+        or written.
     """
     if type is not None and type not in TYPES:
         why = f": {I2_S}" if type.upper() == "I2_S" else ""
         raise ValueError(f"export_gguf: type = {type!r}{why}; take one of {', '.join(TYPES)}, or None")
     tensors, _ = read_tensors(source)
     trained = {name: each for name, each in tensors.items() if isinstance(each, Trained)}
+    check_rows(rows, "export_gguf")
+    if template is None and not (names is None and rows is None):
+        raise ValueError("export_gguf: names and rows go with a template, whose tensors are replaced")
+    if template is not None and names is not None:
+        return into_named(path, template, tensors, names, rows, functools.partial(_of_type, type=type))
     made = {name: or_who_else(functools.partial(blocks_of, type=type), name, each) for name, each in trained.items()}
     if template is not None:
-        return _into_template(path, template, trained, made)
+        return into_same_rows(path, template, trained, made)
     new: dict[str, NewTensor] = {}
     for name, tensor in tensors.items():
         if isinstance(tensor, Trained):
             kind, blocks = made[name]
-            new[name] = _new(kind, tuple(tensor.codes.shape), written_blocks(kind, blocks))
+            new[name] = block_tensor(kind, tuple(tensor.codes.shape), written_blocks(kind, blocks))
         else:
-            new[name] = _plain(name, tensor)
+            new[name] = plain_tensor(name, tensor)
     metadata = {
         "general.architecture": plain_text(OWN_ARCHITECTURE),
         "general.quantization_version": plain_whole(2),
@@ -91,6 +111,14 @@ def blocks_of(name: str, trained: Trained, type: str | None = None) -> tuple[Blo
         f"{name}, {trained.quantizer.summary()}, shape {tuple(trained.codes.shape)}, can't be written to GGUF as "
         f"trained: {'; '.join(wrong)}{advice}"
     )
+
+
+def _of_type(name: str, trained: Trained, there: int, type: str | None) -> tuple[BlockType, Blocks]:
+    """A tensor as blocks of the given type; where there is none of the type ``there``, if that holds it."""
+    same = _BY_NUMBER.get(there)
+    if type is None and same is not None and not isinstance(_blocks(same, trained), str):
+        type = same.name
+    return or_who_else(functools.partial(blocks_of, type=type), name, trained)
 
 
 def _blocks(kind: BlockType, trained: Trained) -> Blocks | str:
@@ -150,95 +178,6 @@ def _shown(levels: tuple[float, ...]) -> str:
     return ", ".join(f"{level:g}" for level in levels[:8]) + (f" .. ({len(levels)})" if len(levels) > 8 else "")
 
 
-def _new(kind: BlockType, shape: tuple[int, ...], raw: Tensor) -> NewTensor:
-    return NewTensor(kind.number, shape, lambda: raw.reshape(-1))
-
-
-def _plain(name: str, tensor: Tensor) -> NewTensor:
-    """A tensor that is not quantized, as it is."""
-    if tensor.dtype not in _TYPE_OF or tensor.dim() > 4 or not tensor.numel():
-        raise ValueError(
-            f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; GGUF holds {', '.join(map(str, _TYPE_OF))} in "
-            "up to four dimensions: take a template, whose other tensors are taken over as they are"
-        )
-    return NewTensor(_TYPE_OF[tensor.dtype], tuple(tensor.shape), lambda: tensor.reshape(-1).view(torch.uint8))
-
-
-# By way of a template
-
-
-def _into_template(
-    path: str | os.PathLike[str],
-    template: str | os.PathLike[str],
-    trained: dict[str, Trained],
-    made: dict[str, tuple[BlockType, Blocks]],
-) -> dict[str, str]:
-    found: dict[str, str] = {}
-    used: set[str] = set()
-    marks: dict[torch.dtype, dict[tuple[int, ...], list[str]]] = {}  # of our weights, in the types of the template
-    with open(template, "rb") as file:
-        reader = GgufReader(file, template)
-        new: dict[str, NewTensor] = {}
-        for name, entry in reader.tensors.items():
-            new[name] = NewTensor(entry.number, entry.shape, lambda name=name: reader.read(name))  # type: ignore[misc]
-            dtype = PLAIN_TYPES.get(entry.number, torch.int8)
-            if not dtype.is_floating_point:
-                continue
-            if dtype not in marks:
-                marks[dtype] = {}
-                for own, each in trained.items():
-                    marks[dtype].setdefault(_row_mark(each.weight().to(dtype)), []).append(own)
-            there = reader.read(name).view(dtype).reshape(entry.shape)
-            for own in marks[dtype].get(_row_mark(there), ()):
-                order = _order(there, trained[own].weight())
-                if order is not None:
-                    kind, blocks = made[own]
-                    width = entry.shape[-1] // kind.weights * kind.size
-                    raw = written_blocks(kind, blocks).reshape(-1, width)[order]
-                    new[name] = _new(kind, entry.shape, raw)
-                    found[name] = kind.name
-                    used.add(own)
-                    break
-        missing = sorted(set(trained) - used)
-        if missing:
-            raise reader.error(
-                f"none of its tensors has the rows of {', '.join(missing[:5])} ({len(missing)} in all): a template is "
-                "made of the snapped model, loaded by load_packed and saved, by llama.cpp's converter, with --outtype "
-                "f32, f16 or bf16"
-            )
-        write_gguf(path, reader.metadata, new, reader.alignment)
-    return found
-
-
-def _order(rows: Tensor, ours: Tensor) -> Tensor | None:
-    """Which of our rows each row of theirs is, (rows,) int64; None where they are not the same rows. Converters
-    exchange rows, of queries and keys for instance, and never columns.
-    """
-    ours = ours.to(rows.dtype)
-    rows, ours = (each.reshape(-1, each.shape[-1]) if each.dim() else each.reshape(1, 1) for each in (rows, ours))
-    if torch.equal(rows, ours):
-        return torch.arange(len(rows))
-    theirs, mine = (_hashes(each) for each in (rows, ours))
-    if not torch.equal(theirs.sort().values, mine.sort().values):
-        return None
-    order = torch.empty_like(theirs)
-    order[theirs.argsort(stable=True)] = mine.argsort(stable=True)
-    return order if torch.equal(rows, ours[order]) else None
-
-
-def _row_mark(rows: Tensor) -> tuple[int, ...]:
-    """The same for equal rows in whatever order."""
-    rows = rows.reshape(-1, rows.shape[-1]) if rows.dim() else rows.reshape(1, 1)
-    return (*rows.shape, int(_hashes(rows).sum()))
-
-
-def _hashes(rows: Tensor) -> Tensor:
-    """(rows,) int64, equal for equal rows."""
-    words = rows.contiguous().view(torch.int16 if rows.dtype.itemsize == 2 else torch.int32).long()
-    factors = torch.randint(2**62, (words.shape[1],), generator=torch.Generator().manual_seed(0))
-    return (words * factors).sum(1)  # modulo 2^64
-
-
 # The way back
 
 
@@ -275,8 +214,7 @@ def load_gguf(
     Raises: ValueError: the file is damaged or does not fit the model, or blocks are no codebook's; the message names
         file and tensor, and the model is unchanged. OSError: it can't be read.
     """
-    if rows is not None and rows not in ROWS:
-        raise ValueError(f"load_gguf: rows = {rows!r}; take one of {', '.join(map(repr, ROWS))}, or None")
+    check_rows(rows, "load_gguf")
     own, _ = model_state(model, "load_gguf")
     given = {} if names is None else names
     with open(path, "rb") as file:

@@ -15,6 +15,12 @@ _ROTATED = re.compile(r"blk\.\d+\.attn_(q|k|qkv)\.(weight|bias)")
 _COUNTS = {"q": "head_count", "k": "head_count_kv"}
 
 
+def check_rows(rows: str | None, caller: str) -> None:
+    """Whether it is one of ROWS, or None."""
+    if rows is not None and rows not in ROWS:
+        raise ValueError(f"{caller}: rows = {rows!r}; take one of {', '.join(map(repr, ROWS))}, or None")
+
+
 def model_order(reader: GgufReader, name: str, rows: str | None) -> Tensor | None:
     """Which row of a file's tensor each row of the model is, (rows,) int64; None where they are in one order.
 

@@ -449,3 +449,62 @@ def test_blocks_of_no_codebook_are_refused_or_taken_as_numbers(tmp_path):
         with pytest.raises(ValueError, match=r"'w' holds NaN or infinity"):
             load_gguf(tmp_path / "a", model, floats=True)
     assert torch.equal(model.w.reshape(4, 32), values(kind, blocks))
+
+
+def released(path) -> dict[str, str]:
+    """A file of somebody else's model: queries whose rows were exchanged, a norm, and tensors that are no model's.
+    Returns the names of the model's tensors there.
+    """
+    kind, generator = TYPES["TQ2_0"], torch.Generator().manual_seed(0)
+    digits = torch.randint(0, 3, (8, 256), generator=generator, dtype=torch.uint8)
+    raw = written_blocks(kind, Blocks(digits, torch.rand(8, 1, generator=generator).half() + 1, None)).reshape(-1)
+    norm, other = torch.rand(5, generator=generator), torch.rand(3, generator=generator)
+    metadata = {"general.architecture": plain_text("llama"), "llama.attention.head_count": (4, struct.pack("<I", 2))}
+    write_gguf(path, metadata, {
+        "blk.0.attn_q.weight": NewTensor(kind.number, (8, 256), lambda: raw),
+        "norm": NewTensor(0, (5,), lambda: norm.view(torch.uint8)),
+        "rope_freqs": NewTensor(0, (3,), lambda: other.view(torch.uint8)),
+    })  # fmt: skip
+    return {"q": "blk.0.attn_q.weight", "bias": "norm"}
+
+
+def test_a_released_file_is_trained_on_and_written_again_by_its_names(tmp_path):
+    names = released(tmp_path / "a")
+    model = Holder({"q": torch.zeros(8, 256), "bias": torch.zeros(5)})
+    groups = load_gguf(tmp_path / "a", model, names, rows="halves")
+    optimizer = askew.AskewSGD(groups, lr=0.5, total_steps=20)
+    askew.save_packed(model, optimizer, tmp_path / "packed")
+    how = {"template": tmp_path / "a", "names": names, "rows": "halves"}
+    assert export_gguf(tmp_path / "packed", tmp_path / "b", **how) == {"blk.0.attn_q.weight": "TQ2_0"}  # not TQ1_0
+    assert (tmp_path / "b").read_bytes() == (tmp_path / "a").read_bytes()
+    target = torch.randn(8, 256, generator=torch.Generator().manual_seed(1))
+    for _ in range(20):
+        optimizer.zero_grad()
+        ((model.q - target).square().sum() + model.bias.square().sum()).backward()
+        optimizer.step()
+    optimizer.finalize()
+    askew.save_packed(model, optimizer, tmp_path / "packed")
+    export_gguf(tmp_path / "packed", tmp_path / "b", **how)
+    again = Holder({"q": torch.zeros(8, 256), "bias": torch.zeros(5)})
+    load_gguf(tmp_path / "b", again, names, rows="halves")
+    assert bits_of(again) == bits_of(model)
+    with open(tmp_path / "a", "rb") as first, open(tmp_path / "b", "rb") as second:
+        readers = GgufReader(first, "a"), GgufReader(second, "b")
+        assert readers[0].metadata == readers[1].metadata
+        kept, same, changed = (
+            torch.equal(*(reader.read(name) for reader in readers))
+            for name in ("rope_freqs", "norm", "blk.0.attn_q.weight")
+        )
+        assert (kept, same, changed) == (True, False, False)
+
+    assert export_gguf(tmp_path / "packed", tmp_path / "c", type="TQ1_0", **how) == {"blk.0.attn_q.weight": "TQ1_0"}
+    for changes, match in (
+        ({"rows": None}, r"'blk\.0\.attn_q\.weight', architecture 'llama': .* rows='halves'"),
+        ({"names": {"q": "norm"}}, r"'norm', which q of shape \(8, 256\) is to take the place of: it has shape \(5,\)"),
+        ({"names": {"q": names["q"]}}, r"'bias', which bias of shape \(5,\) is to take the place of: there is none"),
+        ({"rows": "pairs"}, r"export_gguf: rows = 'pairs'; take one of"),
+        ({"template": None}, r"names and rows go with a template"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            export_gguf(tmp_path / "packed", tmp_path / "d", **{**how, **changes})
+        assert not (tmp_path / "d").exists()
