@@ -500,7 +500,10 @@ def test_a_released_file_is_trained_on_and_written_again_by_its_names(tmp_path):
     assert export_gguf(tmp_path / "packed", tmp_path / "c", type="TQ1_0", **how) == {"blk.0.attn_q.weight": "TQ1_0"}
     for changes, match in (
         ({"rows": None}, r"'blk\.0\.attn_q\.weight', architecture 'llama': .* rows='halves'"),
-        ({"names": {"q": "norm"}}, r"'norm', which q of shape \(8, 256\) is to take the place of: it has shape \(5,\)"),
+        (
+            {"names": {"q": "norm", "bias": "norm"}},
+            r"'norm', which q of shape \(8, 256\) is to take the place of: it has shape \(5,\)",
+        ),
         ({"names": {"q": names["q"]}}, r"'bias', which bias of shape \(5,\) is to take the place of: there is none"),
         ({"rows": "pairs"}, r"export_gguf: rows = 'pairs'; take one of"),
         ({"template": None}, r"names and rows go with a template"),
