@@ -7,8 +7,8 @@ import os
 
 import torch
 
-from askew_cuda import backends
-
 torch.set_num_threads(1)
 if name := os.environ.get("ASKEW_CPU_CAPABILITY"):
+    from askew_cuda import backends
+
     backends.extension.set_cpu_capability(name)

@@ -332,7 +332,7 @@ struct Worker {
     reload_shared();
     const Span& span = block.span;
     Storage w[count], g[count];
-    State state[states][count];
+    State state[states][count] = {};  // zeros where there is none, or registers would keep what the turn before left
     uint16_t remainder[count];
     read(span.weight, i, w);
     read(span.grad, i, g);
