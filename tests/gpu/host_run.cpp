@@ -241,9 +241,6 @@ Span span_of(Tensor& tensor, const Setup& setup) {
 // Variants that the program is built for: all, or few, for builds with a planted fault.
 template <typename V> constexpr bool built() {
 #if defined(FEW_VARIANTS)
-  if constexpr (V::usual && sizeof(typename V::Storage) == 2) {
-    if (V::rounding != Rounding::nearest) return false;
-  }
   return V::book == Book::uniform && std::is_same_v<typename V::RuleType, Sgd> &&
          std::is_same_v<typename V::Annealing, Capture> &&
          (std::is_same_v<typename V::Storage, float> || std::is_same_v<typename V::Storage, BFloat16>);
