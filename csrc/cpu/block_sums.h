@@ -39,7 +39,6 @@ struct BlockSums {
     };
     int64_t i = begin;
     for (; i + sum_lanes <= end; i += sum_lanes) {
-      prefetch_state(span, i);
 #pragma GCC unroll 8
       for (int lane = 0; lane < sum_lanes; lane += width)
         add(lane, access.load_weight(span, i + lane), load<P>(at<Storage>(span.grad, i + lane)));
@@ -72,13 +71,6 @@ struct BlockSums {
   }
   // How many weights of a pack come before the end.
   static ASKEW_FN int count_of(int64_t i, int64_t end) { return end - i < width ? static_cast<int>(end - i) : width; }
-  // The step of these weights comes next.
-  ASKEW_FN void prefetch_state(const Span& span, int64_t i) const {
-    const int64_t size = access.wide_state ? sizeof(Lane<P>) : sizeof(Storage);
-    for (const void* state : span.state)
-      for (int64_t byte = 0; state && byte < sum_lanes * size; byte += 64)
-        __builtin_prefetch(at<char>(state, i * size + byte), 1);
-  }
   // Fewer weights than a pack, and their gradients; zeros fill it up.
   void some(const Span& span, int64_t i, int count, P& w, P& g) const {
     alignas(64) char weight[width * sizeof(Storage)] = {}, grad[width * sizeof(Storage)] = {};

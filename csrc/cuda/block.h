@@ -347,8 +347,7 @@ struct Worker {
     for (int k = 0; k < count; ++k) {
       T mine[states];
 #pragma unroll
-      for (int which = 0; which < states; ++which)
-        mine[which] = has_state(span, which) ? T(widen(state[which][k])) : T(0);
+      for (int which = 0; which < states; ++which) mine[which] = T(widen(state[which][k]));
       const T now = joined(w[k], remainder[k], rounding_of(arguments));
       put(w[k], remainder[k],
           step<typename V::RuleType, typename V::Annealing>(now, widen(g[k]), mine, shared.grid, codebook, moving),
@@ -479,7 +478,7 @@ ASKEW_FN void sum_radial(const Block<V>& block, const KernelArguments<V>& argume
   const int64_t all = blocks.first_from(span.size), last = blocks.first_from(block.begin + block.size);
   for (int64_t b = blocks.first_from(block.begin) + thread / sum_lanes; b < last; b += block_threads / sum_lanes) {
     const int64_t begin = blocks.begin(b), end = blocks.end(b);
-    const LaneSums<2> sums = over_lanes<2>(thread, [&](int lane, double (&total)[2]) {
+    const Totals<2> sums = over_lanes<2>(thread, [&](int lane, double (&total)[2]) {
       for (int64_t i = begin - block.begin + lane; i < end - block.begin; i += sum_lanes) {
         uint16_t remainder = 0;
         if (rounding_of(arguments) == Rounding::remainder) remainder = static_cast<const uint16_t*>(span.remainder)[i];
@@ -508,7 +507,7 @@ ASKEW_FN void sum_second(const Block<V>& block, const KernelArguments<V>& argume
   const void* squares = !V::usual && span.state[2] ? span.state[2] : span.state[1];
   for (int64_t b = blocks.first_from(block.begin) + thread / sum_lanes; b < last; b += block_threads / sum_lanes) {
     const int64_t begin = blocks.begin(b), end = blocks.end(b);
-    const LaneSums<1> second = over_lanes<1>(thread, [&](int lane, double (&total)[1]) {
+    const Totals<1> second = over_lanes<1>(thread, [&](int lane, double (&total)[1]) {
       for (int64_t i = begin - block.begin + lane; i < end - block.begin; i += sum_lanes) {
         const double x = has_wide_state(arguments) ? static_cast<double>(static_cast<const typename V::T*>(squares)[i])
                                                    : widen(static_cast<const typename V::Storage*>(squares)[i]);

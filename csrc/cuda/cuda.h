@@ -34,8 +34,8 @@ struct DeviceNumbers {
   bool step_is_double;  // Span.step
 };
 
-// (E7) Of a tensor: the sums of blocks, `each` of them to one of `count` sums.
-struct BlockSums {
+// (E7) Of one tensor: the sums of blocks, `each` of them to one of `count` sums.
+struct SumSpan {
   const double* blocks;
   double* sums;
   int64_t count, each;
@@ -54,7 +54,7 @@ const char* cuda_step(const Launch& launch, const CudaCall& call);  // null, or 
 // Fills call.spans and call.first_chunk, as a CUDA graph can capture it: by kernels whose arguments hold the content.
 const char* cuda_write_table(const Launch& launch, const CudaCall& call);
 // (E7) From the sums of blocks to those of the scales of tensors; and what scales learn. Null, or what went wrong.
-const char* cuda_add_up(const BlockSums* tensors, int64_t count, const CudaCall& call);
+const char* cuda_add_up(const SumSpan* tensors, int64_t count, const CudaCall& call);
 const char* cuda_learn(const ScaleSettings& settings, const ScaleSpan* spans, int64_t count, const CudaCall& call);
 bool cuda_is_capturing(void* stream);  // whether a CUDA graph is being captured
 std::string cuda_problem(int device);  // why kernels can't run there, and what helps; "" where they can

@@ -42,14 +42,18 @@ __global__ void write_table_kernel(const __grid_constant__ TablePart part) {
 
 // (E7) Both kernels below take several tensors, blockIdx.y says which: few, whose arguments cost a launch little, or as
 // many as 32 KB hold.
-constexpr int few_tensors = 32;
-template <typename Span> constexpr int many_tensors = (32764 - 256) / sizeof(Span);
+template <typename Span, typename Start>
+cudaError_t few_or_many(int64_t count, const Start& start_with) {
+  constexpr int few = 32, many = (32764 - 256) / sizeof(Span);
+  return count <= few ? start_with(std::integral_constant<int, few>{})
+                      : start_with(std::integral_constant<int, many>{});
+}
 
 // From the sums of blocks to those of scales. Where the blocks of one are more than a chunk of order.h, all threads of
 // a block of threads add up chunks.
 template <int capacity> struct SumArguments {
   DeviceNumber found_inf;
-  BlockSums tensors[capacity];
+  SumSpan tensors[capacity];
 };
 
 template <int capacity>
@@ -161,9 +165,9 @@ const char* cuda_write_table(const Launch& launch, const CudaCall& call) {
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-const char* cuda_add_up(const BlockSums* tensors, int64_t count, const CudaCall& call) {
+const char* cuda_add_up(const SumSpan* tensors, int64_t count, const CudaCall& call) {
   cudaError_t error = cudaSetDevice(call.device);
-  const auto blocks_of = [](const BlockSums& of) {
+  const auto blocks_of = [](const SumSpan& of) {
     return of.each <= chunk_blocks ? std::min<int64_t>(chunks_of(of.count, block_threads), 1024)
                                    : std::min<int64_t>(of.count, 4096);
   };
@@ -172,10 +176,7 @@ const char* cuda_add_up(const BlockSums* tensors, int64_t count, const CudaCall&
     return start_for_each(add_up_kernel<room>, SumArguments<room>{call.numbers.found_inf, {}}, tensors, count,
                           blocks_of, call.stream);
   };
-  if (error == cudaSuccess) {
-    error = count <= few_tensors ? start_with(std::integral_constant<int, few_tensors>{})
-                                 : start_with(std::integral_constant<int, many_tensors<BlockSums>>{});
-  }
+  if (error == cudaSuccess) error = few_or_many<SumSpan>(count, start_with);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
@@ -187,10 +188,7 @@ const char* cuda_learn(const ScaleSettings& settings, const ScaleSpan* spans, in
     return start_for_each(learn_kernel<room>, ScaleArguments<room>{settings, call.numbers, {}}, spans, count, blocks_of,
                           call.stream);
   };
-  if (error == cudaSuccess) {
-    error = count <= few_tensors ? start_with(std::integral_constant<int, few_tensors>{})
-                                 : start_with(std::integral_constant<int, many_tensors<ScaleSpan>>{});
-  }
+  if (error == cudaSuccess) error = few_or_many<ScaleSpan>(count, start_with);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

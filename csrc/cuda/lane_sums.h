@@ -5,14 +5,14 @@
 
 namespace askew {
 
-template <int kinds> struct LaneSums {
+template <int kinds> struct Totals {
   double of[kinds];
 };
 
 // What the lanes of a block of sums add up to, several kinds at a time, for the first of its 16 threads; `add` adds up
 // a lane's own. On a processor, for tests, that thread asks for all lanes.
 template <int kinds, typename Add>
-ASKEW_FN LaneSums<kinds> over_lanes(int thread, const Add& add) {
+ASKEW_FN Totals<kinds> over_lanes(int thread, const Add& add) {
 #if defined(__CUDA_ARCH__)
   double total[kinds] = {};
   add(thread % sum_lanes, total);
@@ -21,7 +21,7 @@ ASKEW_FN LaneSums<kinds> over_lanes(int thread, const Add& add) {
   for (int half = sum_lanes / 2; half > 0; half /= 2)
 #pragma unroll
     for (int k = 0; k < kinds; ++k) total[k] += __shfl_down_sync(neighbours, total[k], half, sum_lanes);
-  LaneSums<kinds> sums;
+  Totals<kinds> sums;
 #pragma unroll
   for (int k = 0; k < kinds; ++k) sums.of[k] = total[k];
   return sums;
@@ -32,7 +32,7 @@ ASKEW_FN LaneSums<kinds> over_lanes(int thread, const Add& add) {
     add(lane, total);
     for (int k = 0; k < kinds; ++k) lanes[k][lane] = total[k];
   }
-  LaneSums<kinds> sums;
+  Totals<kinds> sums;
   for (int k = 0; k < kinds; ++k) sums.of[k] = add_lanes(lanes[k]);
   return sums;
 #endif

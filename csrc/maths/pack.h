@@ -62,23 +62,18 @@ ASKEW_FN float flip(float x, float sign) {
 }
 ASKEW_FN double flip(double x, double sign) { return ::copysign(1.0, sign) < 0 ? -x : x; }
 
-// The smaller and the larger of two numbers. Of a NaN in the first place these make the second number ..
+// The smaller and the larger of two numbers, of which the second is no NaN and not -0: then a GPU's one instruction has
+// the bits of the select. Of a NaN in the first place these make the second number ..
 template <typename P> ASKEW_FN P at_most(P x, P most) { return x < most ? x : most; }
 template <typename P> ASKEW_FN P at_least(P x, P least) { return x > least ? x : least; }
-// .. and these leave it a NaN. The second must not be one.
+// .. and this one leaves it a NaN. (There is no such one for the larger number: a GPU takes +0 for larger than -0.)
 template <typename P> ASKEW_FN P no_more(P x, P most) { return x > most ? most : x; }
-template <typename P> ASKEW_FN P no_less(P x, P least) { return x < least ? least : x; }
 #if defined(__CUDA_ARCH__)
-// One instruction each.
 ASKEW_FN float at_most(float x, float most) { return ::fminf(x, most); }
 ASKEW_FN float at_least(float x, float least) { return ::fmaxf(x, least); }
 #if __CUDA_ARCH__ >= 800
 ASKEW_FN float no_more(float x, float most) {
   asm("min.NaN.f32 %0, %1, %2;" : "=f"(x) : "f"(x), "f"(most));
-  return x;
-}
-ASKEW_FN float no_less(float x, float least) {
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(x) : "f"(x), "f"(least));
   return x;
 }
 #endif

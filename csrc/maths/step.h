@@ -77,7 +77,8 @@ struct Capture {
     P pull = at_most(h.now.rate * distance, cap);
     pull = distance <= h.now.snap * at.half ? distance : pull;  // the last bit of the way: exactly onto the level
     const P toward = flip(d, at.e);
-    const P move = no_less(no_more(toward, distance), pull);
+    const P wanted = no_more(toward, distance);
+    const P move = pull > wanted ? pull : wanted;
     return distance < h.now.capture_radius * at.half ? flip(move, at.e) : d;
   }
 };
@@ -161,7 +162,9 @@ ASKEW_FN P step(P w, P g, P (&state)[Rule::states], const Grid<P>& grid, const C
   else {
     if (!(Annealing::on_gradient && h.skew_gradient))
       d = Annealing::skew(d, w, locate(w, grid, codebook), grid, codebook, h);
-    return no_more(no_less(w + d, grid.low), grid.high);  // (E5)
+    P moved = w + d;  // (E5)
+    moved = moved < grid.low ? grid.low : moved;
+    return moved > grid.high ? grid.high : moved;
   }
 }
 

@@ -27,7 +27,7 @@ struct SpanTable {
 void run_cuda(const Launch& launch, const DeviceNumbers& numbers, at::Device device, SpanTable& table);
 
 // (E7) The same of the sums of blocks, and of scales.
-void add_up_cuda(const std::vector<BlockSums>& tensors, const DeviceNumbers& numbers, at::Device device);
+void add_up_cuda(const std::vector<SumSpan>& tensors, const DeviceNumbers& numbers, at::Device device);
 void learn_scales_cuda(const ScaleSettings& settings, const DeviceNumbers& numbers, const std::vector<ScaleSpan>& spans,
                        at::Device device);
 

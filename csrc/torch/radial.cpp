@@ -70,7 +70,7 @@ std::vector<std::pair<size_t, Span>> RadialSums::apart() {
 }
 
 void RadialSums::add_up(const std::vector<size_t>& weights, [[maybe_unused]] const DeviceNumbers& numbers) const {
-  std::vector<BlockSums> there;
+  std::vector<SumSpan> there;
   for (const size_t i : weights) {
     const auto& [blocks, sums, size] = parts_[i];
     if (size == 0) {

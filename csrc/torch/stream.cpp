@@ -49,7 +49,7 @@ void launched(const char* error, at::Device device) {
 
 }  // namespace
 
-void add_up_cuda(const std::vector<BlockSums>& tensors, const DeviceNumbers& numbers, at::Device device) {
+void add_up_cuda(const std::vector<SumSpan>& tensors, const DeviceNumbers& numbers, at::Device device) {
   const c10::DeviceGuard guard(device);
   launched(cuda_add_up(tensors.data(), static_cast<int64_t>(tensors.size()), call_on(device, numbers)), device);
 }

@@ -59,6 +59,27 @@ def test_the_gpu_does_what_the_reference_does(case):
     same(run(case, BACKEND), run(case, REFERENCE))
 
 
+@pytest.mark.parametrize("levels", [(-1, 0, 1), (0, 1), (-1, 0), (-2, -1, 0.25), (-3, -1, -0.0)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", [askew.AskewSGD, askew.AskewAdamW])
+def test_a_zero_keeps_its_sign(kind, dtype, levels):
+    """Pruning leaves weights of -0, and a GPU's minimum and maximum tell the two zeros apart."""
+    signs = torch.tensor([0.0, -0.0])
+    found = []
+    for device, backend in (("cpu", "reference"), ("cuda", "auto")):
+        weight = torch.nn.Parameter(signs.repeat(64).to(device, dtype))
+        weight.grad = signs.repeat_interleave(2).repeat(32).to(device, dtype)
+        momentum = {"momentum": 0.9} if kind is askew.AskewSGD else {}
+        quantizer = askew.Quantizer(levels, scale=0.5)
+        optimizer = kind(
+            [weight], lr=0.1, weight_decay=0.0, quantizer=quantizer, epsilon=0.5, backend=backend, **momentum
+        )
+        for _ in range(3):
+            optimizer.step()
+        found.append(weight.detach().cpu())
+    assert_same_bits(found[1], found[0], "weight")
+
+
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("annealing", ["capture", "capture_alpha", "interval", "gradient"])
 def test_numbers_may_live_on_the_device(rule, annealing):

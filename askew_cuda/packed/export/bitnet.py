@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...quantizer import Quantizer
+from ...reference import arithmetic
 from ..file import Trained, model_state, read_tensors
 from ..safetensors import TensorReader
 from .folder import read_config, write_folder
@@ -93,9 +94,8 @@ def packed_of(name: str, trained: Trained, power: int = 1) -> tuple[Tensor, Tens
 
 def _weights(codes: Tensor, stored: Tensor, power: int, dtype: torch.dtype) -> Trained:
     """What a weight_scale makes of ternary codes."""
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
     scale = stored.reshape(()).to(torch.float64) ** power
-    return Trained(Quantizer("ternary"), 0, dtype, codes, scale.to(wide))
+    return Trained(Quantizer("ternary"), 0, dtype, codes, scale.to(arithmetic(dtype)))
 
 
 def load_bitnet(folder: str | os.PathLike[str], model: nn.Module) -> list[dict[str, Any]]:

@@ -17,8 +17,6 @@ from ..file import save_packed
 from ..safetensors import TensorReader
 
 _TRAINER = ("model.safetensors", "optimizer.pt")  # of a folder that Hugging Face's Trainer writes
-
-
 _ZIP = b"PK\x03\x04"  # what files of torch.save begin with
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ...quantizer import Codebook, Quantizer
+from ...reference import arithmetic
 from ..file import Trained, model_state, read_tensors
 from .blocks import TYPES, Blocks, BlockType, digits_for, level_digits, read_blocks, values, written_blocks
 from .ggml_file import (
@@ -31,7 +32,7 @@ from .ggml_file import (
 from .grids import Groups, by_groups, last_run, survives, taken_over
 from .holders import or_who_else
 from .rows import OWN_ARCHITECTURE, check_rows, model_order
-from .template import block_tensor, into_named, into_same_rows
+from .template import held, into_named, into_same_rows
 
 _BY_NUMBER = {kind.number: kind for kind in TYPES.values()}
 
@@ -83,7 +84,7 @@ def export_gguf(
     for name, tensor in tensors.items():
         if isinstance(tensor, Trained):
             kind, blocks = made[name]
-            new[name] = block_tensor(kind, tuple(tensor.codes.shape), written_blocks(kind, blocks))
+            new[name] = held(kind.number, tuple(tensor.codes.shape), written_blocks(kind, blocks))
         else:
             new[name] = plain_tensor(name, tensor)
     metadata = {
@@ -146,7 +147,7 @@ def _blocks(kind: BlockType, trained: Trained) -> Blocks | str:
             "them to 7 significant bits before annealing (short_scales=True), inside of 2^-14 .. 2^15"
         )
     blocks = Blocks(coded, d.half(), None if m is None else m.half())
-    if not torch.equal(values(kind, blocks), trained.weight().reshape(-1, kind.weights).to(_wide(trained.dtype))):
+    if not torch.equal(values(kind, blocks), trained.weight().reshape(-1, kind.weights).to(arithmetic(trained.dtype))):
         return f"{trained.dtype} weights are rounded, and it would not round them"
     return blocks
 
@@ -168,10 +169,6 @@ def _turned_blocks(kind: BlockType, levels: tuple[float, ...], codes: Tensor) ->
     if bool(((stood < kind.first) | (stood > top)).any()):
         return None
     return (stood - kind.first).to(torch.uint8), torch.where(outside, -found.factor, found.factor)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _shown(levels: tuple[float, ...]) -> str:
@@ -205,7 +202,6 @@ def load_gguf(
             into the order of transformers' models of such an architecture, llama for one; "stored" takes them as they
             lie there. None: a file that has queries and keys is refused, unless :func:`export_gguf` wrote it without a
             template.
-
         floats: takes tensors whose blocks are no codebook's, such as those of Q4_1 with a shift for each block, as the
             numbers that they stand for, to be quantized anew; else they are refused.
 
@@ -290,7 +286,7 @@ def trained_of(kind: BlockType, blocks: Blocks, shape: tuple[int, ...], dtype: t
         d = torch.where(dead, 1.0, d)
     groups = Groups(digits.to(torch.uint8), d.abs().reshape(-1, shape[-1] // kind.weights))
     quantizer, scale = _fewest(Codebook(levels), groups, shape, kind.weights)
-    trained = Trained(quantizer, 0, dtype, groups.codes.reshape(shape), scale.to(_wide(dtype)))
+    trained = Trained(quantizer, 0, dtype, groups.codes.reshape(shape), scale.to(arithmetic(dtype)))
     if not torch.equal(trained.weight().float().reshape(blocks.digits.shape), values(kind, blocks)):
         raise _NoCodebook(f"blocks of {kind.name} whose products are rounded otherwise than those of a codebook")
     return trained

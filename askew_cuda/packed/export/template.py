@@ -17,9 +17,9 @@ from .ggml_file import PLAIN_TYPES, GgufReader, NewTensor, plain_tensor, same_sh
 from .rows import model_order
 
 
-def block_tensor(kind: BlockType, shape: tuple[int, ...], raw: Tensor) -> NewTensor:
-    """Blocks, to be written."""
-    return NewTensor(kind.number, shape, lambda: raw.reshape(-1))
+def held(number: int, shape: tuple[int, ...], raw: Tensor) -> NewTensor:
+    """Bytes that are there already, to be written."""
+    return NewTensor(number, shape, lambda: raw.reshape(-1))
 
 
 def _kept(reader: GgufReader, name: str) -> NewTensor:
@@ -55,13 +55,13 @@ def into_named(
             order = model_order(reader, name, rows)
             if isinstance(tensor, Trained):
                 kind, blocks = of_type(own, tensor, there.number)
-                raw, number, found[name] = written_blocks(kind, blocks).reshape(-1), kind.number, kind.name
+                raw, number, found[name] = written_blocks(kind, blocks), kind.number, kind.name
             else:
                 plain = plain_tensor(own, tensor)
                 raw, number = plain.data(), plain.number
             if order is not None:
-                raw = raw.reshape(len(order), raw.numel() // len(order))[order.argsort()].reshape(-1)
-            new[name] = NewTensor(number, there.shape, lambda raw=raw: raw)  # type: ignore[misc]
+                raw = raw.reshape(len(order), raw.numel() // len(order))[order.argsort()]
+            new[name] = held(number, there.shape, raw)
         write_gguf(path, reader.metadata, new, reader.alignment)
     return found
 
@@ -99,7 +99,7 @@ def into_same_rows(
                     kind, blocks = made[own]
                     width = entry.shape[-1] // kind.weights * kind.size
                     raw = written_blocks(kind, blocks).reshape(-1, width)[order]
-                    new[name] = block_tensor(kind, entry.shape, raw)
+                    new[name] = held(kind.number, entry.shape, raw)
                     found[name] = kind.name
                     used.add(own)
                     break

@@ -15,6 +15,7 @@ from askew_cuda.packed.export.compressed import export_compressed
 from askew_cuda.packed.export.mlx import export_mlx
 from askew_cuda.packed.file import Trained
 from askew_cuda.packed.safetensors import TensorReader, TensorWriter
+from tests.packed.export.mutations import mutated
 from tests.packed.export.trained import packed
 
 
@@ -195,24 +196,7 @@ def test_a_mutated_checkpoint_is_refused_or_loaded(tmp_path_factory, data):
     _, tensors = checkpoint(8.0)
     write(folder, tensors)
     path = folder / data.draw(st.sampled_from(["config.json", "model.safetensors", "model.safetensors"]), "file")
-    raw = bytearray(path.read_bytes())
-    for _ in range(data.draw(st.integers(1, 3), "changes")):
-        at = data.draw(st.integers(0, len(raw) - 1), "at")
-        kind = data.draw(st.sampled_from(["byte", "word", "insert", "delete", "cut"]), "kind")
-        if kind == "byte":
-            raw[at] = data.draw(st.integers(0, 255), "value")
-        elif kind == "word":
-            word = data.draw(st.sampled_from([2**63, 2**64 - 1, 2**32, 0, 255]), "word")
-            raw[at : at + 8] = word.to_bytes(8, "little")
-        elif kind == "insert":
-            raw[at:at] = data.draw(
-                st.binary(min_size=1, max_size=20) | st.sampled_from([b"[" * 2000, b"9" * 400]), "new"
-            )
-        else:
-            del raw[at : at + data.draw(st.integers(1, 20), "deleted") if kind == "delete" else len(raw)]
-        if not raw:
-            break
-    path.write_bytes(raw)
+    path.write_bytes(mutated(path.read_bytes(), data))
     load_or_refuse(folder)
 
 

@@ -16,6 +16,7 @@ from askew_cuda.packed.export.blocks import TYPES, Blocks, read_blocks, values, 
 from askew_cuda.packed.export.ggml_file import GgufReader, NewTensor, plain_text, write_gguf
 from askew_cuda.packed.export.gguf import blocks_of, export_gguf, load_gguf, trained_of
 from askew_cuda.packed.file import read_tensors
+from tests.packed.export.mutations import mutated
 from tests.packed.export.trained import Holder, packed
 
 # What every type is for: a codebook, and a granularity that its blocks divide.
@@ -243,30 +244,14 @@ def load_or_refuse(path: Path) -> str | None:
 def test_a_mutated_file_is_refused_or_loaded(good, data):
     """There are no checksums: what is changed inside of the data can't be found, but never breaks anything."""
     bad = good.parent / "bad"
-    bad.write_bytes(mutated(good, data))
+    bad.write_bytes(damaged(good, data))
     load_or_refuse(bad)
 
 
-def mutated(path: Path, data: st.DataObject) -> bytes:
+def damaged(path: Path, data: st.DataObject) -> bytes:
     """The file with a few changes, most of them in its header."""
-    raw = bytearray(path.read_bytes())
-    header = len(raw) - sum(each.size for each in sizes(path))
-    for _ in range(data.draw(st.integers(1, 3), "changes")):
-        at = data.draw(st.integers(0, len(raw) - 1) | st.integers(0, header - 1), "at")
-        kind = data.draw(st.sampled_from(["bit", "byte", "word", "insert", "delete"]), "kind")
-        at = min(at, len(raw) - 1)
-        if kind == "bit":
-            raw[at] ^= 1 << data.draw(st.integers(0, 7), "bit")
-        elif kind == "byte":
-            raw[at] = data.draw(st.integers(0, 255), "value")
-        elif kind == "word":
-            word = data.draw(st.sampled_from([2**63, 2**64 - 1, 2**32, 0, 255]), "word")
-            raw[at : at + 8] = word.to_bytes(8, "little")
-        elif kind == "insert":
-            raw[at:at] = data.draw(st.binary(min_size=1, max_size=40), "inserted")
-        else:
-            del raw[at : at + data.draw(st.integers(1, 40), "deleted")]
-    return bytes(raw)
+    raw = path.read_bytes()
+    return mutated(raw, data, len(raw) - sum(each.size for each in sizes(path)))
 
 
 def sizes(path: Path) -> list[NewTensor]:
@@ -397,7 +382,7 @@ def test_a_mutated_file_with_queries_is_refused_or_loaded(tmp_path_factory, data
     folder = tmp_path_factory.getbasetemp() / "mutated-queries"
     folder.mkdir(exist_ok=True)
     with_queries(folder / "good")
-    (folder / "bad").write_bytes(mutated(folder / "good", data))
+    (folder / "bad").write_bytes(damaged(folder / "good", data))
     model = Holder({"q": torch.ones(8, 32)})
     try:
         load_gguf(folder / "bad", model, {"q": "blk.3.attn_q.weight"}, rows="halves")
