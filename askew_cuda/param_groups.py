@@ -257,9 +257,10 @@ def param_groups(
             dimensions, those of norms, and those that the model lists in no_weight_decay(). Or the names of those that
             are not decayed.
         lr_inputs: how many inputs a matrix may have to take the whole ``lr``, which must then be given here, too; one
-            of more takes lr * lr_inputs / inputs, in a group of its own. For SGD without normalisation layers: in units
-            of the distance between two levels, its steps grow with the inputs (docs/recipes.md). None: the same for
-            all.
+            of more takes lr * lr_inputs / inputs, in a group of its own, and a ``weight_decay`` that is given here
+            times inputs / lr_inputs, so that it decays as fast as the others. For SGD without normalisation layers: in
+            units of the distance between two levels, its steps grow with the inputs (docs/recipes.md). None: the same
+            for all.
         names: False leaves the names of the parameters out, for wrappers that don't take any, such as
             ZeroRedundancyOptimizer; groups are then split where layers differ in their fan-in or their init.
         verbose: print the table.
@@ -385,10 +386,12 @@ def _quantized_groups(
                 **settings,
             },
         )
-        if free:
-            group["weight_decay"] = 0.0
         if share < 1:
             group["lr"] = share * keywords["lr"]
+            if "weight_decay" in keywords:
+                group["weight_decay"] = keywords["weight_decay"] / share
+        if free:
+            group["weight_decay"] = 0.0
         group["params"].append((name, weight))
         known = None if weight.dim() < 2 else layout
         group["fan_in"].append(None if known is None else known.fan_in)

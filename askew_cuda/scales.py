@@ -297,11 +297,12 @@ def _of_torch_default(fans: tuple[float, float], codebook: Codebook) -> float:
 
 
 def _by_shape(fans: tuple[float, float], codebook: Codebook) -> float:
-    """sqrt(2 / fan_in) (16 / sqrt(fan_in fan_out))^(1/4) / rms(levels): that init says nothing about the scale that a
-    layer should have.
+    """sqrt(2 / fan_in) (16 / sqrt(fan_in fan_out))^(1/4) / rms(levels), from 8 levels on twice that: that init says
+    nothing about the scale that a layer should have. Many levels can be further apart, and leave more room.
     """
     fan_in, fan_out = fans
-    return math.sqrt(2 / fan_in) * (16 / math.sqrt(fan_in * fan_out)) ** 0.25 / codebook.rms
+    size = math.sqrt(2 / fan_in) * (16 / math.sqrt(fan_in * fan_out)) ** 0.25
+    return (2 if len(codebook) >= 8 else 1) * size / codebook.rms
 
 
 def sawb_clip(rows: Tensor, levels: int, name: str) -> Tensor:

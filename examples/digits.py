@@ -48,25 +48,27 @@ def mlp(hidden: int) -> nn.Sequential:
 class StraightThrough(nn.Module):
     """The rival: the forward pass sees the rounded weight, the gradient goes to the latent one as if it had not been
     rounded.
-    The scale is estimated anew in every forward pass of the training: mean|w| for 1 bit and ternary; for more levels
-        one
-       least-squares refit of the min-MSE scale to the current rounding.
+
+    The scale, of the whole weight or of each output, is estimated anew in every forward pass of the training: mean|w|
+    for 1 bit and ternary; for more levels one least-squares refit of the min-MSE scale to the current rounding.
     """
 
     def __init__(self, quantizer: askew.Quantizer, weight: Tensor):
         super().__init__()
-        self.levels = quantizer.codebook.levels
-        self.register_buffer("scale", estimate(weight.detach(), quantizer, pretrained="packed", name="weight"))
+        self.levels, self.each_output = quantizer.codebook.levels, quantizer.granularity == "channel"
+        scale = estimate(weight.detach(), quantizer, pretrained="packed", name="weight")
+        self.register_buffer("scale", scale.view(-1, 1))
 
     def forward(self, weight: Tensor) -> Tensor:
         with torch.no_grad():
+            rows = weight.flatten(1) if self.each_output else weight.reshape(1, -1)
             if self.training and len(self.levels) <= 3:
-                self.scale = weight.abs().mean()
+                self.scale = rows.abs().mean(1, keepdim=True)
             book = reference.codebook(self.levels, weight)
-            level = book.unit * book.level(book.nearest(weight / (self.scale * book.unit)))
+            level = book.unit * book.level(book.nearest(rows / (self.scale * book.unit)))
             if self.training and len(self.levels) > 3:
-                self.scale = (weight * level).sum() / (level * level).sum()
-            rounded = self.scale * level
+                self.scale = (rows * level).sum(1, keepdim=True) / (level * level).sum(1, keepdim=True)
+            rounded = (self.scale * level).view_as(weight)
         return weight + (rounded - weight).detach()
 
 
@@ -131,16 +133,22 @@ def straight_through(name: str, hidden: int, seed: int, each: Callable[[], None]
     return accuracy(model, data)
 
 
+def rate(name: str) -> float:
+    """The learning rate by the number of levels, as docs/recipes.md has it."""
+    levels = len(askew.Quantizer.parse(name).codebook)
+    return 0.5 if levels < 4 else 0.4 if levels < 8 else 0.25
+
+
 def quantized(
     name: str, hidden: int, seed: int, each: Callable[[nn.Module, askew.AskewSGD], None] = lambda *_: None, **keywords
 ) -> float:
-    """Test accuracy with askew_cuda's defaults, lr 0.5, after finalize(): every weight matrix is on its levels.
+    """Test accuracy with askew_cuda's defaults after finalize(): every weight matrix is on its levels.
 
     ``each(model, optimizer)`` is called after every step; ``keywords`` go to the param groups.
     """
     data, model = digits(seed), _seeded(hidden, seed)
     groups = askew.param_groups(model, {"*": name}, verbose=False, **keywords)
-    optimizer = askew.AskewSGD(groups, lr=0.5, momentum=0.9)
+    optimizer = askew.AskewSGD(groups, lr=rate(name), momentum=0.9)
     anneal = askew.Anneal(optimizer, total_steps=steps(data))
     fit(model, data, optimizer, seed, anneal, lambda: each(model, optimizer))
     report = optimizer.finalize()

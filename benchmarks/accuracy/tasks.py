@@ -90,7 +90,7 @@ DECAYED = (
 )
 UNNORMALISED = EITHER + rates("sgd", 0.5) + DECAYED
 FINE_TUNED_FACTORS = {("fine-tuned", "binary"): 2.0, ("fine-tuned", "4bit"): 0.5}
-UNNORMALISED_FACTORS = FINE_TUNED_FACTORS | {("scratch", "2bit"): 0.8, ("scratch", "4bit"): 0.8}
+UNNORMALISED_FACTORS = FINE_TUNED_FACTORS | {("scratch", "2bit"): 0.8, ("scratch", "4bit"): 0.5}
 TEXT_FACTORS = {("fine-tuned", "2bit"): 0.5, ("fine-tuned", "4bit"): 0.5}
 TEXT_RULE = {"weight_decay": 0.1, "betas": (0.9, 0.95)}
 SHAPE = {"symbols": datasets.SYMBOLS, "context": 32, "width": 32, "layers": 2, "heads": 2}
@@ -112,7 +112,7 @@ def _digits(hidden: int) -> Task:
 def _table(name: str, sizes: tuple[int, ...], sample: Callable, length: int, batch: int, steps: int, **changes) -> Task:
     """An MLP on data that it does not learn by heart, from scratch. steps: what ``length`` comes to."""
     title = f"{name}, MLP {'-'.join(map(str, sizes))}"
-    make, ours = functools.partial(networks.mlp, *sizes), Base("sgd", 0.5, 1 / (0.5 * steps))  # docs/recipes.md
+    make, ours = functools.partial(networks.mlp, *sizes), Base("sgd", 0.5, 2 / steps)  # docs/recipes.md
     settings = {"binary_decay": False, "factors": UNNORMALISED_FACTORS, "starts": ("scratch",), **changes}
     return Task(name, title, make, sample, length, batch, UNNORMALISED, ours, **settings)
 

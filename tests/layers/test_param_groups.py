@@ -165,6 +165,21 @@ def test_a_matrix_of_many_inputs_takes_a_share_of_the_learning_rate():
     assert sorted(group.get("lr", 0.0) for group in bare) == sorted([0.125, 0.5, 0.5 * 64 / 288, 0.5, 0.0])
 
 
+def test_a_matrix_of_many_inputs_decays_as_fast_as_the_others():
+    model = nn.Sequential(nn.Linear(256, 64), nn.LayerNorm(64), nn.Linear(64, 32))
+    groups = askew.param_groups(
+        model, {"*": "ternary"}, lr=0.5, lr_inputs=64, weight_decay=0.01, no_decay=["2.weight"], verbose=False
+    )
+    found = {name: (group.get("lr"), group.get("weight_decay")) for group in groups for name, _ in group["params"]}
+    assert found["0.weight"] == (0.125, 0.04)
+    assert found["2.weight"] == (0.5, 0.0)
+    assert found["0.bias"] == (None, None)
+    (wide, *_) = askew.param_groups(
+        model, {"0.weight": "ternary"}, lr=0.5, lr_inputs=64, weight_decay=0.01, no_decay=["0.weight"], verbose=False
+    )
+    assert (wide["lr"], wide["weight_decay"]) == (0.125, 0.0)
+
+
 @pytest.mark.parametrize("value", [0, -1, 64.0, True, "64"])
 def test_a_wrong_number_of_inputs(value):
     with pytest.raises(ValueError, match="lr_inputs = "):

@@ -21,19 +21,20 @@ def are_normalized(rest: Parameters) -> bool:
 WIDE = 64  # inputs up to which a matrix takes the whole learning rate
 
 
-def rate(base: Base, fan_in: int) -> float:
-    """The learning rate of a matrix of a fresh network without normalisation layers, by docs/recipes.md.
+def share_of_rate(base: Base, fan_in: int) -> float:
+    """What a matrix of a fresh network without normalisation layers takes of the learning rate, by docs/recipes.md. Its
+    weight decay is divided by it.
 
     SGD's step, measured in the distance between two levels, is lr / scale^2, and a scale's square goes as 1 / fan_in.
     """
-    return base.lr * min(1.0, WIDE / fan_in) if base.rule == "sgd" else base.lr
+    return min(1.0, WIDE / fan_in) if base.rule == "sgd" else 1.0
 
 
 class OursRun(Run):
     """askew_cuda on stacked weights: one parameter per network, a view of the stacked one.
 
     So the real optimizer steps, with its own scale rules. ``parts[stacked]`` are these parameters; ``keywords`` go to
-    the quantized param groups. ``by_width``: every matrix has its own learning rate, by ``rate``.
+    the quantized param groups. ``by_width``: every matrix has its own learning rate, by ``share_of_rate``.
     """
 
     def __init__(
@@ -56,8 +57,9 @@ class OursRun(Run):
         by_width &= not (keywords["normalized"] or keywords["pretrained"])
         groups = [group for stacked in quantized for group in base.groups([stacked])]
         for group, stacked in zip(groups, quantized, strict=True):
-            lr = rate(base, stacked[0, 0].numel()) if by_width else base.lr
-            group.update(keywords, params=self.parts[stacked], lr=lr)
+            share = share_of_rate(base, stacked[0, 0].numel()) if by_width else 1.0
+            own = {"lr": base.lr * share, "weight_decay": base.weight_decay / share}
+            group.update(keywords, params=self.parts[stacked], **own)
         rule = askew.AskewSGD if base.rule == "sgd" else askew.AskewAdamW
         super().__init__(rule(groups + base.groups(rest), **base.keywords))
         self.optimizer.zero_grad = self._zero_grad  # torch's would cut the views off
