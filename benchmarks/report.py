@@ -7,7 +7,7 @@ results.
 import re
 from pathlib import Path
 
-from benchmarks import front_page
+from benchmarks import front_page, showcase
 from benchmarks.accuracy import score_tables, targets
 from benchmarks.plots import PLOTS, digest, svg_of
 from benchmarks.speed import roofline, timing_tables
@@ -17,6 +17,7 @@ PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 BLOCK = re.compile(r"(<!-- figure: ([\w-]+) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
 EVERY_FIGURE = {
     **front_page.FIGURES,
+    **showcase.FIGURES,
     **timing_tables.FIGURES,
     **score_tables.FIGURES,
     "accuracy-targets": targets.targets_table,

@@ -21,6 +21,8 @@ from torch import nn
 
 import askew_cuda as askew
 from askew_cuda.schedule import epsilon_of, half_width
+from benchmarks.results import RESULTS
+from examples.minilm import EVERY, read
 
 FOLDER = Path(__file__).parent.parent / "pictures"
 TEXT = "#010203"  # stands for the colour of the text around
@@ -157,6 +159,18 @@ def learning_scale() -> Figure:
     return figure
 
 
+def minilm() -> Figure:
+    """The losses of MiniLM's trainings, from what examples/minilm.py has left in the results."""
+    figure, (axis,) = panels(1, "training loss, nats")
+    colours = itertools.cycle((GREY, ORANGE, BLUE, GREEN))
+    for run, colour in zip(read(RESULTS), colours, strict=False):
+        steps = [EVERY * (point + 1) for point in range(len(run.losses))]
+        axis.plot(steps, run.losses, color=colour, lw=1, label=run.way)
+    axis.set(xlabel="step", xlim=(0, None), ylim=(0.4, 1.6))
+    legend(axis)
+    return figure
+
+
 def letters(factor: float, steps: int = 900) -> tuple[list[list[float]], int]:
     """LetterRecognition, an MLP at 1 bit whose scales start at ``factor`` times their rule's: scales in units of that
     rule's after each step, and for how many steps they learned.
@@ -227,6 +241,7 @@ PICTURES: dict[str, Callable[[], Figure]] = {
     "two-annealings": two_annealings,
     "weights-travel": weights_travel,
     "learning-scale": learning_scale,
+    "minilm": minilm,
 }
 
 
