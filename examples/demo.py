@@ -1,6 +1,6 @@
 """The demo: trains digits at 1 bit, ternary, 2 and 4 bit, beside full precision and a straight-through estimator.
 
-    python -m examples.demo [--hidden 16] [--seeds 3] [--picture digits.png]
+    python -m examples.demo [--hidden 16] [--seeds 10] [--picture digits.png]
 
 Prints a table and draws a picture: accuracy by bits, and how the weights of one network travel to their levels.
 """
@@ -116,7 +116,7 @@ def draw(found: dict[str, dict[str, list[float]]], travel: Travel, path: Path) -
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--hidden", type=int, default=16, help="width of the hidden layers")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--picture", type=Path, default=Path("digits.png"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # the network is too small for more

@@ -133,10 +133,11 @@ def straight_through(name: str, hidden: int, seed: int, each: Callable[[], None]
     return accuracy(model, data)
 
 
-def rate(name: str) -> float:
-    """The learning rate by the number of levels, as docs/recipes.md has it."""
+def settings(name: str, total: int) -> dict[str, float]:
+    """Learning rate and weight decay by the number of levels and steps, as docs/recipes.md has them."""
     levels = len(askew.Quantizer.parse(name).codebook)
-    return 0.5 if levels < 4 else 0.4 if levels < 8 else 0.25
+    lr = 0.5 if levels < 4 else 0.4 if levels < 8 else 0.25
+    return {"lr": lr, "weight_decay": 0.0 if levels == 2 else 2 / total}
 
 
 def quantized(
@@ -148,7 +149,7 @@ def quantized(
     """
     data, model = digits(seed), _seeded(hidden, seed)
     groups = askew.param_groups(model, {"*": name}, verbose=False, **keywords)
-    optimizer = askew.AskewSGD(groups, lr=rate(name), momentum=0.9)
+    optimizer = askew.AskewSGD(groups, momentum=0.9, **settings(name, steps(data)))
     anneal = askew.Anneal(optimizer, total_steps=steps(data))
     fit(model, data, optimizer, seed, anneal, lambda: each(model, optimizer))
     report = optimizer.finalize()
