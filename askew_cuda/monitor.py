@@ -161,7 +161,8 @@ class Monitor:
         Returns: matplotlib's figure, which a notebook shows where it is the last line of a cell.
 
         Raises:
-            ValueError: no sample was taken. ImportError: matplotlib is missing.
+            ValueError: no sample was taken.
+            ImportError: matplotlib is missing.
         """
         if not self.history:
             raise ValueError("Monitor.picture: there is no sample yet; call sample(), or step the optimizer")

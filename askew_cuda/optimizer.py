@@ -358,8 +358,9 @@ class QuantizedOptimizer(torch.optim.Optimizer):
             closure: reevaluates the model and returns the loss; it sees the trained weights.
 
         Raises:
-            RuntimeError: called inside :meth:`quantized`. ValueError, TypeError: an argument is wrong, such as a sparse
-                gradient or a keyword of a group; the message names it. Nothing has moved then.
+            RuntimeError: called inside :meth:`quantized`.
+            ValueError, TypeError: an argument is wrong, such as a sparse gradient or a keyword of a group; the message
+                names it. Nothing has moved then.
         """
         try:
             if self._quantized_depth:
@@ -693,7 +694,8 @@ class QuantizedOptimizer(torch.optim.Optimizer):
             level, and the names of quantized weights that never received a gradient; per tensor and in all.
 
         Raises:
-            ValueError: a weight holds NaN; nothing has been snapped. RuntimeError: called inside :meth:`quantized`.
+            ValueError: a weight holds NaN; nothing has been snapped.
+            RuntimeError: called inside :meth:`quantized`.
         """
         if self._quantized_depth:
             raise RuntimeError("finalize() inside quantized(): leave the block first")

@@ -14,6 +14,7 @@ import gguf
 import torch
 
 import askew_cuda as askew
+from tests.layers.architectures import package
 
 VOCABULARY, LENGTH, PROMPT = 64, 160, 8
 SPECIAL = ("<unk>", "<s>", "</s>")
@@ -30,10 +31,10 @@ def text() -> torch.Tensor:
 
 def llama():
     """1.3 million weights, all but 33,000 of them in linear layers of 256 or 512 inputs."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
+    transformers = package("transformers")
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=False, attn_implementation="eager"))
+    config = transformers.LlamaConfig(**SIZES, tie_word_embeddings=False, attn_implementation="eager")
+    model = transformers.LlamaForCausalLM(config)
     for layer in (model.model.embed_tokens, model.lm_head):
         layer.requires_grad_(False)
     return model
