@@ -388,7 +388,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         lost = LostSteps(self.param_groups, self._stepped) if plan.additions else None
         entries, in_place = self._advances() if plan.parts else ([], [])
         plan.lay_out()
-        if plan is self._plan and not in_place:
+        if plan is self._plan and plan.is_one_call and not in_place:
             plan.run(entries)
         else:
             with deferred():

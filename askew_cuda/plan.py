@@ -1,8 +1,8 @@
 """What a step does, worked out and checked once, and done again and again while nothing that it depends on changes.
 
 A plan holds the tensors themselves. :meth:`Plan.holds` compares them, the settings and the gradients with what the plan
-was made for, hands changed numbers over, and says when it has to be made anew. Kernels of the extension are called once
-for all groups together.
+was made for, hands changed numbers over, and says when it has to be made anew. The extension makes the calls of all
+groups in one, and Triton's backend keeps its own.
 """
 
 import weakref
@@ -139,14 +139,19 @@ class Part(NamedTuple):
     short: bool  # whether those are rounded once they have learned
     names: checks.Names
 
-    def arguments(self) -> dict[str, Any]:
-        """Those of both, for the extension's plan, which makes them one after the other."""
-        return self.call.arguments() | (self.learning._asdict() if self.learning else {})
-
     @property
     def is_joint(self) -> bool:
         """Whether scales learn whose weights lie on several ranks: their sums go around between the two calls."""
         return self.learning is not None and distributed.is_joint(self.batch.weights, self.kept["scale"])
+
+    @property
+    def keeper(self) -> str:
+        """The backend that can keep the call and make it again and again, "" where none does: the extension, which also
+        makes what follows where scales learn, or Triton.
+        """
+        if self.backend == "triton":
+            return "" if self.learning else "triton"
+        return "extension" if self.backend in ("cpu", "cuda") and not self.is_joint else ""
 
     @property
     def settles(self) -> bool:
@@ -386,14 +391,17 @@ class Plan:
         plain = all([type(weight) in checks.PLAIN for weight in aliases]) and torch._C._len_torch_dispatch_stack() == 0
         if torch._C._len_torch_dispatch_stack() == 0:
             checks.check_memory(self._extents())
-        self.compiled, self.together, self.others = None, [], self.parts
+        keepers = [part.keeper if plain else "" for part in self.parts]
+        self.others = [part for part, keeper in zip(self.parts, keepers, strict=True) if not keeper]
         self.ready: list[Callable[[], None]] = []  # the others, as lay_out() has made them ready
-        if plain and backends.extension is not None:
-            alone = [part.backend in ("cpu", "cuda") and not part.is_joint for part in self.parts]
-            self.together = list(compress(self.parts, alone))
-            self.others = [part for part, here in zip(self.parts, alone, strict=True) if not here]
-            calls = [(part.call.operator, part.arguments()) for part in self.together]
-            self.compiled = backends.extension.Plan(calls)
+        self.kept: dict[str, Any] = {}  # calls that are made again and again, by who keeps them
+        self.together: list[Part] = []  # theirs
+        self.places: list[tuple[Any, int]] = []  # and where each is: which calls, its number among them
+        for keeper in sorted(filter(None, set(keepers)), reverse=True):  # the extension last: see run()
+            mine = list(compress(self.parts, [each == keeper for each in keepers]))
+            calls = self.kept[keeper] = backends.planned(keeper, [(part.call, part.learning) for part in mine])
+            self.together += mine
+            self.places += [(calls, i) for i in range(len(mine))]
         self.calls = [[i for i, part in enumerate(self.together) if part.group is group] for group in self.groups]
         # A weight that has a gradient and no call waits for its first one; what is fixed holds for this step alone.
         whole = len(weights) + len(self.idle) == sum(map(len, self.members))
@@ -416,8 +424,8 @@ class Plan:
 
     def holds(self, optimizer: "QuantizedOptimizer") -> bool:
         """Whether the next step is still this plan's; it then has the gradients and the numbers of that step."""
-        groups, compiled = optimizer.param_groups, self.compiled
-        if not self.lasts or compiled is None or not same(groups, self.groups):
+        groups = optimizer.param_groups
+        if not self.lasts or not same(groups, self.groups):
             return False
         if is_captured(self.on_gpu):  # whether a capture would do is looked at where a plan is made
             return False
@@ -434,7 +442,9 @@ class Plan:
                 self.values[k] = list(group.values())
         self.amp = amp
         current = all([self._is_current(optimizer, part) for part in self.together])
-        return current and (self.shards is None or self.shards.renew()) and compiled.take_gradients()
+        if not current or not (self.shards is None or self.shards.renew()):
+            return False
+        return all([calls.take_gradients() for calls in self.kept.values()])
 
     def _take(self, optimizer: "QuantizedOptimizer", k: int, scaled: bool) -> bool:
         """Hands over what has changed in a group. False where a new plan is needed."""
@@ -461,7 +471,7 @@ class Plan:
         if not changed:
             return True
         part = self.together[i]
-        if not changed.keys() <= FREE or self.compiled is None:
+        if not changed.keys() <= FREE:
             return False
         if part.learning and not isinstance(changed.get("epsilon", 1), Tensor) and changed.get("epsilon", 1) < 1:
             return False  # its scales learn no more
@@ -469,7 +479,8 @@ class Plan:
         if not changed.keys() <= keywords.KEYWORDS.keys():
             optimizer._check_rule(part.group)
         checks.check_numbers(changed, part.batch.weights[0].device)
-        self.compiled.set(i, changed)
+        calls, number = self.places[i]
+        calls.set(number, changed)
         part.call.settings.update(changed)
         return True
 
@@ -491,28 +502,34 @@ class Plan:
                     return False
         return True
 
+    @property
+    def is_one_call(self) -> bool:
+        """Whether run() of a plan that was kept is one call of the extension, which nothing interrupts."""
+        return self.lasts and self.kept.keys() == {"extension"}
+
     def lay_out(self) -> None:
         """What is left that can fail: numbers that lie in tensors, copies of tensors that lie in another order than
         their weights.
         """
-        if self.compiled is not None:
-            self.compiled.lay_out()
+        for calls in self.kept.values():
+            calls.lay_out()
         self.ready = [call for part in self.others for call in calls_of(part)]
 
     def run(self, entries: list[tuple[dict[str, Any], str, Any]]) -> None:
         """The step. What it adds to the optimizer comes to be with it, and so do entries of param groups: (group, key,
         value).
-
-        Where the plan is one that was kept, this is one call of the extension, which nothing interrupts.
         """
         if self.additions:
             self.additions.commit()
             self.additions = Additions()
         for call in self.ready:
             call()
-        if self.compiled is not None:
-            self.compiled.run(entries)
-        else:
+        for keeper, calls in self.kept.items():
+            if keeper == "extension":
+                calls.run(entries)
+            else:
+                calls.run()
+        if "extension" not in self.kept:
             for group, key, value in entries:
                 group[key] = value
         for part in self.short:
