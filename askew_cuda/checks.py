@@ -190,8 +190,11 @@ class Subject:
                 if dtype != kind:
                     raise TypeError(f"{self.what(name, i)} is {dtype}; {name} are {kind}")
             elif name == "grads":
-                if dtype != wanted:
-                    raise TypeError(f"{self.what(name, i)} is {dtype} but weights[{i}] is {wanted}")
+                if dtype != wanted and not (dtype == torch.float32 and wanted.itemsize == 2):
+                    raise TypeError(
+                        f"{self.what(name, i)} is {dtype} but weights[{i}] is {wanted}; the weight's dtype, or float32 "
+                        "for a 16-bit weight, is needed"
+                    )
             elif name == "snapped":
                 if dtype not in DTYPES:
                     supported = "float32, float64, bfloat16 and float16 are supported"

@@ -348,7 +348,8 @@ class QuantizedOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One step: base rule, constraint, clip and outputs in one pass over each tensor. ``p.grad`` is never written.
+        """One step: base rule, constraint, clip and outputs in one pass over each tensor. The gradient is ``p.grad``;
+        where that is None ``p.main_grad``, which may be float32 where p has 16 bits. Neither is written.
 
         The step is made as a whole or not at all: state is allocated and arguments are checked before the first weight
         moves, and Ctrl-C waits for the last one. What is left: the reference, which copies on its way, stops where

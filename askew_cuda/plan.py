@@ -5,6 +5,7 @@ was made for, hands changed numbers over, and says when it has to be made anew. 
 groups in one, and Triton's backend keeps its own.
 """
 
+import itertools
 import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
@@ -170,8 +171,32 @@ class Part(NamedTuple):
                 scale.copy_(rounded if self.settles else torch.where(epsilon.to(scale.device) < 1, rounded, scale))
 
 
+def main_gradient(weight: Tensor) -> Any:
+    """What a weight keeps beside ``grad``."""
+    return getattr(weight, "main_grad", None)
+
+
+def check_main_gradients(optimizer: "QuantizedOptimizer", group: Group) -> None:
+    """Whether there is one gradient of each weight, where it can be taken from."""
+    for name, weight in optimizer._named(group):
+        main = main_gradient(weight)
+        if main is None:
+            continue
+        if not isinstance(main, Tensor):
+            raise TypeError(f"main_grad of {name} is {main!r}; a tensor, or None, is needed")
+        if weight.grad is not None:
+            raise ValueError(f"{name} has a grad and a main_grad, and a step takes one of them; set the other to None")
+        if distributed.is_sharded(weight):
+            raise ValueError(
+                f"{name} is a DTensor and has a main_grad; its gradient is taken from grad: put it there, and set "
+                "main_grad to None"
+            )
+
+
 def batches(optimizer: "QuantizedOptimizer", group: Group, additions: Additions) -> Iterator[Batch]:
-    """The weights of a group that have a gradient, by device and dtype."""
+    """The weights of a group that have a gradient, by device, dtype and dtype of the gradient."""
+    if any([main_gradient(weight) is not None for weight in group["params"]]):
+        check_main_gradients(optimizer, group)
     weights, grads = [], []
     for weight in group["params"]:
         grad = distributed.local_gradient(weight)
@@ -179,13 +204,15 @@ def batches(optimizer: "QuantizedOptimizer", group: Group, additions: Additions)
             weights.append(weight)
             grads.append(grad)
     if any([grad.is_sparse for grad in grads]):
-        name = next(name for name, each in optimizer._named(group) if each.grad is not None and each.grad.is_sparse)
+        sparse = [weight for weight, grad in zip(weights, grads, strict=True) if grad.is_sparse]
+        name = optimizer._name_of(sparse[0])
         raise ValueError(f"the gradient of {name} is sparse; dense gradients are needed (sparse=False in an embedding)")
     states = [additions.get(optimizer.state, weight, dict) for weight in weights]
     batch = Batch(weights, grads, states, additions)
-    kinds = list(dict.fromkeys([(weight.device, weight.dtype) for weight in weights]))
-    for device, dtype in kinds:
-        yield batch if len(kinds) == 1 else batch.pick([w.device == device and w.dtype == dtype for w in weights])
+    kinds = [(weight.device, weight.dtype, grad.dtype) for weight, grad in zip(weights, grads, strict=True)]
+    distinct = list(dict.fromkeys(kinds))
+    for kind in distinct:
+        yield batch if len(distinct) == 1 else batch.pick([each == kind for each in kinds])
 
 
 def parts(optimizer: "QuantizedOptimizer", additions: Additions) -> Iterator[Part]:
@@ -383,7 +410,8 @@ class Plan:
         self.scheduled = [[(i, key) for i, key in enumerate(group) if key in SCHEDULED] for group in self.groups]
         self.amp = [getattr(optimizer, key, None) for key in AMP]
         self.restless = [group["low_precision"] == "stochastic" for group in self.groups]  # asks outside of its group
-        self.idle = [weight for weights in self.members for weight in weights if weight.grad is None]
+        every = itertools.chain.from_iterable(self.members)
+        self.idle = [weight for weight in every if distributed.gradient_of(weight) is None]
         weights = [weight for part in self.parts for weight in part.batch.weights]
         # Where something listens to torch's operations, it hears the calls; else they go straight to the kernels.
         aliases = [weight for part in self.parts for weight in part.call.lists["weights"]]
@@ -396,12 +424,14 @@ class Plan:
         self.ready: list[Callable[[], None]] = []  # the others, as lay_out() has made them ready
         self.kept: dict[str, Any] = {}  # calls that are made again and again, by who keeps them
         self.together: list[Part] = []  # theirs
-        self.places: list[tuple[Any, int]] = []  # and where each is: which calls, its number among them
+        self.places: list[tuple[str, int]] = []  # and where each is: who keeps it, its number among theirs
         for keeper in sorted(filter(None, set(keepers)), reverse=True):  # the extension last: see run()
             mine = list(compress(self.parts, [each == keeper for each in keepers]))
-            calls = self.kept[keeper] = backends.planned(keeper, [(part.call, part.learning) for part in mine])
+            self.kept[keeper] = backends.planned(keeper, [(part.call, part.learning) for part in mine])
             self.together += mine
-            self.places += [(calls, i) for i in range(len(mine))]
+            self.places += [(keeper, i) for i in range(len(mine))]
+        mains = [list(map(main_gradient, part.batch.weights)) for part in self.together]
+        self.has_main = [[each is not None for each in of_part] for of_part in mains]  # and not a .grad
         self.calls = [[i for i, part in enumerate(self.together) if part.group is group] for group in self.groups]
         # A weight that has a gradient and no call waits for its first one; what is fixed holds for this step alone.
         whole = len(weights) + len(self.idle) == sum(map(len, self.members))
@@ -429,7 +459,9 @@ class Plan:
             return False
         if is_captured(self.on_gpu):  # whether a capture would do is looked at where a plan is made
             return False
-        if torch._C._len_torch_dispatch_stack() > 0 or any([weight.grad is not None for weight in self.idle]):
+        if torch._C._len_torch_dispatch_stack() > 0:
+            return False
+        if any([distributed.gradient_of(weight) is not None for weight in self.idle]):
             return False
         amp = [getattr(optimizer, key, None) for key in AMP]
         scaled = not same(amp, self.amp)
@@ -444,7 +476,25 @@ class Plan:
         current = all([self._is_current(optimizer, part) for part in self.together])
         if not current or not (self.shards is None or self.shards.renew()):
             return False
-        return all([calls.take_gradients() for calls in self.kept.values()])
+        given = self._given()
+        return given is not None and all([calls.take_gradients(given[keeper]) for keeper, calls in self.kept.items()])
+
+    def _given(self) -> dict[str, dict[int, list[Tensor]]] | None:
+        """The gradients of calls whose weights don't have them all in ``grad``, where each call asks; None where a
+        weight has them elsewhere than it had.
+        """
+        given: dict[str, dict[int, list[Tensor]]] = {keeper: {} for keeper in self.kept}
+        for part, (keeper, number), has_main in zip(self.together, self.places, self.has_main, strict=True):
+            mains = list(map(main_gradient, part.batch.weights))
+            if [each is not None for each in mains] != has_main:
+                return None
+            if any(has_main):
+                own = [weight.grad for weight in part.batch.weights]
+                grads = [main if grad is None else grad for main, grad in zip(mains, own, strict=True)]
+                if [each is None for each in own] != has_main or not all([isinstance(each, Tensor) for each in grads]):
+                    return None
+                given[keeper][number] = grads
+        return given
 
     def _take(self, optimizer: "QuantizedOptimizer", k: int, scaled: bool) -> bool:
         """Hands over what has changed in a group. False where a new plan is needed."""
@@ -479,8 +529,8 @@ class Plan:
         if not changed.keys() <= keywords.KEYWORDS.keys():
             optimizer._check_rule(part.group)
         checks.check_numbers(changed, part.batch.weights[0].device)
-        calls, number = self.places[i]
-        calls.set(number, changed)
+        keeper, number = self.places[i]
+        self.kept[keeper].set(number, changed)
         part.call.settings.update(changed)
         return True
 

@@ -426,6 +426,7 @@ class Located:
             given, (lists, self.written) = lists, in_memory_order(lists)
             layout = make_layout(lists._replace(scales=given.scales))
         self.lists, self.layout, self.addresses = lists, layout, addresses_of(lists)
+        self.grad_dtype = lists.grads[0].dtype
         if self.in_order:
             self.lists = lists._replace(grads=())  # the caller has them, as long as they are needed
         self.columns = torch.tensor(self.addresses, device="cpu").t().contiguous()
@@ -487,7 +488,8 @@ def make_launch(
     states = [tensors for tensors in lists.state.values() if tensors]
     constants = {
         "BLOCK": layout.program.block, "MAXIMIZE": bool(s.maximize), "RATE_IS_ALPHA": s.alpha is not None,
-        "WEIGHT_TYPE": STORAGE[dtype], "STATE_TYPE": STORAGE[states[0][0].dtype if states else torch.float32],
+        "WEIGHT_TYPE": STORAGE[dtype], "GRAD_TYPE": STORAGE[located.grad_dtype],
+        "STATE_TYPE": STORAGE[states[0][0].dtype if states else torch.float32],
         "SNAPPED_TYPE": STORAGE[lists.snapped[0].dtype if lists.snapped else None], "CODED": bool(lists.codes),
         "ROUNDING": rounding.name, "ADAMW": adamw, "STATES": len(states), "DECAYS": adamw or s.weight_decay != 0,
         "NESTEROV": bool(s.nesterov and s.momentum != 0), "QUANTIZED": quantized, "GROWS": bool(lists.growths),
@@ -636,11 +638,11 @@ class Kept(Prepared):
         """What the form of tensors is told by: where they are dense, it says their shapes."""
         return [(form, tensors) for tensors in (self.lists.weights, grads) for form in (Tensor.numel, Tensor.stride)]
 
-    def take_gradients(self) -> bool:
-        """The weights' gradients as they are now. False where a tensor, or a gradient, is not of the kind or in the
-        place that the call was made for.
+    def take_gradients(self, given: Tensors | None) -> bool:
+        """The weights' gradients as they are now, or those that are given. False where a tensor, or a gradient, is not
+        of the kind or in the place that the call was made for.
         """
-        grads = [grad for weight in self.lists.weights if (grad := weight.grad) is not None]
+        grads = given or [grad for weight in self.lists.weights if (grad := weight.grad) is not None]
         if len(grads) != len(self.lists.weights) or set(map(dtype_of, grads)) != {self.grad_dtype}:
             return False
         self.lists = self.lists._replace(grads=grads)
@@ -662,9 +664,11 @@ class KeptCalls:
         """Other numbers for one call."""
         self.calls[call].settings |= changed
 
-    def take_gradients(self) -> bool:
-        """Whether all calls can be made again, with the gradients as they are now."""
-        return all([call.take_gradients() for call in self.calls])
+    def take_gradients(self, given: Mapping[int, Tensors]) -> bool:
+        """Whether all calls can be made again, with the weights' gradients as they are now, or with those that are
+        given, by the number of their call.
+        """
+        return all([call.take_gradients(given.get(i)) for i, call in enumerate(self.calls)])
 
     def lay_out(self) -> None:
         """All that can fail, before run()."""

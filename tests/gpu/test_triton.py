@@ -271,11 +271,11 @@ def test_what_does_not_change_is_kept_from_step_to_step(ours, plans, counted):
     assert (plans(), *count()) == (2, 14, 2, 5)
 
 
-def test_what_others_test_of_changes_between_steps_holds_here():
-    """tests/optimizer/test_changes.py, interpreted."""
+def test_what_optimizers_are_tested_for_between_steps_holds_here():
+    """Two files of tests/optimizer, interpreted."""
     root = Path(__file__).parent.parent.parent
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "triton"]
-    command.append("tests/optimizer/test_changes.py")
+    command += ["tests/optimizer/test_changes.py", "tests/optimizer/test_main_grad.py"]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     run = subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment)
     assert run.returncode == 0, run.stdout[-4000:]
