@@ -9,7 +9,7 @@ import importlib
 import os
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -206,9 +206,19 @@ def ready(backend: str, call: Call) -> Callable[[], None]:
     if backend == "triton":
         from .triton import launch  # not before: it takes Triton
 
-        return functools.partial(getattr(launch, call.operator), **call.arguments())
+        return functools.partial(launch.make, call)
     # through the dispatcher, where torch.compile, fake tensors and tracing listen
     return functools.partial(getattr(torch.ops.askew_cuda, call.operator).default, **_as_tensors(call.arguments()))
+
+
+def planned(keeper: str, calls: Sequence[tuple[Call, Learning | None]]) -> Any:
+    """Calls that were checked, to be made together again and again: the plan of "extension" or of "triton"."""
+    if keeper == "triton":
+        from .triton import launch
+
+        return launch.KeptCalls([call for call, _ in calls])
+    with_learning = [(call, call.arguments() | (learning._asdict() if learning else {})) for call, learning in calls]
+    return extension.Plan([(call.operator, arguments) for call, arguments in with_learning])
 
 
 def _as_tensors(arguments: dict[str, Any]) -> dict[str, Any]:

@@ -184,25 +184,31 @@ class Subject:
     def check_dtypes(self, name: str, tensors: Sequence[Tensor]) -> None:
         wanted = self.weights[0].dtype
         for i, tensor in enumerate(tensors):
-            dtype, what = tensor.dtype, self.what(name, i)
+            dtype = tensor.dtype
             if name in ("codes", "remainders"):
                 kind = torch.uint8 if name == "codes" else torch.int16
                 if dtype != kind:
-                    raise TypeError(f"{what} is {dtype}; {name} are {kind}")
+                    raise TypeError(f"{self.what(name, i)} is {dtype}; {name} are {kind}")
             elif name == "grads":
-                if dtype != wanted:
-                    raise TypeError(f"{what} is {dtype} but weights[{i}] is {wanted}")
+                if dtype != wanted and not (dtype == torch.float32 and wanted.itemsize == 2):
+                    raise TypeError(
+                        f"{self.what(name, i)} is {dtype} but weights[{i}] is {wanted}; the weight's dtype, or float32 "
+                        "for a 16-bit weight, is needed"
+                    )
             elif name == "snapped":
                 if dtype not in DTYPES:
-                    raise TypeError(f"{what} is {dtype}; float32, float64, bfloat16 and float16 are supported")
+                    supported = "float32, float64, bfloat16 and float16 are supported"
+                    raise TypeError(f"{self.what(name, i)} is {dtype}; {supported}")
             elif dtype != wanted and not (dtype == torch.float32 and wanted.itemsize == 2):
                 raise TypeError(
-                    f"{what} is {dtype} for weights of {wanted}; their dtype, or float32 for 16-bit weights, is "
-                    "needed. Where a model changed its dtype after it was stepped, "
+                    f"{self.what(name, i)} is {dtype} for weights of {wanted}; their dtype, or float32 for 16-bit "
+                    "weights, is needed. Where a model changed its dtype after it was stepped, "
                     "optimizer.load_state_dict(optimizer.state_dict()) casts the state"
                 )
             if dtype != tensors[0].dtype:
-                raise TypeError(f"{what} is {dtype} but {name}[0] is {tensors[0].dtype}; one dtype for all")
+                raise TypeError(
+                    f"{self.what(name, i)} is {dtype} but {name}[0] is {tensors[0].dtype}; one dtype for all"
+                )
 
     def check_levels(self) -> None:
         levels = self.call.levels

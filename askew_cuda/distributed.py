@@ -61,11 +61,19 @@ def whole(tensor: Tensor) -> Tensor:
 # A step of what lies here
 
 
+def gradient_of(weight: Tensor) -> Tensor | None:
+    """The gradient that a step takes: ``weight.grad``; where that is None, ``weight.main_grad``, in which Megatron and
+    others add up what backward passes find, in float32.
+    """
+    grad = weight.grad
+    return getattr(weight, "main_grad", None) if grad is None else grad
+
+
 def local_gradient(weight: Tensor) -> Tensor | None:
     """The gradient of what lies here of a weight. One that is placed otherwise, as where tensor parallelism has left
     parts to be added up, is first placed as the weight is.
     """
-    grad: Any = weight.grad
+    grad: Any = gradient_of(weight)
     if grad is None or not is_sharded(weight):
         return grad
     placements = weight.placements  # type: ignore[attr-defined]

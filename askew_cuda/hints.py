@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .distributed import local
+from .distributed import gradient_of, local
 from .keywords import Group
 from .quantizer import codebook_of
 
@@ -130,7 +130,7 @@ def _displacement(weight: Tensor, group: dict[str, Any], state: dict[str, Any]) 
         steps, (beta1, beta2) = float(state["step"]), (float(beta) for beta in group["betas"])
         mean, square = (_first_rows(state[key]).float() for key in ("exp_avg", "exp_avg_sq"))
         return mean / (1 - beta1**steps) / ((square / (1 - beta2**steps)).sqrt() + float(group["eps"]))
-    moved = state.get("momentum_buffer", weight.grad)
+    moved = state.get("momentum_buffer", gradient_of(weight))
     return None if moved is None else _first_rows(moved).float()
 
 
@@ -163,13 +163,9 @@ class LostSteps:
         for group in groups:
             if group["low_precision"] == "nearest" and float(group["lr"]) != 0:
                 for weight in group["params"]:
-                    if (
-                        weight.dtype.itemsize == 2
-                        and weight.grad is not None
-                        and weight.numel()
-                        and weight not in stepped
-                    ):
-                        self._seen.append((weight, _first(weight), _first(weight.grad)))
+                    grad = gradient_of(weight)
+                    if weight.dtype.itemsize == 2 and grad is not None and weight.numel() and weight not in stepped:
+                        self._seen.append((weight, _first(weight), _first(grad)))
 
     def __bool__(self) -> bool:
         """Whether there are any."""

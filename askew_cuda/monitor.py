@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .distributed import all_rows, each_whole
+from .distributed import all_rows, each_whole, gradient_of
 from .look import measure, non_finite
 from .optimizer import QuantizedOptimizer
 from .wrappers import unwrap
@@ -89,7 +89,11 @@ class Monitor:
     def _counts(self, optimizer: QuantizedOptimizer) -> list[tuple[str, Tensor, dict[str, Any]]]:
         """What is counted of each weight; of those that are sharded by one rank each."""
         weights = list(optimizer._quantized_weights())
-        items = [[weight, scale] + ([] if weight.grad is None else [weight.grad]) for _, weight, scale, _, _ in weights]
+        grads = [gradient_of(weight) for _, weight, *_ in weights]
+        items = [
+            [weight, scale] + ([] if grad is None else [grad])
+            for (_, weight, scale, *_), grad in zip(weights, grads, strict=True)
+        ]
         before, self._codes = self._codes, {}  # a rank keeps the codes of the weights that it looks at
 
         def look(i: int, weight: Tensor, scale: Tensor, grad: Tensor | None = None) -> dict[str, Any]:

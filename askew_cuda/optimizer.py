@@ -348,7 +348,8 @@ class QuantizedOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One step: base rule, constraint, clip and outputs in one pass over each tensor. ``p.grad`` is never written.
+        """One step: base rule, constraint, clip and outputs in one pass over each tensor. The gradient is ``p.grad``;
+        where that is None ``p.main_grad``, which may be float32 where p has 16 bits. Neither is written.
 
         The step is made as a whole or not at all: state is allocated and arguments are checked before the first weight
         moves, and Ctrl-C waits for the last one. What is left: the reference, which copies on its way, stops where
@@ -389,7 +390,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
         lost = LostSteps(self.param_groups, self._stepped) if plan.additions else None
         entries, in_place = self._advances() if plan.parts else ([], [])
         plan.lay_out()
-        if plan is self._plan and not in_place:
+        if plan is self._plan and plan.is_one_call and not in_place:
             plan.run(entries)
         else:
             with deferred():

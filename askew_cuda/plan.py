@@ -1,10 +1,11 @@
 """What a step does, worked out and checked once, and done again and again while nothing that it depends on changes.
 
 A plan holds the tensors themselves. :meth:`Plan.holds` compares them, the settings and the gradients with what the plan
-was made for, hands changed numbers over, and says when it has to be made anew. Kernels of the extension are called once
-for all groups together.
+was made for, hands changed numbers over, and says when it has to be made anew. The extension makes the calls of all
+groups in one, and Triton's backend keeps its own.
 """
 
+import itertools
 import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
@@ -139,14 +140,19 @@ class Part(NamedTuple):
     short: bool  # whether those are rounded once they have learned
     names: checks.Names
 
-    def arguments(self) -> dict[str, Any]:
-        """Those of both, for the extension's plan, which makes them one after the other."""
-        return self.call.arguments() | (self.learning._asdict() if self.learning else {})
-
     @property
     def is_joint(self) -> bool:
         """Whether scales learn whose weights lie on several ranks: their sums go around between the two calls."""
         return self.learning is not None and distributed.is_joint(self.batch.weights, self.kept["scale"])
+
+    @property
+    def keeper(self) -> str:
+        """The backend that can keep the call and make it again and again, "" where none does: the extension, which also
+        makes what follows where scales learn, or Triton.
+        """
+        if self.backend == "triton":
+            return "" if self.learning else "triton"
+        return "extension" if self.backend in ("cpu", "cuda") and not self.is_joint else ""
 
     @property
     def settles(self) -> bool:
@@ -165,8 +171,32 @@ class Part(NamedTuple):
                 scale.copy_(rounded if self.settles else torch.where(epsilon.to(scale.device) < 1, rounded, scale))
 
 
+def main_gradient(weight: Tensor) -> Any:
+    """What a weight keeps beside ``grad``."""
+    return getattr(weight, "main_grad", None)
+
+
+def check_main_gradients(optimizer: "QuantizedOptimizer", group: Group) -> None:
+    """Whether there is one gradient of each weight, where it can be taken from."""
+    for name, weight in optimizer._named(group):
+        main = main_gradient(weight)
+        if main is None:
+            continue
+        if not isinstance(main, Tensor):
+            raise TypeError(f"main_grad of {name} is {main!r}; a tensor, or None, is needed")
+        if weight.grad is not None:
+            raise ValueError(f"{name} has a grad and a main_grad, and a step takes one of them; set the other to None")
+        if distributed.is_sharded(weight):
+            raise ValueError(
+                f"{name} is a DTensor and has a main_grad; its gradient is taken from grad: put it there, and set "
+                "main_grad to None"
+            )
+
+
 def batches(optimizer: "QuantizedOptimizer", group: Group, additions: Additions) -> Iterator[Batch]:
-    """The weights of a group that have a gradient, by device and dtype."""
+    """The weights of a group that have a gradient, by device, dtype and dtype of the gradient."""
+    if any([main_gradient(weight) is not None for weight in group["params"]]):
+        check_main_gradients(optimizer, group)
     weights, grads = [], []
     for weight in group["params"]:
         grad = distributed.local_gradient(weight)
@@ -174,13 +204,15 @@ def batches(optimizer: "QuantizedOptimizer", group: Group, additions: Additions)
             weights.append(weight)
             grads.append(grad)
     if any([grad.is_sparse for grad in grads]):
-        name = next(name for name, each in optimizer._named(group) if each.grad is not None and each.grad.is_sparse)
+        sparse = [weight for weight, grad in zip(weights, grads, strict=True) if grad.is_sparse]
+        name = optimizer._name_of(sparse[0])
         raise ValueError(f"the gradient of {name} is sparse; dense gradients are needed (sparse=False in an embedding)")
     states = [additions.get(optimizer.state, weight, dict) for weight in weights]
     batch = Batch(weights, grads, states, additions)
-    kinds = list(dict.fromkeys([(weight.device, weight.dtype) for weight in weights]))
-    for device, dtype in kinds:
-        yield batch if len(kinds) == 1 else batch.pick([w.device == device and w.dtype == dtype for w in weights])
+    kinds = [(weight.device, weight.dtype, grad.dtype) for weight, grad in zip(weights, grads, strict=True)]
+    distinct = list(dict.fromkeys(kinds))
+    for kind in distinct:
+        yield batch if len(distinct) == 1 else batch.pick([each == kind for each in kinds])
 
 
 def parts(optimizer: "QuantizedOptimizer", additions: Additions) -> Iterator[Part]:
@@ -378,7 +410,8 @@ class Plan:
         self.scheduled = [[(i, key) for i, key in enumerate(group) if key in SCHEDULED] for group in self.groups]
         self.amp = [getattr(optimizer, key, None) for key in AMP]
         self.restless = [group["low_precision"] == "stochastic" for group in self.groups]  # asks outside of its group
-        self.idle = [weight for weights in self.members for weight in weights if weight.grad is None]
+        every = itertools.chain.from_iterable(self.members)
+        self.idle = [weight for weight in every if distributed.gradient_of(weight) is None]
         weights = [weight for part in self.parts for weight in part.batch.weights]
         # Where something listens to torch's operations, it hears the calls; else they go straight to the kernels.
         aliases = [weight for part in self.parts for weight in part.call.lists["weights"]]
@@ -386,14 +419,19 @@ class Plan:
         plain = all([type(weight) in checks.PLAIN for weight in aliases]) and torch._C._len_torch_dispatch_stack() == 0
         if torch._C._len_torch_dispatch_stack() == 0:
             checks.check_memory(self._extents())
-        self.compiled, self.together, self.others = None, [], self.parts
+        keepers = [part.keeper if plain else "" for part in self.parts]
+        self.others = [part for part, keeper in zip(self.parts, keepers, strict=True) if not keeper]
         self.ready: list[Callable[[], None]] = []  # the others, as lay_out() has made them ready
-        if plain and backends.extension is not None:
-            alone = [part.backend in ("cpu", "cuda") and not part.is_joint for part in self.parts]
-            self.together = list(compress(self.parts, alone))
-            self.others = [part for part, here in zip(self.parts, alone, strict=True) if not here]
-            calls = [(part.call.operator, part.arguments()) for part in self.together]
-            self.compiled = backends.extension.Plan(calls)
+        self.kept: dict[str, Any] = {}  # calls that are made again and again, by who keeps them
+        self.together: list[Part] = []  # theirs
+        self.places: list[tuple[str, int]] = []  # and where each is: who keeps it, its number among theirs
+        for keeper in sorted(filter(None, set(keepers)), reverse=True):  # the extension last: see run()
+            mine = list(compress(self.parts, [each == keeper for each in keepers]))
+            self.kept[keeper] = backends.planned(keeper, [(part.call, part.learning) for part in mine])
+            self.together += mine
+            self.places += [(keeper, i) for i in range(len(mine))]
+        mains = [list(map(main_gradient, part.batch.weights)) for part in self.together]
+        self.has_main = [[each is not None for each in of_part] for of_part in mains]  # and not a .grad
         self.calls = [[i for i, part in enumerate(self.together) if part.group is group] for group in self.groups]
         # A weight that has a gradient and no call waits for its first one; what is fixed holds for this step alone.
         whole = len(weights) + len(self.idle) == sum(map(len, self.members))
@@ -416,12 +454,14 @@ class Plan:
 
     def holds(self, optimizer: "QuantizedOptimizer") -> bool:
         """Whether the next step is still this plan's; it then has the gradients and the numbers of that step."""
-        groups, compiled = optimizer.param_groups, self.compiled
-        if not self.lasts or compiled is None or not same(groups, self.groups):
+        groups = optimizer.param_groups
+        if not self.lasts or not same(groups, self.groups):
             return False
         if is_captured(self.on_gpu):  # whether a capture would do is looked at where a plan is made
             return False
-        if torch._C._len_torch_dispatch_stack() > 0 or any([weight.grad is not None for weight in self.idle]):
+        if torch._C._len_torch_dispatch_stack() > 0:
+            return False
+        if any([distributed.gradient_of(weight) is not None for weight in self.idle]):
             return False
         amp = [getattr(optimizer, key, None) for key in AMP]
         scaled = not same(amp, self.amp)
@@ -434,7 +474,27 @@ class Plan:
                 self.values[k] = list(group.values())
         self.amp = amp
         current = all([self._is_current(optimizer, part) for part in self.together])
-        return current and (self.shards is None or self.shards.renew()) and compiled.take_gradients()
+        if not current or not (self.shards is None or self.shards.renew()):
+            return False
+        given = self._given()
+        return given is not None and all([calls.take_gradients(given[keeper]) for keeper, calls in self.kept.items()])
+
+    def _given(self) -> dict[str, dict[int, list[Tensor]]] | None:
+        """The gradients of calls whose weights don't have them all in ``grad``, where each call asks; None where a
+        weight has them elsewhere than it had.
+        """
+        given: dict[str, dict[int, list[Tensor]]] = {keeper: {} for keeper in self.kept}
+        for part, (keeper, number), has_main in zip(self.together, self.places, self.has_main, strict=True):
+            mains = list(map(main_gradient, part.batch.weights))
+            if [each is not None for each in mains] != has_main:
+                return None
+            if any(has_main):
+                own = [weight.grad for weight in part.batch.weights]
+                grads = [main if grad is None else grad for main, grad in zip(mains, own, strict=True)]
+                if [each is None for each in own] != has_main or not all([isinstance(each, Tensor) for each in grads]):
+                    return None
+                given[keeper][number] = grads
+        return given
 
     def _take(self, optimizer: "QuantizedOptimizer", k: int, scaled: bool) -> bool:
         """Hands over what has changed in a group. False where a new plan is needed."""
@@ -461,7 +521,7 @@ class Plan:
         if not changed:
             return True
         part = self.together[i]
-        if not changed.keys() <= FREE or self.compiled is None:
+        if not changed.keys() <= FREE:
             return False
         if part.learning and not isinstance(changed.get("epsilon", 1), Tensor) and changed.get("epsilon", 1) < 1:
             return False  # its scales learn no more
@@ -469,7 +529,8 @@ class Plan:
         if not changed.keys() <= keywords.KEYWORDS.keys():
             optimizer._check_rule(part.group)
         checks.check_numbers(changed, part.batch.weights[0].device)
-        self.compiled.set(i, changed)
+        keeper, number = self.places[i]
+        self.kept[keeper].set(number, changed)
         part.call.settings.update(changed)
         return True
 
@@ -491,28 +552,34 @@ class Plan:
                     return False
         return True
 
+    @property
+    def is_one_call(self) -> bool:
+        """Whether run() of a plan that was kept is one call of the extension, which nothing interrupts."""
+        return self.lasts and self.kept.keys() == {"extension"}
+
     def lay_out(self) -> None:
         """What is left that can fail: numbers that lie in tensors, copies of tensors that lie in another order than
         their weights.
         """
-        if self.compiled is not None:
-            self.compiled.lay_out()
+        for calls in self.kept.values():
+            calls.lay_out()
         self.ready = [call for part in self.others for call in calls_of(part)]
 
     def run(self, entries: list[tuple[dict[str, Any], str, Any]]) -> None:
         """The step. What it adds to the optimizer comes to be with it, and so do entries of param groups: (group, key,
         value).
-
-        Where the plan is one that was kept, this is one call of the extension, which nothing interrupts.
         """
         if self.additions:
             self.additions.commit()
             self.additions = Additions()
         for call in self.ready:
             call()
-        if self.compiled is not None:
-            self.compiled.run(entries)
-        else:
+        for keeper, calls in self.kept.items():
+            if keeper == "extension":
+                calls.run(entries)
+            else:
+                calls.run()
+        if "extension" not in self.kept:
             for group, key, value in entries:
                 group[key] = value
         for part in self.short:

@@ -506,7 +506,7 @@ def sgd_(
 
     Args:
         weights: N x (...), float32, float64, bfloat16 or float16, on one device and of one dtype. Mutated.
-        grads: N x (...), as the weights. Never written.
+        grads: N x (...), the weights' dtype, or float32 for 16-bit weights. Never written.
         momentum_buffers: N x (...), the weights' dtype or float32; or empty, when momentum is 0. Mutated.
         scales: N x a shape that :func:`spread` takes, of the arithmetic type, >= 0, weight units per level unit;
             0 leaves the weight unclipped. Empty without levels.

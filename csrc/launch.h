@@ -68,7 +68,8 @@ constexpr int sum_kinds(Rule rule) { return rule == Rule::sgd ? 2 : 3; }
 
 // All that a backend needs for one call.
 struct Launch {
-  Dtype dtype;        // of weights and gradients
+  Dtype dtype;        // of weights, and of gradients and state that are not wide
+  bool wide_grad;     // 16-bit weights with float32 gradients
   bool wide_state;    // 16-bit weights with float32 state
   Rounding rounding;  // of 16-bit weights
   Rule rule;

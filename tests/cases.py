@@ -116,6 +116,7 @@ class Case(NamedTuple):
     values: str  # "finite", or "hostile": with NaN and infinities
     lr: float
     rounding: str = "nearest"  # of 16-bit weights
+    wide_grad: bool = False  # float32 gradients of 16-bit weights
     learns: bool = False  # whether its scales do
     seed: int = 0
 
@@ -154,11 +155,13 @@ FACTORS: dict[str, tuple] = {
     "values": ("finite", "hostile"),
     "lr": (0.25, 0.037),
     "rounding": ("nearest", "remainder", "stochastic"),
+    "wide_grad": (False, True),
 }
 TRIPLES = (("dtype", "codebook", "annealing"), ("dtype", "rule", "annealing"), ("codebook", "annealing", "epsilon"))
 # Pairs of values that can't go together.
 FORBIDDEN: tuple[tuple[str, Callable, str, Callable], ...] = (
     ("dtype", lambda dtype: dtype.itemsize > 2, "wide_state", lambda wide: wide),
+    ("dtype", lambda dtype: dtype.itemsize > 2, "wide_grad", lambda wide: wide),
     ("dtype", lambda dtype: dtype.itemsize > 2, "rounding", lambda rounding: rounding != "nearest"),
     ("codebook", lambda name: name == "none", "granularity", lambda granularity: granularity != "tensor"),
     ("codebook", lambda name: name == "none", "outputs", lambda outputs: outputs != ()),
@@ -245,7 +248,7 @@ def case_id(case: Case) -> str:
     ]
     words += [f"scaled{case.grad_scale:g}"] if case.grad_scale else []
     words += [case.rounding] if case.rounding != "nearest" else []
-    words += ["learns"] if case.learns else []
+    words += [word for word, there in (("float32 gradients", case.wide_grad), ("learns", case.learns)) if there]
     return "-".join(map(str, [*words, f"lr{case.lr:g}", case.seed]))
 
 
@@ -322,7 +325,9 @@ def draw(case: Case) -> tuple[list[Drawn], list[Tensor]]:
         scale = draw_scale(case if which == 0 else case._replace(granularity="tensor"), generator)
         values = {
             "weights": draw_weight(generator, shape, scale, case.levels, case.dtype, hostile).to(case.dtype),
-            "grads": (draw_gradient(generator, shape, hostile) * (case.grad_scale or 1.0)).to(case.dtype),
+            "grads": (draw_gradient(generator, shape, hostile) * (case.grad_scale or 1.0)).to(
+                torch.float32 if case.wide_grad else case.dtype
+            ),
         }
         for name in case.states:
             moment = torch.randn(shape, generator=generator, dtype=torch.float64) * 0.3

@@ -303,8 +303,8 @@ def base_rule(
 @triton.jit
 def step_block(
     row, tensor, start, lr, grad_factor, h, book, rule, key,
-    BLOCK: tl.constexpr, WHOLE: tl.constexpr, WEIGHT_TYPE: tl.constexpr, STATE_TYPE: tl.constexpr,
-    SNAPPED_TYPE: tl.constexpr, ROUNDING: tl.constexpr,
+    BLOCK: tl.constexpr, WHOLE: tl.constexpr, WEIGHT_TYPE: tl.constexpr, GRAD_TYPE: tl.constexpr,
+    STATE_TYPE: tl.constexpr, SNAPPED_TYPE: tl.constexpr, ROUNDING: tl.constexpr,
     CODED: tl.constexpr, ADAMW: tl.constexpr, STATES: tl.constexpr, DECAYS: tl.constexpr, NESTEROV: tl.constexpr,
     QUANTIZED: tl.constexpr, GROWS: tl.constexpr, CAPACITY: tl.constexpr, PER_TENSOR: tl.constexpr,
     CAPTURE: tl.constexpr, SKEW_GRADIENT: tl.constexpr, CLIP: tl.constexpr,
@@ -315,7 +315,7 @@ def step_block(
     weights = place(row, WEIGHT, start, lane, WEIGHT_TYPE, WHOLE)
     remainders = place(row, REMAINDER, start, lane, tl.int16, WHOLE)
     stored = read(weights, mask, WHOLE)
-    g = widen(read(place(row, GRAD, start, lane, WEIGHT_TYPE, WHOLE), mask, WHOLE)) * grad_factor
+    g = widen(read(place(row, GRAD, start, lane, GRAD_TYPE, WHOLE), mask, WHOLE)) * grad_factor
     state = read_state(row, start, lane, mask, g, WHOLE, STATE_TYPE, ADAMW, STATES)  # before anything waits for a scale
     w = join(stored, read(remainders, mask, WHOLE), WEIGHT_TYPE) if ROUNDING == "remainder" else widen(stored)
     if QUANTIZED:
@@ -362,7 +362,8 @@ def step_block(
 def step_kernel(
     table, owner, lr, epsilon, grad_scale, found_inf, pull, book, rule, seed,
     BLOCK: tl.constexpr, MAXIMIZE: tl.constexpr, RATE_IS_ALPHA: tl.constexpr, WEIGHT_TYPE: tl.constexpr,
-    STATE_TYPE: tl.constexpr, SNAPPED_TYPE: tl.constexpr, ROUNDING: tl.constexpr, CODED: tl.constexpr,
+    GRAD_TYPE: tl.constexpr, STATE_TYPE: tl.constexpr, SNAPPED_TYPE: tl.constexpr, ROUNDING: tl.constexpr,
+    CODED: tl.constexpr,
     ADAMW: tl.constexpr, STATES: tl.constexpr, DECAYS: tl.constexpr, NESTEROV: tl.constexpr, QUANTIZED: tl.constexpr,
     GROWS: tl.constexpr, CAPACITY: tl.constexpr, PER_TENSOR: tl.constexpr, CAPTURE: tl.constexpr,
     SKEW_GRADIENT: tl.constexpr, CLIP: tl.constexpr,
@@ -390,13 +391,13 @@ def step_kernel(
         key = make_key(seed, tl.load(row + STREAM), ROUNDING)
         if whole:
             step_block(
-                row, tensor, start, lr_value, grad_factor, h, book, rule, key, BLOCK, True, WEIGHT_TYPE, STATE_TYPE,
-                SNAPPED_TYPE, ROUNDING, CODED, ADAMW, STATES, DECAYS, NESTEROV, QUANTIZED, GROWS, CAPACITY, PER_TENSOR,
-                CAPTURE, SKEW_GRADIENT, CLIP,
+                row, tensor, start, lr_value, grad_factor, h, book, rule, key, BLOCK, True, WEIGHT_TYPE, GRAD_TYPE,
+                STATE_TYPE, SNAPPED_TYPE, ROUNDING, CODED, ADAMW, STATES, DECAYS, NESTEROV, QUANTIZED, GROWS, CAPACITY,
+                PER_TENSOR, CAPTURE, SKEW_GRADIENT, CLIP,
             )  # fmt: skip
         else:
             step_block(
-                row, tensor, start, lr_value, grad_factor, h, book, rule, key, BLOCK, False, WEIGHT_TYPE, STATE_TYPE,
-                SNAPPED_TYPE, ROUNDING, CODED, ADAMW, STATES, DECAYS, NESTEROV, QUANTIZED, GROWS, CAPACITY, PER_TENSOR,
-                CAPTURE, SKEW_GRADIENT, CLIP,
+                row, tensor, start, lr_value, grad_factor, h, book, rule, key, BLOCK, False, WEIGHT_TYPE, GRAD_TYPE,
+                STATE_TYPE, SNAPPED_TYPE, ROUNDING, CODED, ADAMW, STATES, DECAYS, NESTEROV, QUANTIZED, GROWS, CAPACITY,
+                PER_TENSOR, CAPTURE, SKEW_GRADIENT, CLIP,
             )  # fmt: skip

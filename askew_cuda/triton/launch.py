@@ -1,10 +1,10 @@
 """The Triton backend: from the lists of a call to one launch of :mod:`askew_cuda.triton.kernel`.
 
 A launch steps all tensors of a call: a table on the device says where they lie, and a map which tensor each program's
-block is in. Both are kept: the map is made anew only for other layouts, the table where tensors lie elsewhere. A call
-with the tensors of an earlier one is known by their addresses, before anything else is looked at. Nothing is read from
-the device, and numbers that lie there are read by the kernel; with one exception: AdamW's step counts on the CPU can
-only stand still for a ``found_inf`` that the host has read.
+block is in. Both are kept: the map is made anew only for other layouts, the table where tensors lie elsewhere. A plan
+keeps the calls themselves, and asks of each tensor only whether it is where it was. Nothing is read from the device,
+and numbers that lie there are read by the kernel; with one exception: AdamW's step counts on the CPU can only stand
+still for a ``found_inf`` that the host has read.
 
 It is written for NVIDIA's GPUs and has not yet run on one. ROCm and XPU, which Triton compiles for as well, are
 untested.
@@ -12,12 +12,13 @@ untested.
 With TRITON_INTERPRET=1 in the environment Triton runs the same code on the CPU, slowly, for tests.
 """
 
+import collections
 import contextlib
 import functools
 import itertools
 import math
-import weakref
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from operator import attrgetter, eq
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -26,6 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import reference
+from ..checks import STATES, Call
 from ..reference import Settings
 from ..rounding import Storage
 from .kernel import step_kernel
@@ -47,6 +49,8 @@ class Program(NamedTuple):
 
 # 4 weights per thread: 16 bytes of float32. A warp has 32 threads; on AMD's data-center GPUs 64, on Intel's 16.
 PROGRAMS = {"cuda": Program(512, 4), "hip": Program(1024, 4), "xpu": Program(512, 8), "cpu": Program(512, 4)}
+dtype_of = attrgetter("dtype")
+GRADS = 1  # column of the table that holds addresses of gradients
 BESIDE = 8  # columns of the table that hold addresses of weights and what lies beside them
 INTERPRETED = not isinstance(step_kernel, triton.JITFunction)
 DEVICES = ("cpu",) if INTERPRETED else ("cuda", "xpu")
@@ -130,32 +134,6 @@ class BlockMap(NamedTuple):
     tables: Latest[Tensor]
 
 
-class Known(NamedTuple):
-    """A call that needed no copies: where its tensors lay, which ones they were, and what was made of them."""
-
-    addresses: Addresses
-    lengths: tuple[int, ...]
-    tensors: list[weakref.ref[Tensor]]  # but for gradients, which come anew
-    strides: list[tuple[int, ...]]  # of the weights
-    levels: tuple[float, ...]
-    layout: BlockMap
-    table: Tensor
-
-    def is_of(self, lists: Lists, addresses: Addresses) -> bool:
-        """Whether these are the same tensors, where they were; gradients may be others that lie alike. What a tensor is
-        can't change with its place unless somebody sets its data.
-        """
-        if self.addresses != addresses or self.lengths != lengths_of(lists) or self.levels != lists.levels:
-            return False
-        same = all(kept() is tensor for kept, tensor in zip(self.tensors, lasting(lists), strict=True))
-        dtype = lists.weights[0].dtype
-        return same and all(
-            grad.stride() == strides and grad.dtype == dtype
-            for grad, strides in zip(lists.grads, self.strides, strict=True)
-        )
-
-
-known: list[Known] = []  # the last ones, newest first
 layouts: Latest[BlockMap | None] = Latest(64)
 captured: list[tuple[object, ...]] = []  # what CUDA graphs go on reading, as long as the process lives
 
@@ -237,6 +215,11 @@ def make_layout(lists: Lists) -> BlockMap:
     return BlockMap(owner.to(lists.weights[0].device), columns, program, per_tensor, Latest(8))
 
 
+def places(tensors: Tensors) -> tuple[int, ...]:
+    """Their addresses."""
+    return tuple(map(Tensor.data_ptr, tensors))
+
+
 def addresses_of(lists: Lists) -> Addresses:
     """The first columns of the table: addresses of weights, gradients, three states, codes, snapped weights,
     remainders, scales and growths; 0 without. Then the numbers that random bits depend on.
@@ -245,7 +228,7 @@ def addresses_of(lists: Lists) -> Addresses:
     outputs = (lists.codes, lists.snapped, lists.rounding.remainders)
     every = (lists.weights, lists.grads, *state, *outputs, lists.scales, lists.growths)
     count = len(lists.weights)
-    addresses = [tuple([t.data_ptr() for t in tensors]) or (0,) * count for tensors in every]
+    addresses = [places(tensors) or (0,) * count for tensors in every]
     return (*addresses, *lists.rounding.numbers(count))
 
 
@@ -262,12 +245,11 @@ def lasting(lists: Lists) -> list[Tensor]:
     return [*lists.weights, *itertools.chain.from_iterable(beside.values()), *lists.scales, *lists.growths]
 
 
-def make_table(addresses: Addresses, layout: BlockMap) -> Tensor:
-    """(tensors, COLUMNS) int64, on the device. The host waits for the copy, this once, so that any stream may use
-    it.
+def make_table(columns: Tensor, layout: BlockMap) -> Tensor:
+    """(tensors, COLUMNS) int64, on the device, from the addresses. The host waits for the copy, this once, so that any
+    stream may use it.
     """
     refuse_capture(layout.owner.device)
-    columns = torch.tensor(addresses, device="cpu").t()
     aligned = (columns[:, :BESIDE] % 16 == 0).all(1, keepdim=True)
     return torch.cat([columns, layout.columns, aligned], 1).to(layout.owner.device)
 
@@ -392,12 +374,12 @@ def bias_corrections(
     if not steps[0].is_cpu:
         return device_bias_corrections(torch.stack(list(steps)), beta1, beta2)
     counts = [step.item() + 1 for step in steps]
-    pairs = [(1 / (1 - beta1**count), 1 / math.sqrt(1 - beta2**count)) for count in counts]
-    if len(set(counts)) == 1:
-        return pairs[0]
+    pairs = {count: (1 / (1 - beta1**count), 1 / math.sqrt(1 - beta2**count)) for count in set(counts)}
+    if len(pairs) == 1:
+        return pairs[counts[0]]
     first, second = (
         torch.tensor(each, dtype=torch.float32, device="cpu").to(device, non_blocking=True)
-        for each in zip(*pairs, strict=True)
+        for each in zip(*map(pairs.__getitem__, counts), strict=True)
     )
     return first, second
 
@@ -410,7 +392,10 @@ def device_bias_corrections(steps: Tensor, beta1: float, beta2: float) -> tuple[
 
 def count_steps(steps: Tensors, infinite: float | Tensor) -> None:
     """One step more, but where AMP found an infinity: on a device that is known there alone."""
-    if isinstance(infinite, float):
+    if isinstance(infinite, float) and steps[0].is_cpu:
+        for step in steps:  # in half the time of torch._foreach_add_
+            step.fill_(step.item() + 1)
+    elif isinstance(infinite, float):
         torch._foreach_add_(list(steps), 1)
     else:
         torch._foreach_add_(list(steps), (infinite == 0).to(steps[0].dtype))
@@ -431,70 +416,89 @@ def on_device(device: torch.device) -> Iterator[None]:
             yield
 
 
-def brought_into_order(lists: Lists) -> tuple[Lists, BlockMap, Tensor, list[tuple[Tensor, Tensor]]]:
-    """The lists as the kernel takes them, their layout and table, and what to write back: (original, copy)."""
-    addresses = addresses_of(lists)
-    for one in known:
-        if one.is_of(lists, addresses):
-            return lists, one.layout, one.table, []
-    written: list[tuple[Tensor, Tensor]] = []
-    layout = layout_of(lists)
-    in_order = layout is not None
-    if layout is None:
-        given, (lists, written) = lists, in_memory_order(lists)
-        layout = make_layout(lists._replace(scales=given.scales))
-        addresses = addresses_of(lists)
-    table = layout.tables.make(addresses, functools.partial(make_table, addresses, layout))
-    if in_order:
-        references = [weakref.ref(tensor) for tensor in lasting(lists)]
-        strides = [weight.stride() for weight in lists.weights]
-        known.insert(0, Known(addresses, lengths_of(lists), references, strides, lists.levels, layout, table))
-        del known[8:]
-    return lists, layout, table, written
+class Located:
+    """The tensors of a call in memory order, and the table that says where they lie."""
+
+    def __init__(self, lists: Lists):
+        layout = layout_of(lists)
+        self.in_order, self.written = layout is not None, list[tuple[Tensor, Tensor]]()  # original, copy
+        if layout is None:
+            given, (lists, self.written) = lists, in_memory_order(lists)
+            layout = make_layout(lists._replace(scales=given.scales))
+        self.lists, self.layout, self.addresses = lists, layout, addresses_of(lists)
+        self.grad_dtype = lists.grads[0].dtype
+        if self.in_order:
+            self.lists = lists._replace(grads=())  # the caller has them, as long as they are needed
+        self.columns = torch.tensor(self.addresses, device="cpu").t().contiguous()
+        self.table = self._table()
+        # Autograd must see that these changed: a backward pass over a graph from before the step is an error, as with
+        # torch's optimizers.
+        changed = itertools.chain(lists.weights, lists.codes, lists.snapped, lists.rounding.remainders)
+        self.changed = [tensor for tensor in changed if not tensor.is_inference()]
+
+    def _table(self) -> Tensor:
+        return self.layout.tables.make(self.addresses, functools.partial(make_table, self.columns, self.layout))
+
+    def follow(self, grads: Tensors) -> None:
+        """To other gradients that lie like those before."""
+        now = places(grads)
+        if now != self.addresses[GRADS]:
+            self.addresses = (*self.addresses[:GRADS], now, *self.addresses[GRADS + 1 :])
+            self.columns[:, GRADS] = torch.tensor(now, device="cpu")
+            self.table = self._table()
 
 
-def launch(
-    lists: Lists, settings: Settings, rule: Rule, found_inf: float | Tensor, adamw: bool, decays: bool, nesterov: bool
-) -> None:
-    """One launch for all tensors, whose versions it increments. ``rule``: the rule's numbers, in the kernel's order."""
+class Launch(NamedTuple):
+    """What the kernel is called with."""
+
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+    infinite: float | Tensor
+
+    def make(self, located: Located) -> None:
+        """One launch for all tensors, whose versions it increments."""
+        (table, owner), book, device = self.arguments[:2], self.arguments[7], located.layout.owner.device
+        in_use([each for each in (table, owner, *book) if isinstance(each, Tensor)], device)
+        if capturing(device):
+            captured.append((table, owner, book))
+        if len(owner):
+            with on_device(device):
+                step_kernel[(len(owner),)](*self.arguments, **self.constants)
+        for original, copy in located.written:
+            original.copy_(copy)
+        torch.autograd.graph.increment_version(located.changed)
+
+
+def make_launch(
+    located: Located, s: Settings, seed: Tensor | int | None, steps: Tensors, infinite: float | Tensor
+) -> Launch:
+    """From the numbers as they are now."""
+    lists, layout, rounding = located.lists, located.layout, located.lists.rounding._replace(seed=seed)
     device, dtype, quantized = lists.weights[0].device, lists.weights[0].dtype, bool(lists.levels)
-    lists, layout, table, written = brought_into_order(lists)
     book, capacity = kernel_book(lists.levels, device)
-    in_use([each for each in (table, layout.owner, *book) if isinstance(each, Tensor)], device)
-    if capturing(device):
-        captured.append((table, layout.owner, book))
-    capture, rate = settings.anneal == "capture", settings.alpha if settings.recovery is None else settings.recovery
+    capture, rate, adamw = s.anneal == "capture", s.alpha if s.recovery is None else s.recovery, bool(steps)
     assert rate is not None  # checked before
-    exact = torch.float32 if lists.rounding.remainders else dtype  # as which a weight is as exact as it is stored
-    snap = snap_radius(exact, lists.levels, settings, device) if capture and quantized else 0.0
-    seed = lists.rounding.seed_argument(device)
+    exact = torch.float32 if rounding.remainders else dtype  # as which a weight is as exact as it is stored
+    snap = snap_radius(exact, lists.levels, s, device) if capture and quantized else 0.0
     numbers = [
-        argument(name, getattr(settings, name), default, device)
+        argument(name, getattr(s, name), default, device)
         for name, default in (("lr", 0.0), ("epsilon", 0.0), ("grad_scale", 1.0))
     ]
-    pull = (float(rate), float(settings.max_step), snap)
+    pull = (float(rate), float(s.max_step), snap)
     states = [tensors for tensors in lists.state.values() if tensors]
     constants = {
-        "BLOCK": layout.program.block, "MAXIMIZE": bool(settings.maximize), "RATE_IS_ALPHA": settings.alpha is not None,
-        "WEIGHT_TYPE": STORAGE[dtype], "STATE_TYPE": STORAGE[states[0][0].dtype if states else torch.float32],
+        "BLOCK": layout.program.block, "MAXIMIZE": bool(s.maximize), "RATE_IS_ALPHA": s.alpha is not None,
+        "WEIGHT_TYPE": STORAGE[dtype], "GRAD_TYPE": STORAGE[located.grad_dtype],
+        "STATE_TYPE": STORAGE[states[0][0].dtype if states else torch.float32],
         "SNAPPED_TYPE": STORAGE[lists.snapped[0].dtype if lists.snapped else None], "CODED": bool(lists.codes),
-        "ROUNDING": lists.rounding.name, "ADAMW": adamw, "STATES": len(states), "DECAYS": decays, "NESTEROV": nesterov,
-        "QUANTIZED": quantized, "GROWS": bool(lists.growths), "CAPACITY": capacity, "PER_TENSOR": layout.per_tensor,
-        "CAPTURE": capture, "SKEW_GRADIENT": quantized and settings.skew_at == "gradient",
-        "CLIP": quantized and bool(settings.clip),
+        "ROUNDING": rounding.name, "ADAMW": adamw, "STATES": len(states), "DECAYS": adamw or s.weight_decay != 0,
+        "NESTEROV": bool(s.nesterov and s.momentum != 0), "QUANTIZED": quantized, "GROWS": bool(lists.growths),
+        "CAPACITY": capacity, "PER_TENSOR": layout.per_tensor, "CAPTURE": capture,
+        "SKEW_GRADIENT": quantized and s.skew_at == "gradient", "CLIP": quantized and bool(s.clip),
+        "num_warps": layout.program.warps, "enable_fp_fusion": False,
     }  # fmt: skip
-    if len(layout.owner):
-        with on_device(device):
-            step_kernel[(len(layout.owner),)](
-                table, layout.owner, *numbers, found_inf, pull, book, rule, seed, num_warps=layout.program.warps,
-                enable_fp_fusion=False, **constants,
-            )  # fmt: skip
-    for original, copy in written:
-        original.copy_(copy)
-    # Autograd must see that these changed: a backward pass over a graph from before the step is an error, as with
-    # torch's optimizers.
-    for changed in (lists.weights, lists.codes, lists.snapped, lists.rounding.remainders):
-        torch.autograd.graph.increment_version([tensor for tensor in changed if not tensor.is_inference()])
+    seeds, rule = rounding.seed_argument(device), rule_of(s, steps, device)
+    return Launch((located.table, layout.owner, *numbers, infinite, pull, book, rule, seeds), constants, infinite)
 
 
 def sum_up(lists: Lists, sums: Tensors, infinite: float | Tensor) -> None:
@@ -508,6 +512,88 @@ def sum_up(lists: Lists, sums: Tensors, infinite: float | Tensor) -> None:
         storage.write(each[:2], torch.stack(radial))
 
 
+def sum_up_second(lists: Lists, sums: Tensors, steps: Tensors, s: Settings, infinite: float | Tensor) -> None:
+    """The same of AdamW's second moments, after the launch."""
+    storage = Storage((), None, (), (), infinite)
+    for i, each in enumerate(sums):
+        square = lists.state["max_exp_avg_sqs" if s.amsgrad else "exp_avg_sqs"][i].float()
+        storage.write(each[2], reference.second_moments(square, steps[i], s, lists.scales[i].shape))
+
+
+def rule_of(s: Settings, steps: Tensors, device: torch.device) -> Rule:
+    """The numbers of SGD, or, where steps are counted, of AdamW, in the kernel's order."""
+    if not steps:
+        return float(s.momentum), 1.0 - s.dampening, float(s.weight_decay)
+    moments = (float(s.beta1), 1.0 - s.beta1, float(s.beta2), 1.0 - s.beta2)
+    return (*moments, float(s.eps), float(s.weight_decay), *bias_corrections(steps, s.beta1, s.beta2, device))
+
+
+def lists_of(call: Call) -> Lists:
+    """Those of a call, of which some may be left out."""
+    lists, settings = collections.defaultdict(tuple, call.lists), call.settings
+    has_state = settings.get("momentum") != 0
+    numbers = (settings.get(name, ()) for name in ("streams", "first_elements"))
+    rounding = Rounding(lists["remainders"], settings.get("seed"), *numbers)
+    return Lists(
+        lists["weights"],
+        lists["grads"],
+        {name: lists[name] if has_state else () for name in STATES[call.operator]},
+        lists["scales"],
+        call.levels,
+        lists["growths"],
+        lists["codes"],
+        lists["snapped"],
+        rounding,
+    )
+
+
+class Prepared:
+    """A call that is ready to be made, as often as its tensors stay what they are; gradients come anew each time. What
+    can be wrong with its arguments was checked before (``checks.py``).
+    """
+
+    def __init__(self, call: Call):
+        self.lists, self.settings = lists_of(call), dict(call.settings)
+        self.steps, self.sums = call.lists.get("steps", ()), call.lists.get("sums", ())
+        self.located: Located | None = None
+        self.launch: Launch | None = None
+
+    def lay_out(self) -> None:
+        """Everything that can fail: numbers, copies, the table. Where AMP found an infinity, as far as the host knows,
+        there is nothing to launch.
+        """
+        self.launch = None
+        if not self.lists.weights:
+            return
+        device = self.lists.weights[0].device
+        infinite = argument("found_inf", self.settings.get("found_inf"), 0.0, device)
+        if isinstance(infinite, Tensor) and self.steps and self.steps[0].is_cpu:
+            infinite = float(infinite)
+        if isinstance(infinite, float) and infinite != 0:
+            return
+        if self.located is None:
+            self.located = Located(self.lists)
+        else:
+            self.located.follow(self.lists.grads)
+        self.launch = make_launch(self.located, self._numbers(), self.settings.get("seed"), self.steps, infinite)
+
+    def _numbers(self) -> Settings:
+        return Settings(**{key: value for key, value in self.settings.items() if key in Settings._fields})
+
+    def run(self) -> None:
+        """The step; then gradients are let go of, so that zero_grad() frees them."""
+        if self.launch is not None and self.located is not None:
+            infinite = self.launch.infinite
+            sum_up(self.lists, self.sums, infinite)
+            self.launch.make(self.located)
+            if self.steps:
+                sum_up_second(self.lists, self.sums, self.steps, self._numbers(), infinite)
+                count_steps(self.steps, infinite)
+        if self.located is not None and not self.located.in_order:
+            self.located = None  # copies are made anew each time
+        self.lists = self.lists._replace(grads=())
+
+
 # The launch follows addresses, which a trace does not have.
 outside_of_graphs: Callable[[Step], Step] = torch.compiler.disable(
     reason="the Triton backend is launched outside of torch.compile's graphs"
@@ -516,60 +602,80 @@ outside_of_graphs: Callable[[Step], Step] = torch.compiler.disable(
 
 @outside_of_graphs
 @torch.no_grad()
-def sgd_(
-    weights: Tensors, grads: Tensors, momentum_buffers: Tensors, scales: Tensors, levels: Sequence[float],
-    codes: Tensors, snapped: Tensors, *, found_inf: Scalar = None, remainders: Tensors = (),
-    seed: Tensor | int | None = None, streams: Sequence[int] = (), first_elements: Sequence[int] = (),
-    growths: Tensors = (), sums: Tensors = (), **settings: Any,
-) -> None:  # fmt: skip
-    """:func:`askew_cuda.reference.sgd_` in one launch, for float32, bfloat16 and float16. Arguments are checked before
-    (``checks.py``). lr, epsilon, grad_scale and found_inf on the weights' device are not read by the host.
+def make(call: Call) -> None:
+    """A call of an operator in one launch, for float32, bfloat16 and float16; arguments are checked before. The host
+    reads nothing of what lies on the weights' device (lr, epsilon, grad_scale, found_inf), but for a found_inf where
+    AdamW's steps are counted on the CPU, so that they can stand still. Where those are counted on the weights' device,
+    the bias corrections may differ from the reference's by a last bit.
     """
-    if not weights:
-        return
-    s, infinite = Settings(**settings), argument("found_inf", found_inf, 0.0, weights[0].device)
-    if isinstance(infinite, float) and infinite != 0:
-        return
-    buffers = momentum_buffers if s.momentum != 0 else []
-    rounding = Rounding(remainders, seed, streams, first_elements)
-    lists = Lists(
-        weights, grads, {"momentum_buffers": buffers}, scales, tuple(levels), growths, codes, snapped, rounding
-    )
-    sum_up(lists, sums, infinite)
-    rule = (float(s.momentum), 1.0 - s.dampening, float(s.weight_decay))
-    launch(lists, s, rule, infinite, False, s.weight_decay != 0, bool(s.nesterov and s.momentum != 0))
+    prepared = Prepared(call)
+    prepared.lay_out()
+    prepared.run()
 
 
-@outside_of_graphs
-@torch.no_grad()
-def adamw_(
-    weights: Tensors, grads: Tensors, exp_avgs: Tensors, exp_avg_sqs: Tensors, max_exp_avg_sqs: Tensors, steps: Tensors,
-    scales: Tensors, levels: Sequence[float], codes: Tensors, snapped: Tensors, *, found_inf: Scalar = None,
-    remainders: Tensors = (), seed: Tensor | int | None = None, streams: Sequence[int] = (),
-    first_elements: Sequence[int] = (), growths: Tensors = (), sums: Tensors = (), **settings: Any,
-) -> None:  # fmt: skip
-    """:func:`askew_cuda.reference.adamw_` in one launch, as :func:`sgd_`. ``steps`` are all on the CPU, where a
-    ``found_inf`` on a device is read by the host so that they can stand still, or all on the weights' device: then
-    nothing is, and the bias corrections may differ from the reference's by a last bit.
-    """
-    if not weights:
-        return
-    device = weights[0].device
-    s, infinite = Settings(**settings), argument("found_inf", found_inf, 0.0, device)
-    if isinstance(infinite, Tensor) and steps[0].is_cpu:
-        infinite = float(infinite)
-    if isinstance(infinite, float) and infinite != 0:
-        return
-    state = {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "max_exp_avg_sqs": max_exp_avg_sqs}
-    rounding = Rounding(remainders, seed, streams, first_elements)
-    lists = Lists(weights, grads, state, scales, tuple(levels), growths, codes, snapped, rounding)
-    sum_up(lists, sums, infinite)
-    corrections = bias_corrections(steps, s.beta1, s.beta2, device)
-    moments = (float(s.beta1), 1.0 - s.beta1, float(s.beta2), 1.0 - s.beta2)
-    rule = (*moments, float(s.eps), float(s.weight_decay), *corrections)
-    launch(lists, s, rule, infinite, True, True, False)
-    storage = Storage((), None, (), (), infinite)
-    for i, each in enumerate(sums):
-        square = (max_exp_avg_sqs if s.amsgrad else exp_avg_sqs)[i].float()
-        storage.write(each[2], reference.second_moments(square, steps[i], s, scales[i].shape))
-    count_steps(steps, infinite)
+def sgd_(*lists: Any, **settings: Any) -> None:
+    """:func:`askew_cuda.reference.sgd_`."""
+    make(Call.of("sgd_", *lists, **settings))
+
+
+def adamw_(*lists: Any, **settings: Any) -> None:
+    """:func:`askew_cuda.reference.adamw_`."""
+    make(Call.of("adamw_", *lists, **settings))
+
+
+class Kept(Prepared):
+    """A call that a plan makes again and again."""
+
+    def __init__(self, call: Call):
+        super().__init__(call)
+        # That states and outputs are the same tensors is the plan's to know; what it does not see is their data being
+        # set to lie elsewhere.
+        self.lasting, self.grad_dtype = lasting(self.lists), self.lists.grads[0].dtype
+        self.places = places(self.lasting)
+        self.forms = [list(map(form, tensors)) for form, tensors in self._forms(self.lists.grads)]
+
+    def _forms(self, grads: Tensors) -> list[tuple[Callable[[Tensor], Any], Tensors]]:
+        """What the form of tensors is told by: where they are dense, it says their shapes."""
+        return [(form, tensors) for tensors in (self.lists.weights, grads) for form in (Tensor.numel, Tensor.stride)]
+
+    def take_gradients(self, given: Tensors | None) -> bool:
+        """The weights' gradients as they are now, or those that are given. False where a tensor, or a gradient, is not
+        of the kind or in the place that the call was made for.
+        """
+        grads = given or [grad for weight in self.lists.weights if (grad := weight.grad) is not None]
+        if len(grads) != len(self.lists.weights) or set(map(dtype_of, grads)) != {self.grad_dtype}:
+            return False
+        self.lists = self.lists._replace(grads=grads)
+        try:
+            now = (map(form, tensors) for form, tensors in self._forms(grads))
+            same = all([all(map(eq, form, before)) for form, before in zip(now, self.forms, strict=True)])
+        except RuntimeError:  # a sparse gradient has no strides
+            return False
+        return same and places(self.lasting) == self.places
+
+
+class KeptCalls:
+    """Calls that are made together, again and again: the extension's Plan for this backend."""
+
+    def __init__(self, calls: Sequence[Call]):
+        self.calls = [Kept(call) for call in calls]
+
+    def set(self, call: int, changed: Mapping[str, Any]) -> None:
+        """Other numbers for one call."""
+        self.calls[call].settings |= changed
+
+    def take_gradients(self, given: Mapping[int, Tensors]) -> bool:
+        """Whether all calls can be made again, with the weights' gradients as they are now, or with those that are
+        given, by the number of their call.
+        """
+        return all([call.take_gradients(given.get(i)) for i, call in enumerate(self.calls)])
+
+    def lay_out(self) -> None:
+        """All that can fail, before run()."""
+        for call in self.calls:
+            call.lay_out()
+
+    def run(self) -> None:
+        """All calls."""
+        for call in self.calls:
+            call.run()

@@ -12,7 +12,7 @@ struct Access {
   using P = NativePack<Storage>;
   static constexpr int width = lanes<P>();
 
-  bool wide_state;
+  bool wide_grad, wide_state;
   Rounding rounding;
   uint64_t seed;
 
@@ -44,6 +44,14 @@ struct Access {
     }
     store(at<Storage>(span.weight, i), x);
   }
+
+  ASKEW_FN P load_grad(const Span& span, int64_t i) const {
+    if constexpr (sizeof(Storage) == 2) {
+      if (wide_grad) return load<P>(at<T>(span.grad, i));
+    }
+    return load<P>(at<Storage>(span.grad, i));
+  }
+  ASKEW_FN size_t grad_size() const { return wide_grad ? sizeof(T) : sizeof(Storage); }
 
   ASKEW_FN P load_state(const Span& span, int which, int64_t i) const {
     if constexpr (sizeof(Storage) == 2) {

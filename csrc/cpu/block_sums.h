@@ -41,7 +41,7 @@ struct BlockSums {
     for (; i + sum_lanes <= end; i += sum_lanes) {
 #pragma GCC unroll 8
       for (int lane = 0; lane < sum_lanes; lane += width)
-        add(lane, access.load_weight(span, i + lane), load<P>(at<Storage>(span.grad, i + lane)));
+        add(lane, access.load_weight(span, i + lane), access.load_grad(span, i + lane));
     }
     for (int lane = 0; i + lane < end; lane += width) {
       P w, g;
@@ -73,16 +73,18 @@ struct BlockSums {
   static ASKEW_FN int count_of(int64_t i, int64_t end) { return end - i < width ? static_cast<int>(end - i) : width; }
   // Fewer weights than a pack, and their gradients; zeros fill it up.
   void some(const Span& span, int64_t i, int count, P& w, P& g) const {
-    alignas(64) char weight[width * sizeof(Storage)] = {}, grad[width * sizeof(Storage)] = {};
+    const size_t grad_size = access.grad_size();
+    alignas(64) char weight[width * sizeof(Storage)] = {}, grad[width * sizeof(Lane<P>)] = {};
     uint16_t remainder[width] = {};
     std::memcpy(weight, at<Storage>(span.weight, i), count * sizeof(Storage));
-    std::memcpy(grad, at<Storage>(span.grad, i), count * sizeof(Storage));
+    std::memcpy(grad, at<char>(span.grad, i * grad_size), count * grad_size);
     if (span.remainder) std::memcpy(remainder, at<uint16_t>(span.remainder, i), count * sizeof(uint16_t));
     Span copy = span;
     copy.weight = weight;
+    copy.grad = grad;
     copy.remainder = remainder;
     w = access.load_weight(copy, 0);
-    g = load<P>(reinterpret_cast<const Storage*>(grad));
+    g = access.load_grad(copy, 0);
   }
   P some_state(const Span& span, int which, int64_t i, int count) const {
     const size_t size = access.wide_state ? sizeof(Lane<P>) : sizeof(Storage);

@@ -100,7 +100,7 @@ struct Loop {
     for (int k = 0; k < count; ++k) {
       const int64_t j = i + k * width;
       w[k] = access.load_weight(span, j);
-      g[k] = load<P>(at<Storage>(span.grad, j));
+      g[k] = access.load_grad(span, j);
 #pragma GCC unroll 4
       for (int which = 0; which < states; ++which)
         state[k][which] = span.state[which] ? access.load_state(span, which, j) : P{};
@@ -144,15 +144,15 @@ struct Loop {
 
   // The last `count` < width weights of the range: a turn on copies, so that nothing beyond them is touched.
   void part(const Span& span, int64_t i, int count, const Grid<P>& grid) const {
-    alignas(64) char weight[width * sizeof(Storage)] = {}, grad[width * sizeof(Storage)] = {},
+    alignas(64) char weight[width * sizeof(Storage)] = {}, grad[width * sizeof(T)] = {},
                                     state[states][width * sizeof(T)] = {};
     alignas(64) char snapped[width * sizeof(double)];
     uint16_t remainder[width] = {};
     uint8_t codes[width];
-    const size_t state_size = access.wide_state ? sizeof(T) : sizeof(Storage);
+    const size_t grad_size = access.grad_size(), state_size = access.wide_state ? sizeof(T) : sizeof(Storage);
     const size_t snapped_size = snapped_dtype == Dtype::float64 ? 8 : snapped_dtype == Dtype::float32 ? 4 : 2;
     std::memcpy(weight, at<Storage>(span.weight, i), count * sizeof(Storage));
-    std::memcpy(grad, at<Storage>(span.grad, i), count * sizeof(Storage));
+    std::memcpy(grad, at<char>(span.grad, i * grad_size), count * grad_size);
     Span copy = span;
     copy.weight = weight;
     copy.grad = grad;
@@ -194,7 +194,7 @@ template <typename V>
 void run_chunks(const Launch& launch, const int64_t* first_chunk, int64_t begin, int64_t end) {
   const auto codebook = native_codebook<typename V::Storage, V::book>(launch.levels);
   using Run = Loop<typename V::Storage, typename V::RuleType, typename V::Annealing, std::decay_t<decltype(codebook)>>;
-  const Access<typename V::Storage> access{launch.wide_state, launch.rounding, launch.settings.seed};
+  const Access<typename V::Storage> access{launch.wide_grad, launch.wide_state, launch.rounding, launch.settings.seed};
   const Run loop{codebook, hyper<typename Run::P>(launch.settings), access, launch.snapped_dtype};
   const BlockSums sums{access};
   const double root = static_cast<double>(loop.h.now.bias2[0]);

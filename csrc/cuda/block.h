@@ -30,7 +30,7 @@ struct KernelArguments {
   bool reads_numbers;  // some take part, or AdamW's steps are counted there
   Argument levels;
   int32_t chunk;
-  bool wide_state;
+  bool wide_grad, wide_state;
   Rounding rounding;
   Dtype snapped_dtype;
   bool sums_alone;
@@ -58,6 +58,7 @@ ASKEW_HOST_FN KernelArguments<V> arguments_of(const Launch& launch, const CudaCa
   } else if constexpr (V::book == Book::uniform) {
     arguments.levels = uniform_codebook<typename V::T>(launch.levels);
   }
+  arguments.wide_grad = launch.wide_grad;
   arguments.wide_state = launch.wide_state;
   arguments.rounding = launch.rounding;
   arguments.snapped_dtype = launch.snapped_dtype;
@@ -137,6 +138,12 @@ template <typename V> ASKEW_FN Rounding rounding_of([[maybe_unused]] const Kerne
   else
     return arguments.rounding;
 }
+template <typename V> ASKEW_FN bool has_wide_grad([[maybe_unused]] const KernelArguments<V>& arguments) {
+  if constexpr (V::usual || sizeof(typename V::Storage) != 2)
+    return false;
+  else
+    return arguments.wide_grad;
+}
 template <typename V> ASKEW_FN bool has_wide_state([[maybe_unused]] const KernelArguments<V>& arguments) {
   if constexpr (V::usual)
     return V::wide_state;
@@ -179,7 +186,7 @@ ASKEW_FN void place(Block<V>& block, const KernelArguments<V>& arguments, const 
   block.aligned = is_aligned<V>(span, widest_vector(arguments));
   block.span = span;
   advance(block.span.weight, from * sizeof(typename V::Storage));
-  advance(block.span.grad, from * sizeof(typename V::Storage));
+  advance(block.span.grad, from * (has_wide_grad(arguments) ? sizeof(typename V::T) : sizeof(typename V::Storage)));
   for (auto& state : block.span.state)
     advance(state, from * (has_wide_state(arguments) ? sizeof(typename V::T) : sizeof(typename V::Storage)));
   advance(block.span.codes, from);
@@ -246,6 +253,37 @@ ASKEW_FN Arithmetic<Storage> joined(Storage w, [[maybe_unused]] uint16_t remaind
   }
   return widen(w);
 }
+
+// The gradient of a weight, of either type.
+template <typename V>
+ASKEW_FN typename V::T gradient_of(const KernelArguments<V>& arguments, const void* grad, int64_t i) {
+  return has_wide_grad(arguments) ? static_cast<const typename V::T*>(grad)[i]
+                                  : widen(static_cast<const typename V::Storage*>(grad)[i]);
+}
+
+// Those of a vector, as they lie in memory: to make one of them float32 is to wait for all, and more is to be loaded.
+template <typename V, int count>
+struct Gradients {
+  using Storage = typename V::Storage;
+  using T = typename V::T;
+  alignas(16) uint32_t words[count * sizeof(T) / 4] = {};
+  bool is_wide;
+
+  ASKEW_FN void load(const KernelArguments<V>& arguments, const void* grad, int32_t i) {
+    is_wide = has_wide_grad(arguments);
+    if (is_wide)
+      read(grad, i, reinterpret_cast<T(&)[count]>(words));
+    else
+      read(grad, i, reinterpret_cast<Storage(&)[count]>(words));
+  }
+  ASKEW_FN T of(int k) const {
+    T wide;
+    Storage narrow;
+    std::memcpy(&wide, reinterpret_cast<const char*>(words) + k * sizeof wide, sizeof wide);
+    std::memcpy(&narrow, reinterpret_cast<const char*>(words) + k * sizeof narrow, sizeof narrow);
+    return is_wide ? wide : T(widen(narrow));
+  }
+};
 
 // The scalars of the block's step. What the kernel was compiled for is set, and what that rules out falls away.
 template <typename V>
@@ -331,11 +369,12 @@ struct Worker {
     constexpr int count = vector<State>;
     reload_shared();
     const Span& span = block.span;
-    Storage w[count], g[count];
+    Storage w[count];
+    Gradients<V, count> g;
     State state[states][count] = {};  // zeros where there is none, or registers would keep what the turn before left
     uint16_t remainder[count];
     read(span.weight, i, w);
-    read(span.grad, i, g);
+    g.load(arguments, span.grad, i);
     if (has_remainder()) read(span.remainder, i, remainder);
 #pragma unroll
     for (int which = 0; which < states; ++which)
@@ -350,8 +389,7 @@ struct Worker {
       for (int which = 0; which < states; ++which) mine[which] = T(widen(state[which][k]));
       const T now = joined(w[k], remainder[k], rounding_of(arguments));
       put(w[k], remainder[k],
-          step<typename V::RuleType, typename V::Annealing>(now, widen(g[k]), mine, shared.grid, codebook, moving),
-          i + k);
+          step<typename V::RuleType, typename V::Annealing>(now, g.of(k), mine, shared.grid, codebook, moving), i + k);
 #pragma unroll
       for (int which = 0; which < states; ++which) narrow(state[which][k], mine[which]);
     }
@@ -381,7 +419,7 @@ struct Worker {
                     : has_wide_state(arguments) ? T(static_cast<const T*>(from)[i])
                                                 : T(widen(static_cast<const Storage*>(from)[i]));
     }
-    const T gradient = widen(static_cast<const Storage*>(span.grad)[i]);
+    const T gradient = gradient_of(arguments, span.grad, i);
     make(shared);
     const T now = joined(w[0], kept, rounding_of(arguments));
     put(w[0], kept, step<typename V::RuleType, typename V::Annealing>(now, gradient, mine, shared.grid, codebook, h),
@@ -483,7 +521,7 @@ ASKEW_FN void sum_radial(const Block<V>& block, const KernelArguments<V>& argume
         uint16_t remainder = 0;
         if (rounding_of(arguments) == Rounding::remainder) remainder = static_cast<const uint16_t*>(span.remainder)[i];
         const double w = joined(static_cast<const Storage*>(span.weight)[i], remainder, rounding_of(arguments));
-        const double g = widen(static_cast<const Storage*>(span.grad)[i]);
+        const double g = gradient_of(arguments, span.grad, i);
         if (!(is_finite(w) && is_finite(g))) continue;
         total[0] += g * w;
         total[1] += w * w;

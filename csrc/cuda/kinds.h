@@ -11,7 +11,8 @@ template <typename V> struct Any : V {
   static constexpr bool may_learn = V::book != Book::none;
 };
 
-// SGD with momentum, without dampening and nesterov; AdamW without amsgrad; capture annealing, evenly spaced levels.
+// SGD with momentum, without dampening and nesterov; AdamW without amsgrad; capture annealing, evenly spaced levels;
+// gradients of the weights' type.
 template <typename V, bool learns, Rounding rounding_, bool wide_state_>
 struct Usual : V {
   static constexpr bool usual = true;
@@ -31,7 +32,7 @@ template <typename V> constexpr bool has_usual() {
 ASKEW_HOST_FN bool is_usual(const Launch& launch) {
   const Settings& s = launch.settings;
   const bool rule = launch.rule == Rule::sgd ? s.momentum != 0 && s.dampening == 0 && !s.nesterov : !s.amsgrad;
-  return rule && !launch.sums_alone;
+  return rule && !launch.wide_grad && !launch.sums_alone;
 }
 
 template <typename V, Rounding rounding, bool wide_state, typename Visitor>

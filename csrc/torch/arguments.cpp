@@ -123,7 +123,7 @@ void Arguments::check() const {
     TORCH_CHECK_VALUE(at::has_internal_overlap(weight) != at::MemOverlap::Yes, "askew_cuda: a weight of strides ",
                       weight.strides(), " overlaps itself; clone() it");
   check_list("grads", grads, false);
-  wanted("grads", grads, kind);
+  wanted("grads", grads, kind, weights[0].element_size() == 2);
   const auto names = state_names(rule);
   for (size_t k = 0; k < names.size(); ++k) {
     const bool optional = rule == Rule::sgd ? settings.momentum == 0 : k == 2 && !settings.amsgrad;

@@ -4,6 +4,8 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <map>
+
 #include "plan.h"
 #include "prepared.h"
 
@@ -46,9 +48,12 @@ class Plan {
     for (const auto& [key, value] : changed) calls_.at(call).set(key.cast<std::string>(), value_of(value));
   }
 
-  bool take_gradients() {
+  bool take_gradients(const std::map<size_t, std::vector<at::Tensor>>& given) {
     bool same = true;
-    for (PreparedCall& call : calls_) same = call.take_gradients() && same;
+    for (size_t i = 0; i < calls_.size(); ++i) {
+      const auto mine = given.find(i);
+      same = calls_[i].take_gradients(mine == given.end() ? nullptr : &mine->second) && same;
+    }
     return same;
   }
 
@@ -83,9 +88,11 @@ void bind_plan(py::module_& m) {
       .def(py::init<const std::vector<std::pair<std::string, py::dict>>&>(), py::arg("calls"))
       .def("set", torch::wrap_pybind_function(&Plan::set), py::arg("call"), py::arg("changed"),
            "Other values for arguments of one call.")
-      .def("take_gradients", torch::wrap_pybind_function_no_gil(&Plan::take_gradients),
-           "The weights' gradients as they are now. False where a tensor, or a gradient, is not of the kind or in the "
-           "place that the calls were made for: then they must not be run.")
+      .def(
+          "take_gradients", torch::wrap_pybind_function_no_gil(&Plan::take_gradients), py::arg("given") = py::dict(),
+          "The weights' gradients as they are now, or those that are given, by the number of their call. False where a "
+          "tensor, or a gradient, is not of the kind or in the place that the calls were made for: then they must not "
+          "be run.")
       .def("lay_out", torch::wrap_pybind_function_no_gil(&Plan::lay_out), "All that can fail, before run().")
       .def("run", torch::wrap_pybind_function(&Plan::run), py::arg("entries") = py::list(),
            "All calls, and then entries of dictionaries: [(dictionary, key, value)].");

@@ -180,20 +180,21 @@ PreparedCall::PreparedCall(Arguments arguments) : arguments_(std::move(arguments
                     " and the extension was built for the CPU only");
 #endif
   arguments_.check();
+  grad_type_ = arguments_.grads[0].scalar_type();
   visit_tensors([&](const Tensor& tensor) { seen_.emplace_back(tensor); });
   counts_there_ = !arguments_.steps.empty() && !arguments_.steps[0].is_cpu();
 }
 
-bool PreparedCall::take_gradients() {
+bool PreparedCall::take_gradients(const std::vector<Tensor>* given) {
   size_t k = 0;
   bool same = true;
   visit_tensors([&](const Tensor& tensor) { same = same && seen_[k++].is(tensor); });
-  if (!same) return false;
+  if (!same || (given && given->size() != arguments_.weights.size())) return false;
   for (size_t i = 0; i < arguments_.weights.size(); ++i) {
-    const Tensor &weight = arguments_.weights[i], &grad = weight.grad();
+    const Tensor &weight = arguments_.weights[i], &grad = given ? (*given)[i] : weight.grad();
     arguments_.grads[i] = grad;
     if (grad.defined() &&
-        !(grad.sizes() == weight.sizes() && grad.scalar_type() == weight.scalar_type() && grad.device() == device_ &&
+        !(grad.sizes() == weight.sizes() && grad.scalar_type() == grad_type_ && grad.device() == device_ &&
           grad.layout() == at::kStrided && (grad.numel() == 0 || grad.const_data_ptr())))
       return false;
   }
@@ -250,6 +251,7 @@ void PreparedCall::make_spans() {
   launch_.rule = a.rule;
   launch_.levels = {a.levels.data(), static_cast<int>(a.levels.size())};
   launch_.dtype = dtype_of(a.weights[0], "weights[0]");
+  launch_.wide_grad = grad_type_ != a.weights[0].scalar_type();
   launch_.wide_state = !a.state[0].empty() && a.state[0][0].scalar_type() != a.weights[0].scalar_type();
   launch_.snapped_dtype = a.snapped.empty() ? Dtype::float32 : dtype_of(a.snapped[0], "snapped[0]");
   launch_.rounding = a.seed || a.seed_tensor.defined() ? Rounding::stochastic

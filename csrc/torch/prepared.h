@@ -33,9 +33,9 @@ class PreparedCall {
  public:
   explicit PreparedCall(Arguments arguments);
 
-  // Whether all tensors are still what they were, and where; takes the weights' gradients as they are now. A weight
-  // without one is left out of the step.
-  bool take_gradients();
+  // Whether all tensors are still what they were, and where; takes the weights' gradients as they are now, or those
+  // that are given, where weights keep them elsewhere. A weight without one is left out of the step.
+  bool take_gradients(const std::vector<at::Tensor>* given);
   void set(const std::string& name, const c10::IValue& value) { arguments_.set(name, value); }
 
   // Everything that can fail: numbers, spans, copies.
@@ -67,6 +67,7 @@ class PreparedCall {
 
   Arguments arguments_;
   at::Device device_;
+  at::ScalarType grad_type_ = at::kFloat;
   std::vector<Seen> seen_;
   MemoryOrder order_;
   RadialSums radial_{Rule::sgd};

@@ -43,6 +43,11 @@ def refusals() -> list[str]:
         FullyShardedDataParallel(layer, use_orig_params=True, device_id=torch.device("cpu"))
         return error_of(optimizer.step)
 
+    def with_main_grad(weight) -> str:
+        optimizer = askew.AskewSGD([("w", weight)], lr=0.1)
+        weight.main_grad = torch.ones(weight.to_local().shape)
+        return error_of(optimizer.step)
+
     half = cut((4, 8), [Shard(1)], dtype=torch.bfloat16)
     flattened = FullyShardedDataParallel(nn.Linear(4, 4), use_orig_params=True, device_id=torch.device("cpu"))
     return [
@@ -55,6 +60,7 @@ def refusals() -> list[str]:
         wrapped_late(),
         made(cut((4, 16), [Shard(1)]), quantizer="2bit/group4"),
         made(next(flattened.parameters())),
+        with_main_grad(cut((4, 8), [Shard(1)], dtype=torch.bfloat16)),
     ]
 
 
@@ -69,6 +75,7 @@ def test_placements_that_are_refused():
         r"param_groups\[0\]\['params'\]\[0\] belongs to FullyShardedDataParallel.*fully_shard",
         "^no error",
         "^no error",
+        "w is a DTensor and has a main_grad; .* from grad",
     ]
     for errors in world(4)(refusals, seconds=SOON):
         for error, pattern in zip(errors, wanted, strict=True):

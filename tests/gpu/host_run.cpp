@@ -103,6 +103,7 @@ Setup draw_setup() {
   Settings& s = launch.settings;
   launch.dtype = pick({Dtype::float32, Dtype::float64, Dtype::bfloat16, Dtype::float16});
   launch.rule = pick({Rule::sgd, Rule::adamw});
+  launch.wide_grad = size_of(launch.dtype) == 2 && chance(0.3);
   launch.wide_state = size_of(launch.dtype) == 2 && chance(0.5);
   if (size_of(launch.dtype) == 2)
     launch.rounding = pick({Rounding::nearest, Rounding::remainder, Rounding::stochastic});
@@ -198,7 +199,7 @@ Tensor draw_tensor(const Setup& setup) {
     const double level = setup.levels[below(static_cast<int64_t>(setup.levels.size()))];
     return scale * (level + pick({0.0, 0.5, 0.25, std::exp2(-static_cast<double>(below(22)))}) * pick({-1.0, 1.0}));
   });
-  add(launch.dtype, [&](int64_t) {
+  add(launch.wide_grad ? Dtype::float32 : launch.dtype, [&](int64_t) {
     return chance(0.02) ? pick({static_cast<double>(NAN), static_cast<double>(INFINITY)})
                         : normal() * pick({0.0, 1e-3, 1.0, 30.0});
   });

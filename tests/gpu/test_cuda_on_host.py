@@ -114,6 +114,18 @@ FAULTS = {
         "if (arguments.sums_alone) return;",
         "another value",
     ),
+    "a chunk's float32 gradients where 16-bit ones would lie": (
+        "cuda/block.h",
+        "from * (has_wide_grad(arguments) ? sizeof(typename V::T) : sizeof(typename V::Storage))",
+        "from * sizeof(typename V::Storage)",
+        "misaligned address|another value",
+    ),
+    "float32 gradients that are taken for 16-bit ones": (
+        "cuda/block.h",
+        "return is_wide ? wide : T(widen(narrow));",
+        "return T(widen(narrow));",
+        "another value",
+    ),
     "a sum that a NaN takes part in": (
         "cuda/block.h",
         "if (!(is_finite(w) && is_finite(g))) continue;",

@@ -2,15 +2,18 @@
 
 import inspect
 import os
+import re
 import subprocess
 import sys
 import types
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 
-from askew_cuda import backends, doctor
+import askew_cuda as askew
+from askew_cuda import backends, doctor, optimizer, reference
 from askew_cuda.checks import Call, check_call
 from tests.cases import BACKENDS, CASES, PLAIN, REFERENCE, Backend, Case, build, call, case_id, run
 from tests.compare import assert_close, assert_same_bits
@@ -21,19 +24,19 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LAUNCHER = load(interpreted=True)
 
 
-def checked(name, operator):
+def checked(name):
     """As the library calls it."""
 
     def call(*lists, **settings) -> None:
         given = Call.of(name, *lists, **settings)
         check_call(given)
-        operator(**given.arguments())
+        LAUNCHER.make(given)
 
     return call
 
 
 BLOCK = LAUNCHER.PROGRAMS["cpu"].block
-TRITON = {"interpreted": Backend(*(checked(name, getattr(LAUNCHER, name)) for name in ("sgd_", "adamw_")))}
+TRITON = {"interpreted": Backend(checked("sgd_"), checked("adamw_"))}
 if on_gpu():
     TRITON["cuda"] = Backend(*backends.operators("triton"), device="cuda")
 on_all = pytest.mark.parametrize("name", TRITON)
@@ -235,6 +238,50 @@ def test_a_call_is_one_launch_and_its_table_is_kept(counted):
     assert count() == (11, 4, 5)
 
 
+@pytest.fixture
+def plans(counted, monkeypatch):
+    """How many plans optimizers of the interpreted backend have made."""
+    made = []
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr("askew_cuda.triton.launch", LAUNCHER, raising=False)
+    monkeypatch.setattr(optimizer, "Plan", lambda owner, make=optimizer.Plan: made.append(owner) or make(owner))
+    backends._choose.cache_clear()
+    yield lambda: len(made)
+    backends._choose.cache_clear()
+
+
+@pytest.mark.parametrize("ours", [askew.AskewSGD, askew.AskewAdamW])
+def test_what_does_not_change_is_kept_from_step_to_step(ours, plans, counted):
+    recorder, count = counted
+    weights = [torch.nn.Parameter(torch.ones(4, 6)) for _ in range(3)]
+    groups = [{"params": weights[:2], "quantizer": "ternary"}, {"params": weights[2:]}]
+    optimizer = ours(groups, lr=0.1, backend="triton", pretrained=True, scale_lr=0, epsilon=0.5)
+    gradients = [[torch.ones(4, 6) for _ in weights] for _ in range(2)]
+    for step in range(1, 7):
+        for weight, gradient in zip(weights, gradients[step > 3], strict=True):
+            weight.grad = gradient
+        for group in optimizer.param_groups:
+            group["lr"] = 0.1 * step
+        optimizer.step()
+        tables = 2 if step <= 3 else 4  # of two groups; gradients have moved once
+        assert (plans(), *count()) == (1, 2 * step, 2, tables)
+        assert [given[1][2] for given in recorder.given[-2:]] == [0.1 * step] * 2
+    weights[0].data = weights[0].data.clone()
+    optimizer.step()
+    assert (plans(), *count()) == (2, 14, 2, 5)
+
+
+def test_what_optimizers_are_tested_for_between_steps_holds_here():
+    """Two files of tests/optimizer, interpreted."""
+    root = Path(__file__).parent.parent.parent
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "triton"]
+    command += ["tests/optimizer/test_changes.py", "tests/optimizer/test_main_grad.py"]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    run = subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment)
+    assert run.returncode == 0, run.stdout[-4000:]
+    assert int(re.search(r"(\d+) passed", run.stdout)[1]) >= 100
+
+
 def test_others_at_the_same_place_are_not_taken_for_those_before(counted):
     _, count = counted
     case = PLAIN._replace(granularity="tensor")
@@ -302,9 +349,9 @@ def test_it_is_the_current_stream(monkeypatch):
 
 def test_nothing_is_launched_for_nothing(counted):
     recorder, _ = counted
-    for operator in (LAUNCHER.sgd_, LAUNCHER.adamw_):  # without weights nothing is looked at
-        names = list(inspect.signature(operator).parameters)
-        operator(**{name: [] for name in names[: names.index("snapped") + 1]})
+    for operator in ("sgd_", "adamw_"):  # without weights nothing is looked at
+        names = list(inspect.signature(getattr(reference, operator)).parameters)
+        getattr(LAUNCHER, operator)(*([] for _ in names[: names.index("snapped") + 1]), momentum=0.9)
     weight = torch.zeros(3, 0)
     TRITON["interpreted"].sgd_(
         [weight], [weight], [], [torch.ones(3, 1)], (-1.0, 1.0), [], [], **PLAIN_SETTINGS, lr=0.1, epsilon=0.3

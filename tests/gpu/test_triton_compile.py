@@ -135,6 +135,7 @@ def test_weights_move_16_bytes_at_a_time(capability, tmp_path):
         LARGE._replace(rule="amsgrad"): (5, 4, 0),
         half: (0, 0, 2),
         half._replace(wide_state=True): (1, 1, 1),
+        half._replace(wide_grad=True): (1, 0, 2),
     }
     kernels = compile_for(capability, list(cases), tmp_path)
     for (case, (loads, stores, halves)), kernel in zip(cases.items(), kernels, strict=True):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 
 from askew_cuda import backends
+from askew_cuda.checks import Call, check_call
 from tests.cases import COMPILED, PLAIN, Backend, build, call
 from tests.compare import assert_same_bits
 
@@ -264,3 +265,16 @@ def test_a_wrong_call_names_the_argument_and_changes_nothing(wrong, name):
 def test_the_operator_by_itself_refuses_it_too(wrong, name):
     """In its own words: whoever calls torch.ops.askew_cuda directly must not get beyond the tensors' memory."""
     refused(wrong, COMPILED[name])
+
+
+def test_names_are_asked_for_when_something_is_wrong():
+    """There may be thousands, and a list of them takes as long as all the rest."""
+
+    def names() -> list[str]:
+        raise AssertionError("names were asked for")
+
+    lists = build(PLAIN).lists
+    given = []
+    keep = lambda name: lambda *lists, **settings: given.append(Call.of(name, *lists, **settings))  # noqa: E731
+    call(PLAIN, lists, Backend(keep("sgd_"), keep("adamw_")))
+    check_call(given[0], names)
