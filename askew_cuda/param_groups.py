@@ -256,11 +256,11 @@ def param_groups(
         no_decay: True splits off what trainers don't decay into groups with weight_decay 0: parameters of less than two
             dimensions, those of norms, and those that the model lists in no_weight_decay(). Or the names of those that
             are not decayed.
-        lr_inputs: how many inputs a matrix may have to take the whole ``lr``, which must then be given here, too; one
-            of more takes lr * lr_inputs / inputs, in a group of its own, and a ``weight_decay`` that is given here
-            times inputs / lr_inputs, so that it decays as fast as the others. For SGD without normalisation layers: in
-            units of the distance between two levels, its steps grow with the inputs (docs/recipes.md). None: the same
-            for all.
+        lr_inputs: how many inputs a quantized matrix may have to take the whole ``lr``, which must then be given here,
+            too; one of more takes lr * lr_inputs / inputs, in a group of its own, and a ``weight_decay`` that is given
+            here times inputs / lr_inputs, so that it decays as fast as the others. For SGD without normalisation
+            layers: in units of the distance between two levels, its steps grow with the inputs (docs/recipes.md). None:
+            the same for all.
         names: False leaves the names of the parameters out, for wrappers that don't take any, such as
             ZeroRedundancyOptimizer; groups are then split where layers differ in their fan-in or their init.
         verbose: print the table.
@@ -354,6 +354,12 @@ def _whole_rate(lr_inputs: int | None, keywords: dict[str, Any]) -> float:
     return lr_inputs
 
 
+def _times(factor: float, number: Any) -> Any:
+    """Their product; what is no number stays, and the optimizer refuses it by name."""
+    is_number = isinstance(number, (int, float, Tensor)) and not isinstance(number, bool)
+    return factor * number if is_number else number
+
+
 def _quantized_groups(
     model: nn.Module,
     named: dict[str, Tensor],
@@ -375,6 +381,7 @@ def _quantized_groups(
         layout = _check(name, weight, quantizer, found, keywords["pretrained"])
         channel_dim = 0 if layout is None else layout.channel_dim
         share = 1.0 if layout is None else min(1.0, lr_inputs / layout.fan_in)
+        shares = {"lr": share, "weight_decay": 1 / share}
         group = groups.setdefault(
             (quantizer, quantizer.blocks, channel_dim, free, share),
             {
@@ -387,9 +394,7 @@ def _quantized_groups(
             },
         )
         if share < 1:
-            group["lr"] = share * keywords["lr"]
-            if "weight_decay" in keywords:
-                group["weight_decay"] = keywords["weight_decay"] / share
+            group.update((key, _times(factor, keywords[key])) for key, factor in shares.items() if key in keywords)
         if free:
             group["weight_decay"] = 0.0
         group["params"].append((name, weight))

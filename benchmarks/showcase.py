@@ -18,7 +18,6 @@ def minilm_table() -> str:
             f"{run['tested'] / full:.1%}",
             f"{run['matrix_bytes'] / 1e6:.2f} MB",
             f"{run['lr']:g}",
-            f"{run['seconds'] / 60:.0f} min",
         ]
         for run in runs
     ]

@@ -635,7 +635,9 @@ class Kept(Prepared):
         self.forms = [list(map(form, tensors)) for form, tensors in self._forms(self.lists.grads)]
 
     def _forms(self, grads: Tensors) -> list[tuple[Callable[[Tensor], Any], Tensors]]:
-        """What the form of tensors is told by: where they are dense, it says their shapes."""
+        """What the form of tensors is told by. It says the shape of a weight, and of its ``grad``, which torch holds to
+        the weight's shape and device.
+        """
         return [(form, tensors) for tensors in (self.lists.weights, grads) for form in (Tensor.numel, Tensor.stride)]
 
     def take_gradients(self, given: Tensors | None) -> bool:
@@ -645,6 +647,8 @@ class Kept(Prepared):
         grads = given or [grad for weight in self.lists.weights if (grad := weight.grad) is not None]
         if len(grads) != len(self.lists.weights) or set(map(dtype_of, grads)) != {self.grad_dtype}:
             return False
+        if given and not all(map(_lies_beside, given, self.lists.weights)):
+            return False
         self.lists = self.lists._replace(grads=grads)
         try:
             now = (map(form, tensors) for form, tensors in self._forms(grads))
@@ -652,6 +656,11 @@ class Kept(Prepared):
         except RuntimeError:  # a sparse gradient has no strides
             return False
         return same and places(self.lasting) == self.places
+
+
+def _lies_beside(grad: Tensor, weight: Tensor) -> bool:
+    """Whether a gradient that is not the weight's ``grad`` has its shape and lies on its device."""
+    return grad.shape == weight.shape and grad.device == weight.device
 
 
 class KeptCalls:

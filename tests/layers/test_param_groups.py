@@ -186,6 +186,15 @@ def test_a_wrong_number_of_inputs(value):
         askew.param_groups(nn.Linear(4, 4), {"*": "ternary"}, lr=0.5, lr_inputs=value)
 
 
+@pytest.mark.parametrize("value", [None, "0.1", True])
+@pytest.mark.parametrize("key", ["lr", "weight_decay"])
+def test_what_is_no_number_has_no_share_and_is_refused_by_name(key, value):
+    keywords = {"lr": 0.5, "weight_decay": 0.1, key: value}
+    groups = askew.param_groups(nn.Linear(128, 4), {"*": "ternary"}, lr_inputs=64, verbose=False, **keywords)
+    with pytest.raises((TypeError, ValueError), match=key):
+        askew.AskewSGD(groups, lr=0.1)
+
+
 def test_a_share_needs_a_whole():
     with pytest.raises(ValueError, match="give lr= here, too"):
         askew.param_groups(nn.Linear(4, 4), {"*": "ternary"}, lr_inputs=64)

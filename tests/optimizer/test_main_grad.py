@@ -148,6 +148,16 @@ WRONG = {
         ValueError,
         r"grads\[1\] \(w1\) has shape \[4\]",
     ),
+    "another device": (
+        lambda w: setattr(w, "main_grad", torch.ones(3, device="meta")),
+        ValueError,
+        r"grads\[1\] \(w1\) is on meta but weights\[1\] is on cpu",
+    ),
+    "another shape, as many numbers": (
+        lambda w: setattr(w, "main_grad", torch.ones(3, 1)),
+        ValueError,
+        r"grads\[1\] \(w1\) has shape \[3, 1\]",
+    ),
     "no tensor": (lambda w: setattr(w, "main_grad", 1.0), TypeError, "main_grad of w1 is 1.0; a tensor, or None"),
 }
 
