@@ -172,7 +172,7 @@ class Part(NamedTuple):
 
 
 def main_gradient(weight: Tensor) -> Any:
-    """What a weight keeps beside ``grad``."""
+    """``weight.main_grad``, or None."""
     return getattr(weight, "main_grad", None)
 
 
