@@ -34,7 +34,12 @@ def _accuracy(level: str) -> list[str]:
 
 def _minilm() -> list[str]:
     ours, full = (results.load(f"minilm-{name}")["tested"] for name in ("askew_cuda-ternary", "full-precision"))
-    return ["MiniLM, trained already, its 36 matrices ternary, test accuracy of one seed, %", f"**{ours:.2f}**", "-", f"{full:.2f}"]
+    return [
+        "MiniLM, trained already, its 36 matrices ternary, test accuracy of one seed, %",
+        f"**{ours:.2f}**",
+        "-",
+        f"{full:.2f}",
+    ]
 
 
 def _least(values: dict[str, float]) -> tuple[str, float]:
