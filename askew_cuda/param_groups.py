@@ -381,7 +381,6 @@ def _quantized_groups(
         layout = _check(name, weight, quantizer, found, keywords["pretrained"])
         channel_dim = 0 if layout is None else layout.channel_dim
         share = 1.0 if layout is None else min(1.0, lr_inputs / layout.fan_in)
-        shares = {"lr": share, "weight_decay": 1 / share}
         group = groups.setdefault(
             (quantizer, quantizer.blocks, channel_dim, free, share),
             {
@@ -394,7 +393,9 @@ def _quantized_groups(
             },
         )
         if share < 1:
-            group.update((key, _times(factor, keywords[key])) for key, factor in shares.items() if key in keywords)
+            for key, factor in (("lr", share), ("weight_decay", 1 / share)):
+                if key in keywords:
+                    group[key] = _times(factor, keywords[key])
         if free:
             group["weight_decay"] = 0.0
         group["params"].append((name, weight))

@@ -1,9 +1,8 @@
 """The table of docs/minilm.md, from what examples/minilm.py has left in the results."""
 
+from benchmarks.accuracy.score_tables import FLOAT
 from benchmarks.markdown import markdown_table
-from benchmarks.results import RESULTS, load
-
-FLOAT = "full precision"
+from benchmarks.results import RESULTS, load, where_made
 
 
 def minilm_table() -> str:
@@ -21,19 +20,9 @@ def minilm_table() -> str:
         ]
         for run in runs
     ]
-    table = markdown_table(["", "test accuracy", "of full precision", "36 matrices", "learning rate", "training"], rows)
-    made = [run["environment"] for run in runs]
-    places = (
-        sorted({each["processor"] for each in made}),
-        sorted({f"torch {each['torch']}" for each in made}),
-        [f"commit {', '.join(sorted({_short(each['commit']) for each in made}))}"],
-        sorted({each["date"] for each in made}),
-    )
-    return f"{table}\n\n{'; '.join(', '.join(each) for each in places)}; {runs[0]['steps']} steps, one seed."
-
-
-def _short(commit: str) -> str:
-    return commit[:7] + (" with changes" if " with " in commit else "")
+    table = markdown_table(["", "test accuracy", "of full precision", "36 matrices", "learning rate"], rows)
+    steps = ", ".join(sorted({f"{run['steps']:,}" for run in runs}))
+    return f"{table}\n\n{where_made(run['environment'] for run in runs)}; {steps} steps, one seed."
 
 
 FIGURES = {"minilm": minilm_table}

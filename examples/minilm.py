@@ -71,8 +71,8 @@ class Definitions:
 
 
 class Outcome(NamedTuple):
-    """of: accuracy in per cent on the definitions that choose settings, and on those that test; mean loss of every
-    ``EVERY`` steps; bytes of the 36 matrices; seconds of the training alone.
+    """Of one training: accuracy in per cent on the definitions that choose settings, and on those that test; mean loss
+    of every ``EVERY`` steps; bytes of the 36 matrices; seconds of the training alone.
     """
 
     way: str

@@ -16,6 +16,7 @@ from benchmarks.accuracy.methods.registry import METHODS
 from benchmarks.accuracy.store import Cell, Key
 from benchmarks.accuracy.tasks import STARTS, TASKS
 from benchmarks.markdown import markdown_table
+from benchmarks.results import where_made
 
 FLOAT = "full precision"
 OURS = next(method.name for method in METHODS if isinstance(method, Ours))
@@ -178,16 +179,9 @@ def provenance(found: Cells) -> str:
     """Where and with what the cells were made."""
     if not found:
         return "Nothing was run."
-    seen = {
-        name: sorted({str(cell["environment"][name]) for cell in found.values()})
-        for name in ("processor", "torch", "python", "date")
-    }
-    made = {cell["environment"]["commit"] for cell in found.values()}
-    commits = sorted(commit[:7] + " with changes" * ("changes" in commit) for commit in made)
     hours = sum(cell["seconds"] for cell in found.values()) / 3600
-    where = f"{', '.join(seen['processor'])}, torch {', '.join(seen['torch'])}, Python {', '.join(seen['python'])}"
-    when = f"commit {', '.join(commits)}, {', '.join(seen['date'])}"
-    return f"{len(found)} cells in {hours:.1f} hours of one core: {where}, {when}."
+    where = where_made(cell["environment"] for cell in found.values())
+    return f"{len(found)} cells in {hours:.1f} hours of one core: {where}."
 
 
 FIGURES = {

@@ -9,6 +9,7 @@ pytest.importorskip("psutil", reason="the benchmarks' extra is not installed: pi
 pytest.importorskip("sklearn", reason="the benchmarks' extra is not installed: pip install '.[bench]'")
 
 from benchmarks import report
+from benchmarks.markdown import markdown_table
 from benchmarks.speed import roofline
 
 ROOT = report.ROOT
@@ -27,6 +28,13 @@ def test_tables_are_what_the_results_give(page):
 @pytest.mark.parametrize("path", report.PLOTS)
 def test_plots_show_what_the_results_give(path):
     assert report.digest(report.PLOTS[path]()) in (ROOT / path).read_text(), "run `make figures`"
+
+
+def test_a_row_that_does_not_fit_its_header_is_refused():
+    assert markdown_table(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
+    for row in (["1"], ["1", "2", "3"]):
+        with pytest.raises(ValueError, match="has 2"):
+            markdown_table(["a", "b"], [row])
 
 
 def test_every_figure_stands_somewhere():
