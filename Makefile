@@ -53,12 +53,12 @@ lint: build/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/clang-format --dry-run --Werror csrc/*.h csrc/*/* tests/gpu/*.cpp
+	$(VENV)/bin/clang-format --dry-run --Werror csrc/*.h csrc/*/* tests/gpu/*.cpp tests/gpu/*.h
 
 format: build/installed
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
-	$(VENV)/bin/clang-format -i csrc/*.h csrc/*/* tests/gpu/*.cpp
+	$(VENV)/bin/clang-format -i csrc/*.h csrc/*/* tests/gpu/*.cpp tests/gpu/*.h
 
 clean:
 	rm -rf $(VENV) build askew_cuda/*.so *.egg-info

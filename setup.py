@@ -19,7 +19,8 @@ from setuptools import setup
 MODES = ("auto", "cuda", "cpu", "none")
 # What takes longest comes first, so that no core waits for it at the end.
 CUDA_SOURCES = [
-    *(f"csrc/cuda/{name}.cu" for name in ("bfloat16", "float16", "float64", "float32", "kernel")),
+    *(f"csrc/cuda/{name}.cu" for name in ("bfloat16", "float16", "float64", "float32", "setup", "kernel")),
+    "csrc/torch/setup_cuda.cpp",
     "csrc/torch/stream.cpp",
 ]
 SOURCES = [

@@ -90,6 +90,16 @@ def _cuda_absent(device: torch.device) -> str:
     return extension.cuda_problem(torch.cuda.current_device() if device.index is None else device.index)
 
 
+@functools.cache
+def _cuda_works(device: torch.device) -> bool:
+    return not _cuda_absent(device)
+
+
+def has_operators(device: torch.device) -> bool:
+    """Whether the compiled operators around the step (scales, codes, snapping, ..) take tensors of this device."""
+    return extension is not None and (device.type == "cpu" or (device.type == "cuda" and _cuda_works(device)))
+
+
 def triton_version() -> str:
     """Triton's version, "" where it is not installed. It is imported when it is asked for first, not with the
     package.

@@ -60,10 +60,13 @@ def _run(counts: list[int], sizes: list[int]) -> int:
     return sizes[last] // counts[last] * math.prod(sizes[last + 1 :])
 
 
-def non_finite(tensor: Tensor) -> int:
-    """How many of its numbers are NaN or infinite. A part at a time: torch.isfinite takes twice the tensor's memory."""
+def non_finite(tensor: Tensor) -> Tensor:
+    """How many of its numbers are NaN or infinite: (), int64, on its device, for which nothing waits. A part at a time:
+    torch.isfinite takes twice the tensor's memory.
+    """
     flat = runs(tensor, tensor.new_ones(())).weight
-    return sum(int(torch.count_nonzero(part * 0)) for part in flat.split(2**18))  # times 0 they are NaN
+    counts = [torch.count_nonzero(part * 0) for part in flat.split(2**18)]  # times 0 they are NaN
+    return torch.stack(counts).sum()
 
 
 def rms(tensor: Tensor) -> float:
@@ -85,10 +88,6 @@ def outside(weight: Tensor, scale: Tensor, low: float, high: float) -> int:
     for part, each in pieces:
         found += int(torch.count_nonzero((part < each * low) | (part > each * high)))
     return found
-
-
-def _compiled(weight: Tensor) -> bool:
-    return backends.extension is not None and weight.device.type == "cpu"
 
 
 def _parts(laid: Runs) -> Iterator[tuple[Tensor, Tensor]]:
@@ -136,7 +135,7 @@ def codes(weight: Tensor, scale: Tensor, levels: Sequence[float]) -> Tensor:
         levels: K strictly increasing float32 numbers, 2 <= K <= 256; level units.
     """
     laid = runs(weight, scale)
-    if _compiled(weight):
+    if backends.has_operators(weight.device):
         flat = torch.ops.askew_cuda.codes(laid.weight, laid.scale, laid.run, levels, 256, 1)
     else:
         flat = torch.empty_like(laid.weight, dtype=torch.uint8)
@@ -148,7 +147,7 @@ def packed_codes(weight: Tensor, scale: Tensor, levels: Sequence[float], base: i
     """The codes in logical order as digits of ``base``, ``per_byte`` to a byte, (bytes,) uint8; None where there is no
     kernel that packs.
     """
-    if not _compiled(weight):
+    if not backends.has_operators(weight.device):
         return None
     laid = runs(weight.detach().contiguous(), scale)
     packed: Tensor = torch.ops.askew_cuda.codes(laid.weight, laid.scale, laid.run, levels, base, per_byte)
@@ -160,7 +159,7 @@ def snap(weight: Tensor, scale: Tensor, levels: Sequence[float]) -> Tensor:
     :func:`codes`.
     """
     laid = runs(weight, scale)
-    if _compiled(weight):
+    if backends.has_operators(weight.device):
         flat = torch.ops.askew_cuda.snap(laid.weight, laid.scale, laid.run, levels)
     else:
         flat = torch.empty_like(laid.weight)
@@ -171,7 +170,7 @@ def snap(weight: Tensor, scale: Tensor, levels: Sequence[float]) -> Tensor:
 def snapping(weight: Tensor, scale: Tensor, levels: Sequence[float]) -> Callable[[], object]:
     """A call that does the same in place; all that may lack memory is done before it."""
     laid = runs(weight, scale)
-    if laid.order is not None and _compiled(weight):
+    if laid.order is not None and backends.has_operators(weight.device):
         return functools.partial(torch.ops.askew_cuda.snap_, laid.weight, laid.scale, laid.run, levels)
     return functools.partial(weight.detach().copy_, snap(weight, scale, levels))
 
@@ -215,15 +214,17 @@ class Measured(NamedTuple):
     errors: float  # and of (w - snapped)^2
 
 
-def measure(
+def counting(
     weight: Tensor,
     scale: Tensor,
     levels: Sequence[float],
     near: float,
     codes: Tensor | None = None,
     compare: bool = False,
-) -> Measured:
-    """Distances, codes and errors in one pass. Sums are in float64, in memory order, as ``csrc/maths/order.h`` says.
+) -> Callable[[], Measured]:
+    """Distances, codes and errors in one pass, which has begun when this returns: on a GPU the numbers stay there until
+    the call that comes back is made, which waits for them. Sums are in float64, in memory order, as
+    ``csrc/maths/order.h`` says.
 
     Args:
         weight, scale, levels: as for :func:`codes`.
@@ -232,13 +233,18 @@ def measure(
             compared first.
     """
     laid = runs(weight, scale)
-    if _compiled(weight):
-        counts, numbers = torch.ops.askew_cuda.measure(
+    if backends.has_operators(weight.device):
+        there = torch.ops.askew_cuda.measure(
             laid.weight, laid.scale, laid.run, levels, near, codes, compare and codes is not None
         )
-        whole = counts.tolist()
-        return Measured._make((*whole[:5], tuple(whole[5:]), *numbers.tolist()))
-    return _measure(laid, levels, near, codes, compare)
+        return functools.partial(_read, *there)
+    measured = _measure(laid, levels, near, codes, compare)
+    return lambda: measured
+
+
+def _read(counts: Tensor, numbers: Tensor) -> Measured:
+    whole = counts.tolist()
+    return Measured._make((*whole[:5], tuple(whole[5:]), *numbers.tolist()))
 
 
 def _measure(laid: Runs, levels: Sequence[float], near: float, codes: Tensor | None, compare: bool) -> Measured:

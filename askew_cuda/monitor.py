@@ -4,15 +4,16 @@ occupied.
 
 import io
 import weakref
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .distributed import all_rows, each_whole, gradient_of
-from .look import measure, non_finite
+from .distributed import all_rows, company_of, each_whole, gradient_of, zero_around
+from .look import Measured, counting, non_finite
 from .optimizer import QuantizedOptimizer
 from .wrappers import unwrap
 
@@ -45,7 +46,8 @@ class Monitor:
     :meth:`sample` is called; made by :func:`monitor`.
 
     It reads weights, gradients and scales and changes nothing: the training is the same, bit for bit. It keeps the last
-    codes, one byte per weight. ``history`` is a list of (step, {name: Sample}); the name "all" is all of them together.
+    codes, one byte per weight. A sample is counted on the weights' device, and a step doesn't wait for its numbers:
+    whoever asks for them first does. Of weights that ranks share, all ranks wait and exchange them in the step.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, every: int | None = 100):
@@ -55,39 +57,52 @@ class Monitor:
         if not isinstance(optimizer, QuantizedOptimizer):
             raise TypeError(f"monitor: optimizer is a {type(optimizer).__name__}; an AskewSGD or AskewAdamW is needed")
         self.every, self.steps = every, 0
-        self.history: list[tuple[int, dict[str, Sample]]] = []
+        self._history: list[tuple[int, dict[str, Sample]]] = []
+        self._unread: list[tuple[int, Callable[[], dict[str, Sample]]]] = []
         self._optimizer = weakref.ref(optimizer)
         self._codes: dict[str, Tensor] = {}
         self._hook = optimizer.register_step_post_hook(self._after_step)
 
+    @property
+    def history(self) -> list[tuple[int, dict[str, Sample]]]:
+        """All samples: (step, {name: Sample}), the first one first; the name "all" is all weights together. Waits for
+        the device, where a sample's numbers are still there.
+        """
+        while self._unread:
+            step, read = self._unread[0]
+            self._history.append((step, read()))
+            del self._unread[0]
+        return self._history
+
     def _after_step(self, optimizer: object, args: object, kwargs: object) -> None:
         self.steps += 1
         if self.every is not None and self.steps % self.every == 0:
-            self.sample()
+            self._take()
 
     def close(self) -> None:
         """Stops sampling."""
         self._hook.remove()
 
-    @torch.no_grad()
     def sample(self) -> dict[str, Sample]:
-        """Takes a sample now. Waits for the device, where the weights are on one."""
-        optimizer = self._optimizer()
-        counts = [] if optimizer is None else all_rows(self._counts(optimizer), optimizer)
-        found = {name: _sample_of(count) for name, count in counts}
-        total: dict[str, Any] = dict.fromkeys(
-            ("numel", "on_level", "flipped", "compared", "squares", "errors", "grads", "nan"), 0.0
-        )
-        for _, count in counts:
-            for key in total:
-                total[key] += count[key]
-        total |= {"away": max((each.max_distance for each in found.values()), default=0.0), "occupancy": None}
-        found["all"] = _sample_of(total)
-        self.history.append((self.steps, found))
-        return found
+        """Takes a sample now, and waits for it."""
+        self._take()
+        return self.history[-1][1]
 
-    def _counts(self, optimizer: QuantizedOptimizer) -> list[tuple[str, Tensor, dict[str, Any]]]:
-        """What is counted of each weight; of those that are sharded by one rank each."""
+    @torch.no_grad()
+    def _take(self) -> None:
+        optimizer = self._optimizer()
+        counts = [] if optimizer is None else self._counts(optimizer)
+        if optimizer is None or zero_around(optimizer) is None:
+            named = [(name, count) for name, _, count in counts]
+            self._unread.append(
+                (self.steps, lambda: _samples_of([(name, _numbers_of(count)) for name, count in named]))
+            )
+        else:  # other ranks step other weights, and all of them are here now
+            told = all_rows([(name, weight, _numbers_of(count)) for name, weight, count in counts], optimizer)
+            self._unread.append((self.steps, lambda: _samples_of(told)))
+
+    def _counts(self, optimizer: QuantizedOptimizer) -> list[tuple[str, Tensor, "_Counting | dict[str, Any]"]]:
+        """What is counted of each weight; of those that are sharded by one rank each, which tells the others."""
         weights = list(optimizer._quantized_weights())
         grads = [gradient_of(weight) for _, weight, *_ in weights]
         items = [
@@ -96,8 +111,10 @@ class Monitor:
         ]
         before, self._codes = self._codes, {}  # a rank keeps the codes of the weights that it looks at
 
-        def look(i: int, weight: Tensor, scale: Tensor, grad: Tensor | None = None) -> dict[str, Any]:
-            return self._count(weights[i][0], weight, scale, weights[i][3], grad, before)
+        def look(i: int, weight: Tensor, scale: Tensor, grad: Tensor | None = None) -> "_Counting | dict[str, Any]":
+            name, part, _, levels, _ = weights[i]
+            count = self._count(name, weight, scale, levels, grad, before)
+            return _numbers_of(count) if company_of(part) else count
 
         counts = each_whole(items, look)
         return [(name, weight, count) for (name, weight, *_), count in zip(weights, counts, strict=True)]
@@ -110,25 +127,14 @@ class Monitor:
         levels: tuple[float, ...],
         grad: Tensor | None,
         earlier: dict[str, Tensor],
-    ) -> dict[str, Any]:
+    ) -> "_Counting":
         before = earlier.get(name)
         kept = before is not None and before.numel() == weight.numel() and before.device == weight.device
         if before is None or not kept:
             before = torch.empty(weight.numel(), dtype=torch.uint8, device=weight.device)
         self._codes[name] = before
-        seen = measure(weight, scale, levels, 0.0, self._codes[name], kept)
-        return {
-            "numel": weight.numel(),
-            "on_level": seen.on_level,
-            "away": seen.largest,
-            "flipped": seen.flipped,
-            "compared": weight.numel() if kept else 0,
-            "occupancy": seen.occupancy,
-            "squares": seen.squares,
-            "errors": seen.errors,
-            "grads": 0 if grad is None else non_finite(grad),
-            "nan": seen.nan,
-        }
+        measured = counting(weight, scale, levels, 0.0, before, kept)
+        return _Counting(measured, None if grad is None else non_finite(grad), weight.numel(), kept)
 
     def log(self, prefix: str = "askew") -> dict[str, float]:
         """The last sample as one flat dictionary for any logger: "askew/all/flips", "askew/0.weight/error", .. Empty
@@ -205,6 +211,47 @@ class Monitor:
         if path is not None:
             figure.savefig(path, dpi=120)
         return figure
+
+
+class _Counting(NamedTuple):
+    """What is being counted of a weight, on its device."""
+
+    measured: Callable[[], Measured]
+    non_finite: Tensor | None  # of its gradient
+    numel: int
+    compared: bool  # its codes, with those of the sample before
+
+
+def _numbers_of(count: _Counting | dict[str, Any]) -> dict[str, Any]:
+    """The numbers, once they are there; those that another rank has told are."""
+    if isinstance(count, dict):
+        return count
+    seen = count.measured()
+    return {
+        "numel": count.numel,
+        "on_level": seen.on_level,
+        "away": seen.largest,
+        "flipped": seen.flipped,
+        "compared": count.numel if count.compared else 0,
+        "occupancy": seen.occupancy,
+        "squares": seen.squares,
+        "errors": seen.errors,
+        "grads": 0 if count.non_finite is None else int(count.non_finite),
+        "nan": seen.nan,
+    }
+
+
+def _samples_of(counts: list[tuple[str, dict[str, Any]]]) -> dict[str, Sample]:
+    """Of each weight, and of all together."""
+    found = {name: _sample_of(count) for name, count in counts}
+    total: dict[str, Any] = dict.fromkeys(
+        ("numel", "on_level", "flipped", "compared", "squares", "errors", "grads", "nan"), 0.0
+    )
+    for _, count in counts:
+        for key in total:
+            total[key] += count[key]
+    total |= {"away": max((each.max_distance for each in found.values()), default=0.0), "occupancy": None}
+    return found | {"all": _sample_of(total)}
 
 
 def _sample_of(count: dict[str, Any]) -> Sample:

@@ -17,7 +17,7 @@ from . import backends, checkpoints, checks, distributed, hints, scales, schedul
 from .hints import LostSteps
 from .interrupts import deferred
 from .keywords import CONSTRAINT, Group, check_keywords, check_state_dtype, resolve_rate
-from .look import Measured, codes, measure, snap_, snapping
+from .look import Measured, codes, counting, snap_, snapping
 from .plan import Batch, Plan, Traced, calls_of, parts
 from .quantizer import Quantizer
 
@@ -704,7 +704,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
 
         def look(i: int, weight: Tensor, scale: Tensor) -> Measured:
             *_, levels, group = found[i]
-            return measure(weight, scale, levels, schedule.near(levels, weight.dtype, group["low_precision"]))
+            return counting(weight, scale, levels, schedule.near(levels, weight.dtype, group["low_precision"]))()
 
         looked = distributed.each_whole([each[1:3] for each in found], look)
         mine = [

@@ -66,7 +66,7 @@ def estimate(
         return scale.expand(shape).clone() if scale.dim() == 0 else scale.reshape(shape)
     if weight.numel() == 0:
         return torch.ones(shape, dtype=dtype, device=there)
-    bad = look.non_finite(weight)
+    bad = int(look.non_finite(weight))
     if bad:
         raise ValueError(
             f"{name} holds {bad} NaN or infinite weights: no scale can be estimated; repair them, or give "
@@ -324,9 +324,11 @@ def min_mse(rows: Tensor, codebook: Codebook) -> Tensor:
 
     Within 1 % of the least error, by the search that ``csrc/maths/fit.h`` describes; but for rows of less than 64
     weights on more than 17 levels, whose errors are small and jagged. The same bits whatever computes them: the
-    compiled kernel, or :func:`askew_cuda.fit.fit_scales` where there is none. Weights on other devices are brought to
-    the CPU, a block of rows at a time.
+    kernels of CPU and CUDA, or :func:`askew_cuda.fit.fit_scales` where there are none. Weights on other devices are
+    brought to the CPU, a block of rows at a time.
     """
+    if backends.has_operators(rows.device):
+        return torch.ops.askew_cuda.fit_scales(rows, codebook.levels)
     search = fit.fit_scales if backends.extension is None else torch.ops.askew_cuda.fit_scales
     if rows.device.type == "cpu" or not rows.numel():
         return search(rows.cpu(), codebook.levels).to(rows.device)

@@ -8,6 +8,8 @@
 
 namespace askew {
 
+ASKEW_FN int size_of(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }  // bytes
+
 // One tensor in memory order. Unused pointers are null.
 struct Span {
   void* weight;

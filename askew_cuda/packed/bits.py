@@ -155,8 +155,8 @@ _kept_level_table = functools.lru_cache(maxsize=64)(_level_table)  # sending it 
 
 
 def restore_(weight: Tensor, packed: Tensor, bits: float, scale: Tensor, levels: Sequence[float]) -> None:
-    """Overwrites a weight by what packed codes stand for, as :func:`restore` says. On a CPU in one pass, where there
-    are compiled kernels.
+    """Overwrites a weight by what packed codes stand for, as :func:`restore` says: in one pass, where there are
+    compiled kernels for the codes' device.
 
     Args:
         weight: (...), of any dtype, device and memory format. Mutated.
@@ -166,12 +166,12 @@ def restore_(weight: Tensor, packed: Tensor, bits: float, scale: Tensor, levels:
     there = weight.detach()
     base, per_byte = PACKINGS[bits]
     real = type(packed) is Tensor and torch._C._len_torch_dispatch_stack() == 0 and not torch.compiler.is_compiling()
-    if backends.extension is None or packed.device.type != "cpu" or not (real and weight.numel()):
+    if not (real and weight.numel() and backends.has_operators(packed.device)):
         codes = unpack(packed, bits, weight.numel()).reshape(weight.shape)
         there.copy_(restore(codes, scale, levels, weight.dtype))
         return
-    plain = there.device.type == "cpu" and there.is_contiguous() and type(weight.data) is Tensor
-    laid = look.runs(there if plain else torch.empty(there.shape, dtype=there.dtype, device="cpu"), scale)
+    plain = there.device == packed.device and there.is_contiguous() and type(weight.data) is Tensor
+    laid = look.runs(there if plain else torch.empty(there.shape, dtype=there.dtype, device=packed.device), scale)
     torch.ops.askew_cuda.restore_(laid.weight, packed, base, per_byte, laid.scale, laid.run, levels)
     if not plain:
         there.copy_(laid.weight.view(there.shape))

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../launch.h"
-#include "../maths/fit.h"
+#include "../setup.h"
 
 namespace askew {
 
@@ -12,14 +12,6 @@ constexpr int64_t cpu_chunk =
 // Steps the weights of chunks [begin, end), of cpu_chunk weights. They touch disjoint memory: any thread may take any
 // of them.
 using CpuStep = void (*)(const Launch& launch, const int64_t* first_chunk, int64_t begin, int64_t end);
-
-// Rows of weights that get a scale each.
-struct Rows {
-  Dtype dtype;
-  const void* data;
-  int64_t columns, row_stride, column_stride;
-  Levels levels;
-};
 
 // Sums over chunks of one row: what a thread does of a row that all of them work on.
 struct RowPart {
@@ -33,23 +25,6 @@ struct RowPart {
 struct CpuFit {
   void (*rows)(const Rows& rows, int64_t begin, int64_t end, double* scales);
   void (*part)(const Rows& rows, const RowPart& part);
-};
-
-// What is asked of weights beside their levels, in memory order. Unused pointers are null.
-struct Looking {
-  Dtype dtype;
-  Levels levels;
-  const void* weight;
-  const void* scale;  // as in Span
-  int64_t scale_run, scale_count;
-  int64_t size;
-  uint8_t* codes;         // receives codes, a byte each
-  const uint8_t* before;  // other codes, to count those that differ; may be `codes`
-  uint8_t* packed;        // receives codes, digits of base `base`, `per_byte` to a byte, the first one lowest
-  int base, per_byte;
-  void* snapped;  // receives snapped weights; may be `weight`
-  bool measures;  // distances and errors are wanted, with
-  double near;    // from which distance on a weight is off its level
 };
 
 // Counts add up in any order.
@@ -68,18 +43,6 @@ struct Squares {
 
 // Looks at chunks [begin, end), of sum_chunk weights. Adds to `seen`; squares has a place for each chunk.
 using CpuLook = void (*)(const Looking& looking, int64_t begin, int64_t end, Seen& seen, Squares* squares);
-
-// Packed codes that become weights: scale * level, as Looking's snapped weights.
-struct Restoring {
-  Dtype dtype;
-  Levels levels;
-  const uint8_t* packed;  // digits of base `base`, `per_byte` to a byte, the first one lowest
-  int base, per_byte;
-  const void* scale;  // as in Span
-  int64_t scale_run, scale_count;
-  int64_t size;
-  void* weight;  // receives the weights, in the order of the codes
-};
 
 // Restores chunks [begin, end), of sum_chunk weights. They touch disjoint memory.
 using CpuRestore = void (*)(const Restoring& restoring, int64_t begin, int64_t end);

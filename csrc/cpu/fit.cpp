@@ -141,12 +141,12 @@ template <typename Storage, typename Codebook>
 ASKEW_FN double fit_row(const Rows& rows, int64_t row, const Codebook& codebook, const Fitting& fit,
                         FitChunk<Arithmetic<Storage>>& chunk) {
   const int64_t chunks = chunks_of(rows.columns, sum_chunk);
-  Range range;
+  Range range{};
   for (int64_t k = 0; k < chunks; ++k) {
     chunk.template load<Storage>(rows, row, k);
     add_range(chunk, range);
   }
-  Search search(fit, range);
+  Search search = Search::of(fit, range);
   for (int phase = 0; phase < Search::phases && search.largest > 0; ++phase) {
     const Sequence trials = search.trials(phase);
     Sums sums[most_trials];
@@ -155,7 +155,7 @@ ASKEW_FN double fit_row(const Rows& rows, int64_t row, const Codebook& codebook,
       if (chunks > 1) chunk.template load<Storage>(rows, row, k);
       sum_trials(chunk, trials, codebook, sums);
     }
-    for (int trial = 0; trial < trials.count; ++trial) search.take(sums[trial]);
+    for (int trial = 0; trial < trials.count; ++trial) search.take(sums[trial], search.gain(sums[trial]));
   }
   return search.scale();
 }

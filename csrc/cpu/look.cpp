@@ -22,7 +22,7 @@ struct Scales {
   const T* scale;
   int64_t run, count, which, run_end;  // weights up to here have scale `which`
   T per_unit;                          // unit of the codebook
-  P unit, inverse;
+  P unit{}, inverse{};
   bool fresh = true;
 
   // Span: what has a scale, a scale_run and a scale_count.

@@ -167,7 +167,6 @@ template <typename V> ASKEW_FN bool is_aligned(const Span& span, int vector) {
   return all % 16 == 0 && address(span.codes) % vector == 0;
 }
 
-ASKEW_FN int size_of(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
 template <typename Any> ASKEW_FN void advance(Any*& pointer, int64_t bytes) {
   if (pointer) pointer = reinterpret_cast<Any*>(address(pointer) + bytes);
 }

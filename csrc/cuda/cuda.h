@@ -3,7 +3,7 @@
 
 #include <string>
 
-#include "../launch.h"
+#include "../setup.h"
 
 namespace askew {
 
@@ -41,6 +41,22 @@ struct SumSpan {
   int64_t count, each;
 };
 
+// What is counted of weights that are looked at, in device memory: zeros before.
+struct Counted {
+  unsigned long long* counts;  // on their level, away from it, without a distance, NaN, flipped; then of each level
+  double* numbers;             // the largest distance; sums of squares, of weights and of errors
+  double* squares;             // the same of blocks of order.h, one kind after the other
+};
+
+// What the search for the scales of long rows keeps, in device memory: of each row, and of its chunks of order.h.
+struct FitSpace {
+  Search* searches;
+  Range* ranges;  // [rows, chunks]
+  Sums* sums;     // [rows, chunks, trials]
+};
+// Rows so long, and so few, that more than a block of threads is to work on each.
+ASKEW_HOST_FN bool fits_together(int64_t rows, int64_t columns) { return columns > sum_chunk && rows < 256; }
+
 struct CudaCall {
   int device;
   void* stream;  // cudaStream_t
@@ -56,6 +72,10 @@ const char* cuda_write_table(const Launch& launch, const CudaCall& call);
 // (E7) From the sums of blocks to those of the scales of tensors; and what scales learn. Null, or what went wrong.
 const char* cuda_add_up(const SumSpan* tensors, int64_t count, const CudaCall& call);
 const char* cuda_learn(const ScaleSettings& settings, const ScaleSpan* spans, int64_t count, const CudaCall& call);
+// The operators around the step.
+const char* cuda_look(const Looking& looking, const Counted& counted, const CudaCall& call);
+const char* cuda_restore(const Restoring& restoring, const CudaCall& call);
+const char* cuda_fit(const Rows& rows, int64_t count, const FitSpace& space, double* scales, const CudaCall& call);
 bool cuda_is_capturing(void* stream);  // whether a CUDA graph is being captured
 std::string cuda_problem(int device);  // why kernels can't run there, and what helps; "" where they can
 std::string cuda_built_for();          // toolkit and architectures

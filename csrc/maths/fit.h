@@ -28,17 +28,20 @@ struct Sequence {
 
 // What a search has to know of a row.
 struct Range {
-  double up = 0, down = 0;  // largest weight and largest -weight, at least 0
-  double total = 0;         // sum |w|
+  double up, down;  // largest weight and largest -weight, at least 0
+  double total;     // sum |w|
 };
 
-// How fine the grids are. A grid of 2^roots / 3 + 2 trials has a ratio of (low / high)^(3 / 2^roots).
+// How fine the grids are. The coarse one, of 2^roots / 3 + 2 trials, has a ratio of (low / high)^(3 / 2^roots).
 struct Grids {
   int roots;
   double reach;  // the first trial, in units of the scale at which the largest weight lies on the outermost level
   double least;  // the last one, in units of that at which the mean |weight| does
   double first, ratio;  // the finer grid: its first trial, in units of the best one so far, and the ratio of its trials
   int fine;
+
+  ASKEW_FN int coarse() const { return (1 << roots) / 3 + 2; }
+  ASKEW_FN int most() const { return coarse() > fine ? coarse() : fine; }
 };
 constexpr int most_trials = 343;
 
@@ -70,32 +73,34 @@ struct Search {
   static constexpr int phases = 5;  // the largest weight on the outermost level; two grids; least squares, twice
   Fitting fit;
   double largest, outermost, high, ratio;
-  double removed = -1, best = 0;  // of the trials so far; 0: none takes anything off the error
+  double removed, best;  // of the trials so far; 0: none takes anything off the error
 
-  ASKEW_FN Search(const Fitting& fit_, Range range) : fit(fit_) {
+  static ASKEW_FN Search of(const Fitting& fit, Range range) {
     const double first = fit.first, last = fit.last;
-    largest = range.up > range.down ? range.up : range.down;
-    outermost = -first > last ? -first : last;
+    const double largest = range.up > range.down ? range.up : range.down, outermost = -first > last ? -first : last;
     const double above = last > 0 ? range.up / last : 0, below = first < 0 ? range.down / -first : 0;
-    high = fit.grids.reach * (above > below ? above : below);
+    double high = fit.grids.reach * (above > below ? above : below);
     if (!(high > 0)) high = 1;
     const double mean = fit.grids.least * (range.total / fit.columns) / outermost, quarter = 0.25 * high;
     double root = (mean < quarter ? mean : quarter) / high;
     for (int k = 0; k < fit.grids.roots; ++k) root = sqrt(root);
-    ratio = root * root * root;
+    return {fit, largest, outermost, high, root * root * root, -1, 0};
   }
 
   ASKEW_FN Sequence trials(int phase) const {
     if (phase == 0) return {largest / outermost, 1, 1};
-    if (phase == 1) return {high, ratio, (1 << fit.grids.roots) / 3 + 2};
+    if (phase == 1) return {high, ratio, fit.grids.coarse()};
     const double middle = best > 0 ? best : high;
     if (phase == 2) return {middle * fit.grids.first, fit.grids.ratio, fit.grids.fine};
     return {middle, 1, 1};
   }
 
-  ASKEW_FN void take(Sums sums) {
+  // What a trial takes off the error, in squares of the largest weight; -1: nothing.
+  ASKEW_FN double gain(Sums sums) const {
     const double part = sums.a / largest;  // so that no square leaves the range of a double
-    const double gain = (sums.a > 0) & (sums.b > 0) ? part * part / sums.b : -1;
+    return (sums.a > 0) & (sums.b > 0) ? part * part / sums.b : -1;
+  }
+  ASKEW_FN void take(Sums sums, double gain) {
     if (gain > removed) {
       removed = gain;
       best = sums.a / sums.b;

@@ -1,5 +1,5 @@
 // The operators around the step: scales, codes, snapping, what a report counts. Each checks its tensors and deals rows,
-// or chunks, to torch's threads.
+// or chunks, to torch's threads, or to a GPU's.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -46,7 +46,7 @@ void over_chunks(int64_t chunks, int64_t results, const Work& work, const Take& 
 double fit_together(const Rows& rows, int64_t row, const Fitting& fit) {
   const auto part_of = cpu_kernels.load()->fit.part;
   const int64_t chunks = chunks_of(rows.columns, sum_chunk);
-  Range range;
+  Range range{};
   over_chunks<Range>(
       chunks, 1,
       [&](int64_t begin, int64_t end, Range* found) { part_of(rows, {row, begin, end, nullptr, found, nullptr}); },
@@ -55,7 +55,7 @@ double fit_together(const Rows& rows, int64_t row, const Fitting& fit) {
         range.down = std::max(range.down, found->down);
         range.total += found->total;
       });
-  Search search(fit, range);
+  Search search = Search::of(fit, range);
   for (int phase = 0; phase < Search::phases && search.largest > 0; ++phase) {
     const Sequence trials = search.trials(phase);
     std::vector<Sums> sums(trials.count, Sums{0, 0});
@@ -68,7 +68,7 @@ double fit_together(const Rows& rows, int64_t row, const Fitting& fit) {
             sums[trial].b += found[trial].b;
           }
         });
-    for (const Sums& each : sums) search.take(each);
+    for (const Sums& each : sums) search.take(each, search.gain(each));
   }
   return search.scale();
 }
@@ -81,6 +81,12 @@ Tensor fit_scales(const Tensor& rows, at::ArrayRef<double> levels) {
                  rows.stride(0),         rows.stride(1),        levels_of(levels)};
   if (count == 0 || columns == 0) return scales;
   double* found = scales.mutable_data_ptr<double>();
+#if defined(ASKEW_WITH_CUDA)
+  if (rows.is_cuda()) {
+    fit_cuda(all, count, found, rows.device());
+    return scales;
+  }
+#endif
   if (count >= 2 * at::get_num_threads() || columns <= sum_chunk) {
     const auto fit = cpu_kernels.load()->fit.rows;
     const int64_t grain = std::max<int64_t>(1, 4096 / columns);
@@ -92,12 +98,18 @@ Tensor fit_scales(const Tensor& rows, at::ArrayRef<double> levels) {
   return scales;
 }
 
+void check_with(const char* name, const Tensor& tensor, const Tensor& weight) {
+  TORCH_CHECK_VALUE(tensor.device() == weight.device(), "askew_cuda: ", name, " is on ", tensor.device(),
+                    " and the weight is on ", weight.device(), "; one device is needed");
+}
+
 // What all of the following look at: weights in memory order, one scale for each `run` of them, again and again.
 Looking looking_at(const Tensor& weight, const Tensor& scale, int64_t run, at::ArrayRef<double> levels) {
   TORCH_CHECK_VALUE(weight.is_contiguous() && scale.is_contiguous(),
                     "askew_cuda: weight and scale lie in memory in order; contiguous() makes them");
   TORCH_CHECK_TYPE(scale.scalar_type() == (weight.scalar_type() == at::kDouble ? at::kDouble : at::kFloat),
                    "askew_cuda: scale is ", scale.scalar_type(), " for a weight that is ", weight.scalar_type());
+  check_with("scale", scale, weight);
   TORCH_CHECK_VALUE(weight.numel() == 0 || (run >= 1 && scale.numel() >= 1), "askew_cuda: run = ", run, " and ",
                     scale.numel(), " scales for ", weight.numel(), " weights; at least 1 of both is needed");
   Looking looking{};
@@ -136,6 +148,15 @@ Squares run(const Looking& looking, Seen& seen) {
   return total;
 }
 
+// Without numbers for a report.
+void run(const Looking& looking, at::Device device) {
+  Seen seen{};
+  if (device.is_cpu()) run(looking, seen);
+#if defined(ASKEW_WITH_CUDA)
+  if (device.is_cuda()) look_cuda(looking, device);
+#endif
+}
+
 // How codes are packed: digits of which base, how many to a byte.
 void check_digits(int64_t base, int64_t per_byte, Levels levels) {
   const std::tuple<int64_t, int64_t> digits{base, per_byte};
@@ -155,8 +176,7 @@ Tensor codes(const Tensor& weight, const Tensor& scale, int64_t run_, at::ArrayR
   looking.packed = packed.mutable_data_ptr<uint8_t>();
   looking.base = static_cast<int>(base);
   looking.per_byte = static_cast<int>(per_byte);
-  Seen seen{};
-  run(looking, seen);
+  run(looking, weight.device());
   return packed;
 }
 
@@ -164,16 +184,14 @@ Tensor snap(const Tensor& weight, const Tensor& scale, int64_t run_, at::ArrayRe
   Looking looking = looking_at(weight, scale, run_, levels);
   Tensor snapped = at::empty_like(weight);
   looking.snapped = snapped.mutable_data_ptr();
-  Seen seen{};
-  run(looking, seen);
+  run(looking, weight.device());
   return snapped;
 }
 
 void snap_(const Tensor& weight, const Tensor& scale, int64_t run_, at::ArrayRef<double> levels) {
   Looking looking = looking_at(weight, scale, run_, levels);
   looking.snapped = weight.mutable_data_ptr();
-  Seen seen{};
-  run(looking, seen);
+  run(looking, weight.device());
   if (!weight.is_inference()) weight.unsafeGetTensorImpl()->bump_version();  // autograd must see that it has changed
 }
 
@@ -185,6 +203,7 @@ void restore_(const Tensor& weight, const Tensor& packed, int64_t base, int64_t 
   TORCH_CHECK_VALUE(packed.scalar_type() == at::kByte && packed.numel() == bytes && packed.is_contiguous(),
                     "askew_cuda: packed is ", packed.toString(), " of shape ", packed.sizes(), "; ", bytes,
                     " bytes are needed, in order");
+  check_with("packed", packed, weight);
   const Restoring restoring{looking.dtype,
                             looking.levels,
                             packed.const_data_ptr<uint8_t>(),
@@ -195,9 +214,14 @@ void restore_(const Tensor& weight, const Tensor& packed, int64_t base, int64_t 
                             looking.scale_count,
                             looking.size,
                             weight.mutable_data_ptr()};
-  const CpuRestore restore = cpu_kernels.load()->restore;
-  at::parallel_for(0, chunks_of(looking.size, sum_chunk), 8,
-                   [&](int64_t begin, int64_t end) { restore(restoring, begin, end); });
+  if (weight.is_cpu()) {
+    const CpuRestore restore = cpu_kernels.load()->restore;
+    at::parallel_for(0, chunks_of(looking.size, sum_chunk), 8,
+                     [&](int64_t begin, int64_t end) { restore(restoring, begin, end); });
+  }
+#if defined(ASKEW_WITH_CUDA)
+  if (weight.is_cuda()) restore_cuda(restoring, weight.device());
+#endif
   if (!weight.is_inference()) weight.unsafeGetTensorImpl()->bump_version();  // autograd must see that it has changed
 }
 
@@ -210,9 +234,13 @@ std::tuple<Tensor, Tensor> measure(const Tensor& weight, const Tensor& scale, in
     TORCH_CHECK_VALUE(codes->scalar_type() == at::kByte && codes->numel() == weight.numel() && codes->is_contiguous(),
                       "askew_cuda: codes is ", codes->toString(), " of shape ", codes->sizes(),
                       "; a byte for each weight is needed, in order");
+    check_with("codes", *codes, weight);
     looking.codes = codes->mutable_data_ptr<uint8_t>();
     if (compare) looking.before = looking.codes;
   }
+#if defined(ASKEW_WITH_CUDA)
+  if (weight.is_cuda()) return measure_cuda(looking, weight.device());
+#endif
   Seen seen{};
   const Squares squares = run(looking, seen);
   const int64_t count = looking.levels.count;
@@ -224,6 +252,15 @@ std::tuple<Tensor, Tensor> measure(const Tensor& weight, const Tensor& scale, in
   double* real = numbers.mutable_data_ptr<double>();
   for (const double each : {seen.largest, squares.weights, squares.errors}) *real++ = each;
   return {counts, numbers};
+}
+
+void implement(torch::Library& m) {
+  m.impl("fit_scales", fit_scales);
+  m.impl("codes", codes);
+  m.impl("snap", snap);
+  m.impl("snap_", snap_);
+  m.impl("restore_", restore_);
+  m.impl("measure", measure);
 }
 
 }  // namespace
@@ -242,11 +279,8 @@ TORCH_LIBRARY_FRAGMENT(askew_cuda, m) {
       "(Tensor, Tensor)");
 }
 
-TORCH_LIBRARY_IMPL(askew_cuda, CPU, m) {
-  m.impl("fit_scales", askew::fit_scales);
-  m.impl("codes", askew::codes);
-  m.impl("snap", askew::snap);
-  m.impl("snap_", askew::snap_);
-  m.impl("restore_", askew::restore_);
-  m.impl("measure", askew::measure);
-}
+TORCH_LIBRARY_IMPL(askew_cuda, CPU, m) { askew::implement(m); }
+
+#if defined(ASKEW_WITH_CUDA)
+TORCH_LIBRARY_IMPL(askew_cuda, CUDA, m) { askew::implement(m); }
+#endif

@@ -37,17 +37,16 @@ void bring_there(SpanTable& table, const Launch& launch, const CudaCall& call, a
   table.stream = call.stream;
 }
 
-// A call on the device's current stream.
+}  // namespace
+
 CudaCall call_on(at::Device device, const DeviceNumbers& numbers) {
   void* stream = c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle();
   return {device.index(), stream, numbers, largest_chunk, nullptr, nullptr};
 }
 
 void launched(const char* error, at::Device device) {
-  TORCH_CHECK(!error, "askew_cuda: the step on ", device, " could not be launched: ", error);
+  TORCH_CHECK(!error, "askew_cuda: a kernel on ", device, " could not be launched: ", error);
 }
-
-}  // namespace
 
 void add_up_cuda(const std::vector<SumSpan>& tensors, const DeviceNumbers& numbers, at::Device device) {
   const c10::DeviceGuard guard(device);

@@ -8,9 +8,12 @@ import pytest
 import torch
 
 import askew_cuda as askew
-from askew_cuda import backends
+from askew_cuda import backends, look, scales
+from askew_cuda.packed import bits
+from askew_cuda.quantizer import Codebook
 from tests.cases import ANNEALINGS, CASES, CUDA, PLAIN, REFERENCE, RULES, Backend, build, call, case_id, run
 from tests.compare import assert_close, assert_same_bits
+from tests.layers import test_look, test_scales
 
 if not CUDA:
     pytest.skip("no GPU that torch can use, or an extension without CUDA kernels", allow_module_level=True)
@@ -367,6 +370,66 @@ def test_tensors_on_two_devices_are_refused(name, backend, message):
         call(PLAIN, lists, backend)
     for i, weight in enumerate(before):
         assert_same_bits(lists["weights"][i], weight, f"weights[{i}]")
+
+
+BOOKS = ["binary", "ternary", "4bit", "nf4", "int8"]
+
+
+@pytest.mark.parametrize("dtype", test_look.DTYPES, ids=str)
+@pytest.mark.parametrize("spec", [f"{book}{rows}" for book in BOOKS for rows in ("", "/channel", "/group6")])
+def test_what_weights_are_beside_their_levels(spec, dtype):
+    """Codes, plain and packed, snapped weights, counts and sums, and weights of packed codes, as on the CPU."""
+    for shape in (*test_look.SHAPES, (70, 3000)):
+        weight, scale, levels = test_look.draw(shape, spec, dtype)
+        here, beside = (weight, scale), (weight.cuda(), scale.cuda())
+        for function in (look.codes, look.snap):
+            assert_same_bits(function(*beside, levels).cpu(), function(*here, levels), function.__name__)
+        in_place = beside[0].clone()
+        look.snap_(in_place, beside[1], levels)
+        assert_same_bits(in_place.cpu(), look.snap(*here, levels), "in place")
+        width = bits.width(len(levels))
+        packed = [look.packed_codes(*each, levels, *bits.PACKINGS[width]) for each in (here, beside)]
+        assert_same_bits(packed[1].cpu(), packed[0], "packed")
+        restored = [torch.empty_like(each[0]) for each in (here, beside)]
+        for to, codes, each in zip(restored, packed, (here, beside), strict=True):
+            bits.restore_(to, codes, width, each[1], levels)
+        assert_same_bits(restored[1].cpu(), restored[0], "restored")
+        earlier = torch.zeros(weight.numel(), dtype=torch.uint8)
+        now = [earlier.clone(), earlier.cuda()]
+        counts = [look.counting(*each, levels, 0.25, to, True)() for each, to in zip((here, beside), now, strict=True)]
+        assert counts[0] == counts[1]
+        assert_same_bits(now[1].cpu(), now[0], "codes")
+
+
+FEW_ROWS = [
+    (shape, book, dtype) for shape in ((3, 1), (5, 17), (70, 130)) for book in BOOKS for dtype in test_look.DTYPES
+]
+LONG_ROWS = [((2, 45000), book, torch.float32) for book in BOOKS] + [((300, 21000), "ternary", torch.bfloat16)]
+
+
+@pytest.mark.parametrize(("shape", "book", "dtype"), FEW_ROWS + LONG_ROWS, ids=str)
+def test_the_same_scales_are_found(shape, book, dtype):
+    """By a block of threads for each row, and by many for each of few long ones."""
+    rows = test_scales.draw("heavy", *shape, seed=1).to(dtype)
+    rows[1] = 0
+    found = [scales.min_mse(each, Codebook.named(book)) for each in (rows, rows.cuda(), rows.T.contiguous().cuda().T)]
+    assert found[1].device == rows.cuda().device
+    assert_same_bits(found[1].cpu(), found[0], "scales")
+    assert_same_bits(found[2].cpu(), found[0], "scales of rows that lie side by side")
+
+
+def test_a_monitor_does_not_wait_in_the_step():
+    weights = parameters(3)
+    optimizer = askew.AskewSGD(weights, lr=0.1, quantizer="ternary", pretrained=True)
+    watch = askew.monitor(optimizer, every=1)
+    optimizer.prepare()
+    with nothing_waits():
+        for _ in range(3):
+            optimizer.step()
+    assert [step for step, _ in watch.history] == [1, 2, 3]
+    last = watch.history[-1][1]["all"]
+    assert last.share_on_level == watch.sample()["all"].share_on_level
+    assert last.flips is not None
 
 
 def test_host_counters_with_a_device_side_overflow_are_refused():

@@ -158,3 +158,16 @@ def test_aligned_tensors_move_sixteen_bytes_at_a_time(storage):
 def test_nothing_lies_in_local_memory(storage):
     for name in kernels(storage):
         assert not [each for each in instructions()[name] if each.startswith(("LDL", "STL"))], name
+
+
+def test_kernels_around_the_step_are_there_and_small():
+    """Of each storage: a look at weights with and without counts and the three parts of the search for scales, each
+    with three kinds of levels; and weights of packed codes. What passes over all weights uses no local memory.
+    """
+    around = [name for name in resources() if re.search(r"(look|fit_\w+|restore)_kernel", name)]
+    assert len(around) == 4 * (2 * 3 + 3 * 3 + 1)
+    for name in around:
+        assert resources()[name]["SHARED"] <= 48 * 1024, name
+        if "look_kernel" in name or "restore_kernel" in name:
+            assert resources()[name]["REG"] <= (72 if "AroundId" in name else 48), name
+            assert resources()[name]["LOCAL"] == resources()[name]["STACK"] == 0, name

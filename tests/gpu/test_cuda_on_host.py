@@ -25,7 +25,8 @@ def compiled(root: Path, source: str, flags: list[str]) -> Path:
     changes.
     """
     version = subprocess.run([COMPILER, "--version"], capture_output=True, text=True, check=True).stdout
-    texts = [path.read_text() for path in (root / source, *sorted(root.glob("csrc/**/*.h")))]
+    headers = [*sorted(root.glob("csrc/**/*.h")), *sorted(root.glob("tests/gpu/*.h"))]
+    texts = [path.read_text() for path in (root / source, *headers)]
     made = ROOT / "build" / "host_run" / hashlib.sha256("\0".join([version, *flags, *texts]).encode()).hexdigest()[:16]
     if not made.exists():
         made.parent.mkdir(parents=True, exist_ok=True)
@@ -43,6 +44,12 @@ def host_run(root: Path, *flags: str) -> Path:
     return compiled(root, "tests/gpu/host_run.cpp", [*SANITIZERS, *flags, f"-Wl,{kernel}"])
 
 
+def host_setup(root: Path) -> Path:
+    """The program of tests/gpu/host_setup.cpp."""
+    kernels = [compiled(ROOT, f"csrc/cpu/{name}.cpp", ["-c", "-fPIC"]) for name in ("look", "fit")]
+    return compiled(root, "tests/gpu/host_setup.cpp", [*SANITIZERS, *(f"-Wl,{kernel}" for kernel in kernels)])
+
+
 def run(program: Path, cases: int, seed: int) -> subprocess.CompletedProcess:
     environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=0"}
     return subprocess.run([program, str(cases), str(seed)], capture_output=True, text=True, env=environment)
@@ -55,6 +62,13 @@ def test_every_thread_of_every_block_does_what_the_cpu_does():
     done = run(host_run(ROOT), 1500, 1)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.startswith("1500 of 1500 cases")
+
+
+def test_every_thread_of_the_kernels_around_the_step_does_what_the_cpu_does():
+    """Scales, codes, packed or not, snapped weights, counts and sums; and weights of packed codes."""
+    done = run(host_setup(ROOT), 3000, 1)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.startswith("3000 cases")
 
 
 # What is planted: file, line, what becomes of it, and what the program says then.
@@ -159,19 +173,73 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS.keys())
-def test_a_planted_fault_is_caught(fault, tmp_path):
-    name, line, planted, message = fault
-    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
-    (tmp_path / "tests/gpu").mkdir(parents=True)
-    shutil.copy(ROOT / "tests/gpu/host_run.cpp", tmp_path / "tests/gpu")
-    path = tmp_path / "csrc" / name
+SETUP_FAULTS = {
+    "a weight that belongs to two blocks of sums": (
+        "cuda/team_look.h",
+        "last = first + block_size < size ?",
+        "last = first + block_size + 1 < size ?",
+        "another count|another sum|AddressSanitizer",
+    ),
+    "the scale of the run before": (
+        "cuda/team_look.h",
+        "if (i < run_end) return;",
+        "if (i <= run_end) return;",
+        "another|other",
+    ),
+    "a last byte that is not filled up": (
+        "cuda/team_look.h",
+        "(i < size ? block.codes[i] : 0)",
+        "block.codes[i]",
+        "other packed codes|Sanitizer",
+    ),
+    "counts that are not cleared": ("cuda/team_look.h", "block.occupancy[thread] = 0;", "", "another count of a level"),
+    "the last trial of a group": (
+        "cuda/team_fit.h",
+        "trial < block.trials; trial += team_halves",
+        "trial < block.trials - 1; trial += team_halves",
+        "another scale",
+    ),
+    "a range that forgets the row before": (
+        "cuda/team_fit.h",
+        "block.up = block.down = 0;",
+        "",
+        "another scale",
+    ),
+    "sums of trials in one row of chunks": (
+        "cuda/team_fit.h",
+        "arguments.space.sums[at * arguments.fit.grids.most() + trial]",
+        "arguments.space.sums[at + trial]",
+        "another scale|Sanitizer",
+    ),
+}
+
+
+def planted(fault: tuple[str, str, str, str], folder: Path) -> Path:
+    """A copy of the sources with a fault in it."""
+    name, line, wrong, _ = fault
+    shutil.copytree(ROOT / "csrc", folder / "csrc")
+    (folder / "tests/gpu").mkdir(parents=True)
+    for each in ("host_run.cpp", "host_setup.cpp", "host.h"):
+        shutil.copy(ROOT / "tests/gpu" / each, folder / "tests/gpu")
+    path = folder / "csrc" / name
     text = path.read_text()
     assert text.count(line) == 1
-    path.write_text(text.replace(line, planted))
-    done = run(host_run(tmp_path, "-DFEW_VARIANTS"), 20000, 1)
+    path.write_text(text.replace(line, wrong))
+    return folder
+
+
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS.keys())
+def test_a_planted_fault_is_caught(fault, tmp_path):
+    done = run(host_run(planted(fault, tmp_path), "-DFEW_VARIANTS"), 20000, 1)
     assert done.returncode != 0
-    assert re.search(message, done.stderr), done.stderr[-2000:]
+    assert re.search(fault[3], done.stderr), done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("fault", SETUP_FAULTS.values(), ids=SETUP_FAULTS.keys())
+def test_a_fault_planted_around_the_step_is_caught(fault, tmp_path):
+    done = run(host_setup(planted(fault, tmp_path)), 3000, 1)
+    assert done.returncode != 0
+    assert re.search(fault[3], done.stderr), done.stderr[-2000:]
 
 
 def test_without_a_fault_the_same_cases_pass():

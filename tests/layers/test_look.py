@@ -55,7 +55,7 @@ def check(monkeypatch, weight, scale, levels) -> None:
     earlier = torch.arange(weight.numel(), dtype=torch.int64).remainder_(len(levels)).to(torch.uint8)
     now = [earlier.clone(), earlier.clone()]
     compiled, plain = both(
-        monkeypatch, lambda: look.measure(weight, scale, levels, 0.25, now[backends.extension is None], True)
+        monkeypatch, lambda: look.counting(weight, scale, levels, 0.25, now[backends.extension is None], True)()
     )
     assert compiled == plain
     assert_same_bits(now[0], now[1], "codes")
@@ -99,12 +99,12 @@ def test_neither_threads_nor_parts_matter(monkeypatch):
     try:
         for count in (1, 3):
             torch.set_num_threads(count)
-            found.append(look.measure(weight, scale, levels, 0.1))
+            found.append(look.counting(weight, scale, levels, 0.1)())
     finally:
         torch.set_num_threads(threads)
     monkeypatch.setattr(backends, "extension", None)
     monkeypatch.setattr(fit, "AT_ONCE", 2 * 20480)
-    assert found[0] == found[1] == look.measure(weight, scale, levels, 0.1)
+    assert found[0] == found[1] == look.counting(weight, scale, levels, 0.1)()
 
 
 @pytest.mark.parametrize("scale", [math.nan, 0.0])
