@@ -48,7 +48,7 @@ BESIDE = {
 }
 # Layers of the package, lowest first: a module may import from its own layer, in one direction, and from those below.
 LAYERS = (
-    {"reference", "rounding", "summation", "interrupts", "wrappers"},
+    {"reference", "rounding", "summation", "interrupts", "wrappers", "copies"},
     {
         "quantizer",
         "scales",
