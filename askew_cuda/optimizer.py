@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from . import backends, checkpoints, checks, copies, distributed, hints, scales, schedule
+from . import backends, checkpoints, checks, distributed, hints, memory, scales, schedule
 from .hints import LostSteps
 from .interrupts import deferred
 from .keywords import CONSTRAINT, Group, check_keywords, check_state_dtype, resolve_rate
@@ -660,7 +660,7 @@ class QuantizedOptimizer(torch.optim.Optimizer):
                 with torch.no_grad(), deferred():
                     for _, weight, scale, levels, _ in self._quantized_weights():
                         here = distributed.local(weight)
-                        trained.append((here, copies.held(here)))
+                        trained.append((here, memory.copy_of(here)))
                         self._lent[weight] = scale
                         snap_(here, distributed.local(scale), levels)
                     self._quantized_depth = 1

@@ -35,7 +35,7 @@ def checked(name):
     return call
 
 
-BLOCK = LAUNCHER.PROGRAMS["cpu"].block
+BLOCK = LAUNCHER.where.PROGRAMS["cpu"].block
 TRITON = {"interpreted": Backend(checked("sgd_"), checked("adamw_"))}
 if on_gpu():
     TRITON["cuda"] = Backend(*backends.operators("triton"), device="cuda")
@@ -196,7 +196,7 @@ def counted(monkeypatch):
     recorder, made = Recorder(LAUNCHER.step_kernel, compiles=False), Counter()
 
     def counting(name: str):
-        maker = getattr(LAUNCHER, name)
+        maker = getattr(LAUNCHER.where, name)
 
         def make(*arguments):
             made[name] += 1
@@ -205,9 +205,9 @@ def counted(monkeypatch):
         return make
 
     for name in ("make_layout", "make_table"):
-        monkeypatch.setattr(LAUNCHER, name, counting(name))
+        monkeypatch.setattr(LAUNCHER.where, name, counting(name))
     monkeypatch.setattr(LAUNCHER, "step_kernel", recorder)
-    monkeypatch.setattr(LAUNCHER, "layouts", LAUNCHER.Latest(64))
+    monkeypatch.setattr(LAUNCHER.where, "layouts", LAUNCHER.where.Latest(64))
     return recorder, lambda: (len(recorder.given), made["make_layout"], made["make_table"])
 
 
@@ -300,7 +300,7 @@ def test_what_is_kept_is_dropped_one_by_one(counted):
     for lists in [*every, *every[-64:]]:
         call(PLAIN, lists, TRITON["interpreted"])
     assert count()[1:] == (70, 70)
-    assert len(LAUNCHER.layouts) == 64
+    assert len(LAUNCHER.where.layouts) == 64
     call(PLAIN, every[0], TRITON["interpreted"])
     assert count()[1:] == (71, 71)
     every = [build(PLAIN).lists for _ in range(9)]
@@ -314,14 +314,14 @@ def test_a_graph_captures_what_was_seen_before(counted, monkeypatch):
     lists = build(PLAIN).lists
     monkeypatch.setattr(LAUNCHER, "captured", [])
     call(PLAIN, build(PLAIN).lists, TRITON["interpreted"])  # others of the same layout
-    monkeypatch.setattr(LAUNCHER, "capturing", lambda device: True)
+    monkeypatch.setattr(LAUNCHER.where, "capturing", lambda device: True)
     for case in (PLAIN, PLAIN._replace(size=34)):
         with pytest.raises(RuntimeError, match="no step has seen where they lie"):
             call(case, lists if case is PLAIN else build(case).lists, TRITON["interpreted"])
     assert len(recorder.given) == 1
-    monkeypatch.setattr(LAUNCHER, "capturing", lambda device: False)
+    monkeypatch.setattr(LAUNCHER.where, "capturing", lambda device: False)
     call(PLAIN, lists, TRITON["interpreted"])
-    monkeypatch.setattr(LAUNCHER, "capturing", lambda device: True)
+    monkeypatch.setattr(LAUNCHER.where, "capturing", lambda device: True)
     call(PLAIN, lists, TRITON["interpreted"])
     assert LAUNCHER.captured[0][:2] == recorder.given[-1][1][:2]  # table and map are kept for it
 

@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 
 from askew_cuda import backends
 
-MODULES = ("storage", "kernel", "launch")
+MODULES = ("storage", "kernel", "where", "launch")
 
 
 @functools.cache
@@ -83,7 +83,7 @@ def offline(capability: int, cache: str | None = None, compiles: bool = True) ->
     """(the copy to be compiled, what its launches leave), for a GPU of this compute capability."""
     launcher, driver = load(interpreted=False), triton.runtime.driver
     kernel, active, directory = launcher.step_kernel, driver._active, triton.knobs.cache.dir
-    devices, launcher.DEVICES = launcher.DEVICES, ("cpu",)  # their addresses are not followed
+    devices, launcher.where.DEVICES = launcher.where.DEVICES, ("cpu",)  # their addresses are not followed
     launcher.step_kernel = Recorder(kernel, compiles)
     kernel.device_caches.clear()  # they are by device, and all our devices are number 0
     driver.set_active(Offline(capability))
@@ -91,7 +91,7 @@ def offline(capability: int, cache: str | None = None, compiles: bool = True) ->
     try:
         yield launcher, launcher.step_kernel
     finally:
-        launcher.step_kernel, launcher.DEVICES, triton.knobs.cache.dir = kernel, devices, directory
+        launcher.step_kernel, launcher.where.DEVICES, triton.knobs.cache.dir = kernel, devices, directory
         kernel.device_caches.clear()
         driver._active = active
 

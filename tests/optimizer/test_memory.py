@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from askew_cuda import copies
+from askew_cuda import memory
 from tests.compare import assert_same_bits
 
 WEIGHTS = {
@@ -21,9 +21,9 @@ WEIGHTS = {
 @pytest.mark.parametrize("name", WEIGHTS)
 @pytest.mark.parametrize("page", [2**20, 2**30])
 def test_a_copy_is_the_weight_and_its_own(name, page, monkeypatch):
-    monkeypatch.setattr(copies, "PAGE", page)
+    monkeypatch.setattr(memory, "PAGE", page)
     weight = WEIGHTS[name]()
-    copy = copies.held(weight)
+    copy = memory.copy_of(weight)
     assert_same_bits(copy, weight.detach(), name)
     assert copy.stride() == weight.clone().stride()
     assert not copy.requires_grad
@@ -35,4 +35,4 @@ def test_a_copy_is_the_weight_and_its_own(name, page, monkeypatch):
 def test_without_large_pages_it_is_a_plain_copy(monkeypatch):
     monkeypatch.delattr("mmap.MADV_HUGEPAGE", raising=False)
     weight = torch.randn(1500, 1000)
-    assert_same_bits(copies.held(weight), weight, "copy")
+    assert_same_bits(memory.copy_of(weight), weight, "copy")
