@@ -32,12 +32,17 @@ def grids_for(levels: Sequence[float], columns: int) -> Grids:
     """The grids for rows of so many weights."""
     few, aside = len(levels) <= 17, levels[0] > 0 or levels[-1] < 0
     least = 0.005 if aside else 0.5  # where no level is 0 or beyond, weights of the other sign ask for less
-    if few and not aside and reference.UniformCodebook.fits(levels):
-        return Grids(7, 2, least, 0.8333, 1.0147, 26)
+    even = few and not aside and reference.UniformCodebook.fits(levels)
+    if even and len(levels) <= 4:
+        return Grids(6, 2, least, 0.87, 1.025, 12)
+    if even:
+        return Grids(6 if columns >= 128 else 7, 2, least, 0.8333, 1.0147, 26)
     if few:
         return Grids(8, 4, least, 0.8333, 1.0147, 26)
     if columns >= 2**14:
         return Grids(7, 2, least, 0.8333, 1.0058, 64)
+    if columns >= 2**10:
+        return Grids(7, 2, least, 0.92, 1.002, 84)
     if columns >= 64:
         return Grids(9, 2, least, 0.87, 1.0011, 256)
     return Grids(10, 4, least, 0.909, 1.00075, 256)

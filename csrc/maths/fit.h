@@ -48,9 +48,12 @@ constexpr int most_trials = 343;
 ASKEW_FN Grids grids_for(Levels levels, int64_t columns) {
   const bool few = levels.count <= 17, aside = levels.values[0] > 0 || levels.values[levels.count - 1] < 0;
   const double least = aside ? 0.005 : 0.5;  // where all levels have one sign, weights of the other one ask for less
-  if (few && !aside && is_uniform(levels)) return {7, 2, least, 0.8333, 1.0147, 26};
+  const bool even = few && !aside && is_uniform(levels);
+  if (even && levels.count <= 4) return {6, 2, least, 0.87, 1.025, 12};
+  if (even) return {columns >= 128 ? 6 : 7, 2, least, 0.8333, 1.0147, 26};
   if (few) return {8, 4, least, 0.8333, 1.0147, 26};
   if (columns >= 1 << 14) return {7, 2, least, 0.8333, 1.0058, 64};
+  if (columns >= 1 << 10) return {7, 2, least, 0.92, 1.002, 84};
   if (columns >= 64) return {9, 2, least, 0.87, 1.0011, 256};
   return {10, 4, least, 0.909, 1.00075, 256};
 }

@@ -365,6 +365,17 @@ BOOKS = [Codebook([-1, 0, 3]), Codebook([0, 1])]
 BOOKS += map(Codebook.named, ["ternary", "2bit", "3bit", "4bit", "int2", "int4", "authors_4bit", "nf4", "fp4", "pow2"])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_min_mse_of_many_levels_is_within_one_per_cent(kind):
+    """Rows as long as those of a layer: the grids are coarser from 1,024 weights on."""
+    rows, levels = draw(kind, 2, 1024, dtype=torch.float32).double(), Codebook.named("int8").levels
+    found = error_at(rows, min_mse(rows, Codebook(levels)), levels)
+    for middle in (rows.abs().amax(1) / 128, min_mse(rows, Codebook(levels))):
+        ratios = torch.exp(torch.linspace(-0.15, 0.15, 500, dtype=torch.float64))
+        least = torch.stack([error_at(rows, middle * ratio, levels) for ratio in ratios]).amin(0)
+        assert (found <= 1.01 * least + 1e-12 * rows.square().sum(1)).all()
+
+
 @pytest.mark.parametrize("codebook", BOOKS, ids=lambda codebook: codebook.name or str(codebook.levels))
 @pytest.mark.parametrize("kind", ["normal", "uniform", "heavy", "negative", "coarse"])
 def test_min_mse_is_as_good_as_a_fine_grid(codebook, kind):
