@@ -22,6 +22,7 @@ import math
 import os
 import reprlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
@@ -163,7 +164,7 @@ def load_packed(path: str | os.PathLike[str], model: nn.Module) -> list[dict[str
         state = model.state_dict(keep_vars=True)
         for name, tensor in state.items():
             _fits(reader, name, tensor, sources[name], quantized)
-        held = {stored: _verified(reader, stored, manifest["sha256"][stored], quantized) for stored in reader.entries}
+        held = _all_verified(reader, manifest["sha256"], quantized)
     targets: dict[str, dict[Tensor, None]] = {}
     for name, source in sources.items():
         targets.setdefault(source, {})[state[name]] = None
@@ -205,7 +206,7 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Trained | Tens
                     f"{name!r} has shape {packed.shape}, but {reader.entries[f'{name}.codes'].numel} bytes of codes"
                 )
             _fits(reader, name, torch.empty(packed.shape, dtype=packed.dtype, device="meta"), name, quantized)
-        held = {each: _verified(reader, each, manifest["sha256"][each], quantized) for each in reader.entries}
+        held = _all_verified(reader, manifest["sha256"], quantized)
     found: dict[str, Trained | Tensor] = {}
     found.update((name, held[name]) for name in reader.entries if name in stored)
     for name, packed in quantized.items():
@@ -489,6 +490,17 @@ def _fits(reader: TensorReader, name: str, tensor: Tensor, source: str, quantize
         entry = reader.entries[part]
         if (entry.dtype, entry.shape) != (dtype, shape):
             raise reader.error(f"{part!r} is {entry.dtype} of shape {entry.shape}; {dtype} of shape {shape} is needed")
+
+
+def _all_verified(reader: TensorReader, digests: dict[str, object], quantized: dict[str, Packed]) -> dict[str, Tensor]:
+    """Every stored tensor, checked. By as many threads as torch has: checksums take longest."""
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        jobs = [threads.submit(_verified, reader, stored, digests[stored], quantized) for stored in reader.entries]
+        try:
+            return {stored: job.result() for stored, job in zip(reader.entries, jobs, strict=True)}
+        except BaseException:
+            threads.shutdown(cancel_futures=True)
+            raise
 
 
 def _verified(reader: TensorReader, stored: str, digest: object, quantized: dict[str, Packed]) -> Tensor:

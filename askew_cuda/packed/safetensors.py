@@ -18,12 +18,15 @@ import os
 import reprlib
 import secrets
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
+
+from .. import memory
 
 _STORED = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -175,7 +178,7 @@ class TensorReader:
 
     def __init__(self, file: io.BufferedReader, path: str | os.PathLike[str]):
         _check_byte_order()
-        self.file, self.path = file, os.fspath(path)
+        self.file, self.path, self.one_reads = file, os.fspath(path), threading.Lock()
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, _LONGEST_HEADER):
@@ -243,16 +246,19 @@ class TensorReader:
         return entry
 
     def read(self, name: str) -> tuple[Tensor, str]:
-        """A tensor in memory of its own, on the CPU, and the SHA-256 of its bytes, in hexadecimal.
+        """A tensor in memory of its own, on the CPU, and the SHA-256 of its bytes, in hexadecimal. Threads may read
+        several at once.
 
         Raises:
             ValueError: the file ends before it does, or a truth value is neither 0 nor 1.
         """
         entry = self.entries[name]
-        values = torch.empty(entry.end - entry.begin, dtype=torch.uint8, device="cpu")
+        values = memory.empty(entry.end - entry.begin)
         raw = _bytes_of(values)
-        self.file.seek(self.start + entry.begin)
-        if self.file.readinto(raw) != len(values):
+        with self.one_reads:
+            self.file.seek(self.start + entry.begin)
+            found = self.file.readinto(raw)
+        if found != len(values):
             raise self.error(
                 f"{name!r}: the file ends before its {len(values)} bytes do; it was cut short while it was read"
             )

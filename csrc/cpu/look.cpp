@@ -253,74 +253,105 @@ ASKEW_FN void either(const Looking& looking, int64_t begin, int64_t end, Seen& s
     run<Storage, false>(looking, begin, end, seen, squares);
 }
 
-// What the digits of each byte stand for, in units of the codebook, and weights made of them.
-template <typename Storage, int per_byte>
+// Weights made of packed codes, a block at a time.
+template <typename Storage>
 struct Restorer {
   using T = Arithmetic<Storage>;
   using P = NativePack<Storage>;
   static constexpr int width = lanes<P>();
 
   const Restoring& restoring;
-  alignas(64) T values[256 * per_byte];
-  alignas(64) T levels[block_size];
+  Scales<T, P> scales;
 
-  explicit Restorer(const Restoring& restoring_, T per_unit) : restoring(restoring_) {
-    for (int byte = 0; byte < 256; ++byte) {
-      for (int place = 0, rest = byte; place < per_byte; ++place, rest /= restoring.base) {
-        const int digit = rest % restoring.base, last = restoring.levels.count - 1;
-        values[byte * per_byte + place] =
-            static_cast<T>(restoring.levels.values[digit < last ? digit : last]) / per_unit;
-      }
-    }
-  }
-
-  ASKEW_FN void block(int64_t first, int64_t size, Scales<T, P>& scales) {
-    const uint8_t* packed = restoring.packed + first / per_byte;
-    const int64_t bytes = (size + per_byte - 1) / per_byte;
-    for (int64_t k = 0; k < bytes; ++k)
-      std::memcpy(levels + k * per_byte, values + packed[k] * per_byte, per_byte * sizeof(T));
+  // level_of(i): the levels of a pack from weight i of the block on, in units of the codebook. Packs may begin beyond
+  // the block's last weight but one.
+  template <typename LevelOf> ASKEW_FN void block(int64_t first, int64_t size, const LevelOf& level_of) {
     Storage* to = at<Storage>(restoring.weight, first);
     int64_t i = 0;
     for (; i + width <= size; i += width) {
       scales.at(first + i, width);
-      store(to + i, scales.unit * load<P>(levels + i));
+      store(to + i, scales.unit * level_of(i));
     }
     if (i < size) {  // the last lanes of all: by way of a copy, so that nothing beyond them is touched
-      alignas(64) T level[width] = {};
       Storage there[width];
-      std::memcpy(level, levels + i, (size - i) * sizeof(T));
       scales.at(first + i, static_cast<int>(size - i));
-      store(there, scales.unit * load<P>(level));
+      store(there, scales.unit * level_of(i));
       std::memcpy(to + i, there, (size - i) * sizeof(Storage));
     }
   }
 };
 
-template <typename Storage, int per_byte>
-ASKEW_FN void restore_chunks(const Restoring& restoring, int64_t begin, int64_t end) {
-  using T = Arithmetic<Storage>;
-  const double* levels = restoring.levels.values;
-  const T per_unit = is_uniform(restoring.levels) ? static_cast<T>(levels[1] - levels[0]) : T(1);
-  Restorer<Storage, per_byte> restorer(restoring, per_unit);
-  Scales<T, NativePack<Storage>> scales(restoring, begin * sum_chunk, per_unit);
+// Calls each(first, size) for the blocks of chunks [begin, end).
+template <typename Each>
+ASKEW_FN void over_blocks(const Restoring& restoring, int64_t begin, int64_t end, const Each& each) {
   const int64_t last = end * sum_chunk < restoring.size ? end * sum_chunk : restoring.size;
   for (int64_t i = begin * sum_chunk; i < last; i += block_size)
-    restorer.block(i, last - i < block_size ? last - i : int64_t{block_size}, scales);
+    each(i, last - i < block_size ? last - i : int64_t{block_size});
+}
+
+// Many codes to a byte: what the digits of each of 256 bytes stand for is looked up at once.
+template <typename Storage, int per_byte>
+ASKEW_FN void restore_bytes(const Restoring& restoring, int64_t begin, int64_t end, Arithmetic<Storage> per_unit) {
+  using T = Arithmetic<Storage>;
+  using P = NativePack<Storage>;
+  alignas(64) T values[256 * per_byte];
+  alignas(64) T levels[block_size + lanes<P>()] = {};
+  for (int byte = 0; byte < 256; ++byte) {
+    for (int place = 0, rest = byte; place < per_byte; ++place, rest /= restoring.base) {
+      const int digit = rest % restoring.base, last = restoring.levels.count - 1;
+      values[byte * per_byte + place] = static_cast<T>(restoring.levels.values[digit < last ? digit : last]) / per_unit;
+    }
+  }
+  Restorer<Storage> restorer{restoring, {restoring, begin * sum_chunk, per_unit}};
+  over_blocks(restoring, begin, end, [&](int64_t first, int64_t size) {
+    const uint8_t* packed = restoring.packed + first / per_byte;
+    for (int64_t k = 0; k * per_byte < size; ++k)
+      std::memcpy(levels + k * per_byte, values + packed[k] * per_byte, per_byte * sizeof(T));
+    restorer.block(first, size, [&](int64_t i) { return load<P>(levels + i); });
+  });
+}
+
+// One or two codes to a byte: each is made an index, and asks the codebook.
+template <typename Storage, int per_byte>
+ASKEW_FN void restore_codes(const Restoring& restoring, int64_t begin, int64_t end, Arithmetic<Storage> per_unit) {
+  using P = NativePack<Storage>;
+  alignas(64) uint8_t codes[block_size + lanes<P>()] = {};
+  Restorer<Storage> restorer{restoring, {restoring, begin * sum_chunk, per_unit}};
+  const int top = restoring.levels.count - 1;
+  visit_codebook<Storage>(restoring.levels, [&](const auto& codebook) {
+    using Index = decltype(codebook.nearest(P{}));
+    over_blocks(restoring, begin, end, [&](int64_t first, int64_t size) {
+      const uint8_t* packed = restoring.packed + first / per_byte;
+      for (int64_t k = 0; k * per_byte < size; ++k) {
+        if constexpr (per_byte == 2) {
+          codes[2 * k] = packed[k] & 15;
+          codes[2 * k + 1] = packed[k] >> 4;
+        } else {
+          codes[k] = packed[k];
+        }
+      }
+      for (int64_t i = 0; i < size; ++i) codes[i] = codes[i] < top ? codes[i] : top;
+      restorer.block(first, size, [&](int64_t i) { return codebook.level(load_codes<Index>(codes + i)); });
+    });
+  });
 }
 
 template <typename Storage>
 ASKEW_FN void restore_digits(const Restoring& restoring, int64_t begin, int64_t end) {
+  using T = Arithmetic<Storage>;
+  const double* levels = restoring.levels.values;
+  const T per_unit = is_uniform(restoring.levels) ? static_cast<T>(levels[1] - levels[0]) : T(1);
   switch (restoring.per_byte) {
     case 8:
-      return restore_chunks<Storage, 8>(restoring, begin, end);
+      return restore_bytes<Storage, 8>(restoring, begin, end, per_unit);
     case 5:
-      return restore_chunks<Storage, 5>(restoring, begin, end);
+      return restore_bytes<Storage, 5>(restoring, begin, end, per_unit);
     case 4:
-      return restore_chunks<Storage, 4>(restoring, begin, end);
+      return restore_bytes<Storage, 4>(restoring, begin, end, per_unit);
     case 2:
-      return restore_chunks<Storage, 2>(restoring, begin, end);
+      return restore_codes<Storage, 2>(restoring, begin, end, per_unit);
     default:
-      return restore_chunks<Storage, 1>(restoring, begin, end);
+      return restore_codes<Storage, 1>(restoring, begin, end, per_unit);
   }
 }
 

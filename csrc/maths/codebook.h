@@ -105,8 +105,10 @@ ASKEW_FN UniformCodebook<P> uniform_codebook(Levels levels) {
 template <typename T, int capacity, typename Number>
 ASKEW_FN void fill_entry(TableCodebook<T, capacity>& book, const Number* levels, int count, int k) {
   const int last = count - 1;
-  const auto level = [&](int i) { return static_cast<T>(levels[i < last ? i : last]); };
-  const auto midpoint = [&](int i) { return i < last ? (level(i) + level(i + 1)) * T(0.5) : T(INFINITY); };
+  const auto level = [&](int i) __attribute__((always_inline)) { return static_cast<T>(levels[i < last ? i : last]); };
+  const auto midpoint = [&](int i) __attribute__((always_inline)) {
+    return i < last ? (level(i) + level(i + 1)) * T(0.5) : T(INFINITY);
+  };
   const int upper = k == 0 ? 1 : k < last ? k : last;
   const T gap = (level(upper) - level(upper - 1)) * T(0.5);
   int leftmost = 1;  // node on the level of the tree that node k is on

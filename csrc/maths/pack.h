@@ -365,6 +365,14 @@ template <typename P> ASKEW_FN void store_codes(uint8_t* to, P index) {
   const auto code = __builtin_convertvector(half, Pack<uint8_t, lanes<P>()>);
   std::memcpy(to, &code, sizeof code);
 }
+// .. and back, to a pack of numbers or of integers.
+template <typename P> ASKEW_FN P load_codes(const uint8_t* from) {
+  Pack<uint8_t, lanes<P>()> code;
+  std::memcpy(&code, from, sizeof code);
+  const auto half = __builtin_convertvector(code, Pack<int16_t, lanes<P>()>);
+  const auto word = __builtin_convertvector(half, Pack<int32_t, lanes<P>()>);
+  return __builtin_convertvector(word, P);
+}
 
 #endif  // !__CUDACC__
 
