@@ -155,7 +155,9 @@ ASKEW_FN double fit_row(const Rows& rows, int64_t row, const Codebook& codebook,
       if (chunks > 1) chunk.template load<Storage>(rows, row, k);
       sum_trials(chunk, trials, codebook, sums);
     }
-    for (int trial = 0; trial < trials.count; ++trial) search.take(sums[trial], search.gain(sums[trial]));
+    double gains[most_trials];  // all of them first: divisions side by side
+    for (int trial = 0; trial < trials.count; ++trial) gains[trial] = search.gain(sums[trial]);
+    for (int trial = 0; trial < trials.count; ++trial) search.take(sums[trial], gains[trial]);
   }
   return search.scale();
 }

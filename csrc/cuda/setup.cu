@@ -6,6 +6,8 @@
 namespace askew {
 namespace {
 
+static_assert(team_threads == block_threads, "start() launches so many");
+
 template <typename V, bool measures>
 __global__ void __launch_bounds__(team_threads) look_kernel(const __grid_constant__ LookArguments arguments) {
   __shared__ LookBlock<V> block;
