@@ -91,6 +91,15 @@ ASKEW_FN double broadcast(double value, double) { return value; }
 ASKEW_FN float constant(float value, float) { return value; }
 ASKEW_FN double constant(double value, double) { return value; }
 
+// A flag of a loop, kept as a byte. Otherwise compilers keep the numbers that it follows from and compare them anew at
+// each use.
+ASKEW_FN bool kept(bool flag) {
+#if !defined(__CUDA_ARCH__) && (defined(__x86_64__) || defined(__aarch64__))
+  asm("" : "+r"(flag));
+#endif
+  return flag;
+}
+
 // The type of one lane.
 template <typename P> struct LaneOf {
   using type = std::remove_reference_t<decltype(P{}[0])>;
