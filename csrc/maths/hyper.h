@@ -20,6 +20,7 @@ ASKEW_FN void set_lr(Now<P>& now, const Settings& s, double value) {
   now.moves = kept(lr != 0);
   now.minus_lr = constant(-lr, P{});
   now.rate = constant(rate, P{});
+  now.quarter_rate = constant(T(0.25) * rate, P{});
   now.max_step = constant(max_step, P{});
   now.snap = constant(static_cast<T>(::fmax(0x1p-16, s.snap_unit / ::fmin(share, 1.0))), P{});
 }
@@ -27,9 +28,7 @@ ASKEW_FN void set_lr(Now<P>& now, const Settings& s, double value) {
 template <typename P>
 ASKEW_FN void set_epsilon(Now<P>& now, double value) {
   using T = Lane<P>;
-  const T root = sqrt(static_cast<T>(value)), half_width = half_width_inside(root), capture_radius = 1 - half_width;
-  now.half_width = constant(half_width, P{});
-  now.half_width_outside = constant(half_width_outside(root), P{});
+  const T root = sqrt(static_cast<T>(value)), capture_radius = 1 - half_width(root);
   now.root = constant(root, P{});
   now.capture_radius = constant(capture_radius < 1 ? capture_radius : T(INFINITY), P{});
 }
