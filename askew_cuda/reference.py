@@ -12,12 +12,11 @@ w``, ``delta = |e| / r_h`` (0 on a level, 1 half-way), ``t`` the position with -
 displacement, in weight units, that the base rule asks for. ``epsilon`` in [0, 1] is the annealed number, 1 free, 0
 levels only.
 
-(E1)  constraint       h(t) = epsilon - (t^2 - 1)^2 >= 0, which is delta <= r inside the codebook and delta <= r_out
-                       outside of it; r = root / (1 + sqrt(1 - root)), r_out = root / (1 + sqrt(1 + root)), root =
-                       sqrt(epsilon)
-(E2)  pull, interval   P = a r_h/4 (delta - r) (2 - s (delta + r)) (1 + root / (delta (2 - s delta))) / |t|, towards q:
-                       the displacement at which h heals at the rate a; s = 1 inside, -1 outside (there r_out stands for
-                       r)
+(E1)  constraint       h(t) = epsilon - (t^2 - 1)^2 >= 0, which is v <= root; v = |t^2 - 1| = delta (2 - s delta) with
+                       s = 1 inside the codebook and -1 outside of it, root = sqrt(epsilon). That is delta <= r inside
+                       and delta <= r_out outside; r = root / (1 + sqrt(1 - root)), r_out = root / (1 + sqrt(1 + root))
+(E2)  pull, interval   P = a r_h/4 (v - root) (v + root) / (v |t|), towards q: the displacement at which h heals at the
+                       rate a
 (E3)  skew, interval   feasible, or t = 0: d. Else d where it heals at least as fast as P, else P, at most max_step r_h
 (E2') pull, capture    P = min(min(a, 1) |e|, max_step r_h); |e| itself from |e| <= snap r_h on, so that it ends exactly
                        on the level: snap = 2^-16, or more where the storage would round a smaller move away
@@ -100,8 +99,6 @@ class Now(NamedTuple):
 
     lr: Tensor
     grad_factor: Tensor  # 1 / grad_scale, negated to maximize
-    half_width: Tensor  # (E1): r
-    half_width_outside: Tensor  # (E1): r_out
     root: Tensor  # (E1)
     capture_radius: Tensor  # (E3'): D in units of r_h, infinity once it is 1
     rate: Tensor  # a of (E2), (E2')
@@ -335,20 +332,17 @@ def skew_interval(d: Tensor, w: Tensor, unit: Tensor, book: AnyCodebook, now: No
     """(E2), (E3): the displacement of a weight under the paper's interval annealing."""
     at = locate(w, unit, book)
     distance = at.e.abs()
-    outside = ((at.level == book.lowest) & (at.e > 0)) | ((at.level == book.highest) & (at.e < 0))
-    middle = unit * (at.level - flip(at.gap, at.e))
-    from_middle = torch.where(outside, distance + at.half, (w - middle).abs())
+    inwards = torch.where(w < unit * book.lowest, -distance, distance)  # outside of the codebook it is negative
+    inwards = torch.where(w > unit * book.highest, -distance, inwards)
+    from_middle = at.half - inwards
     per_half = unit.reciprocal() * book.inverse_gap(at.code, at.e)
-    delta, t = distance * per_half, from_middle * per_half
-    signed_delta = torch.where(outside, -delta, delta)
-    width = torch.where(outside, now.half_width_outside, now.half_width)
-    signed_width = torch.where(outside, -width, width)
-    well = delta * (2 - signed_delta)
-    pull = now.rate * at.half * 0.25 * (delta - width)
-    pull = pull * (2 - (signed_delta + signed_width)) * (well + now.root) / (well * t)
+    delta = inwards * per_half
+    well = delta.abs() * (2 - delta)
+    pull = 0.25 * now.rate * at.half * (well - now.root) * (well + now.root) / (well * (from_middle * per_half))
+    pull = torch.where(well > now.root, pull, -math.inf)
+    pull = torch.where(from_middle > 0, pull, -math.inf)
     cap = now.max_step * at.half
-    keep = (delta <= width) | (from_middle == 0) | ~(flip(d, at.e) < pull)
-    return torch.where(keep, d, flip(torch.where(pull < cap, pull, cap), at.e))
+    return torch.where(flip(d, at.e) < pull, flip(torch.where(pull < cap, pull, cap), at.e), d)
 
 
 def radial_sums(g: Tensor, w: Tensor, shape: Sequence[int]) -> list[Tensor]:
@@ -382,12 +376,10 @@ def derive(s: Settings, levels: Sequence[float], dtype: torch.dtype, device: tor
         rate, share = lr * rate, in_double(s.lr) * s.alpha
     if s.anneal == "capture":
         rate = torch.where(rate < 1, rate, 1)
-    half_width, half_width_outside, root = half_widths(scalar(s.epsilon))
+    half_width, _, root = half_widths(scalar(s.epsilon))
     return Now(
         lr=lr,
         grad_factor=(-1 if s.maximize else 1) * scalar(1.0 if s.grad_scale is None else s.grad_scale).reciprocal(),
-        half_width=half_width,
-        half_width_outside=half_width_outside,
         root=root,
         capture_radius=torch.where(1 - half_width < 1, 1 - half_width, math.inf),
         rate=rate,

@@ -103,7 +103,7 @@ def locate(w, grid, book, CAPACITY: tl.constexpr):
 @triton.jit
 def skew_capture(d, w, grid, book, h, CAPACITY: tl.constexpr):
     """(E2'), (E3'): the displacement of a weight under capture annealing."""
-    capture_radius, rate, max_step, snap = h[3], h[4], h[5], h[6]
+    capture_radius, rate, max_step, snap = h[1], h[2], h[3], h[4]
     at = locate(w, grid, book, CAPACITY)
     e, half = at[2], at[4]
     distance = tl.abs(e)
@@ -120,35 +120,31 @@ def skew_capture(d, w, grid, book, h, CAPACITY: tl.constexpr):
 @triton.jit
 def skew_interval(d, w, grid, book, h, CAPACITY: tl.constexpr):
     """(E2), (E3): the displacement of a weight under the paper's interval annealing."""
-    half_width, half_width_outside, root, rate, max_step = h[0], h[1], h[2], h[4], h[5]
+    root, rate, max_step = h[0], h[2], h[3]
     lowest, highest = book[1], book[2]
     unit, inverse = grid
-    index, level, e, gap, half = locate(w, grid, book, CAPACITY)
+    index, _, e, _, half = locate(w, grid, book, CAPACITY)
     distance = tl.abs(e)
-    outside = ((level == lowest) & (e > 0)) | ((level == highest) & (e < 0))
-    middle = unit * (level - flip(gap, e))
-    from_middle = tl.where(outside, distance + half, tl.abs(w - middle))
+    inwards = tl.where(w < unit * lowest, -distance, distance)  # outside of the codebook it is negative
+    inwards = tl.where(w > unit * highest, -distance, inwards)
+    from_middle = half - inwards
     per_half = inverse * beside(index, e, book, CAPACITY, 2.0, INVERSE_BELOW, INVERSE_ABOVE)
-    delta = distance * per_half
-    t = from_middle * per_half
-    signed_delta = tl.where(outside, -delta, delta)
-    width = tl.where(outside, half_width_outside, half_width)
-    signed_width = tl.where(outside, -width, width)
-    well = delta * (2 - signed_delta)
-    pull = rate * half * 0.25 * (delta - width) * (2 - (signed_delta + signed_width))
-    pull = tl.div_rn(pull * (well + root), well * t)
+    delta = inwards * per_half
+    well = tl.abs(delta) * (2 - delta)
+    pull = 0.25 * rate * half * (well - root) * (well + root)
+    pull = tl.div_rn(pull, well * (from_middle * per_half))
+    pull = tl.where(well > root, pull, float("-inf"))
+    pull = tl.where(from_middle > 0, pull, float("-inf"))
     cap = max_step * half
-    keep = (delta <= width) | (from_middle == 0) | ~(flip(d, e) < pull)
-    return tl.where(keep, d, flip(tl.where(pull < cap, pull, cap), e))
+    return tl.where(flip(d, e) < pull, flip(tl.where(pull < cap, pull, cap), e), d)
 
 
 @triton.jit
 def hyper(lr, epsilon, pull, CAPTURE: tl.constexpr, SKEW_GRADIENT: tl.constexpr, RATE_IS_ALPHA: tl.constexpr):
-    """h, from the arguments. (E1) is in it: r, r_out and sqrt(epsilon)."""
+    """h, from the arguments. (E1) is in it: sqrt(epsilon), and 1 - r."""
     rate, max_step, snap = loaded(pull[0], 0), loaded(pull[1], 0), loaded(pull[2], 0)
     root = tl.sqrt_rn(epsilon)
     half_width = tl.div_rn(root, 1 + tl.sqrt_rn(1 - root))
-    half_width_outside = tl.div_rn(root, 1 + tl.sqrt_rn(1 + root))
     capture_radius = tl.where(1 - half_width < 1, 1 - half_width, float("inf"))
     if SKEW_GRADIENT:
         max_step = tl.div_rn(max_step, lr)  # the gradient is skewed per unit of lr
@@ -156,7 +152,7 @@ def hyper(lr, epsilon, pull, CAPTURE: tl.constexpr, SKEW_GRADIENT: tl.constexpr,
         rate = lr * rate
     if CAPTURE:
         rate = tl.where(rate < 1, rate, 1.0)
-    return half_width, half_width_outside, root, capture_radius, rate, max_step, snap
+    return root, capture_radius, rate, max_step, snap
 
 
 @triton.jit

@@ -24,25 +24,31 @@ struct Access {
     }
     return load<P>(at<Storage>(span.weight, i));
   }
-  ASKEW_FN void store_weight(const Span& span, int64_t i, P x) const {
+  // Packs side by side, the first one of weight i on.
+  template <int count> ASKEW_FN void store_weights(const Span& span, int64_t i, const P (&x)[count]) const {
     if constexpr (sizeof(Storage) == 2) {
-      using Word = Pack<uint32_t, width>;
-      if (rounding == Rounding::remainder) {
-        const Split<Word> both = split<Word>(x, Storage{});
-        store_halves(at<Storage>(span.weight, i), both.half);
-        return store_halves(at<int16_t>(span.remainder, i), both.remainder);
-      }
-      if (rounding == Rounding::stochastic) {
-        const uint64_t first = static_cast<uint64_t>(span.first_element + i);
-        Word low{};
-        for (int lane = 0; lane < width; ++lane) low[lane] = static_cast<uint32_t>(first + lane);
-        const Word high =
-            Word{} + static_cast<uint32_t>(first >> 32) + (low < static_cast<uint32_t>(first) ? Word{} + 1 : Word{});
-        const Word random = random_bits(make_key(seed, span.stream), low, high);
-        return store_halves(at<Storage>(span.weight, i), stochastic<Storage>(x, random));
+      if (rounding != Rounding::nearest) {
+#pragma GCC unroll 4
+        for (int k = 0; k < count; ++k) store_weight(span, i + k * width, x[k]);
+        return;
       }
     }
-    store(at<Storage>(span.weight, i), x);
+    store_all(at<Storage>(span.weight, i), x);
+  }
+  ASKEW_FN void store_weight(const Span& span, int64_t i, P x) const {  // rounded otherwise than to nearest
+    using Word = Pack<uint32_t, width>;
+    if (rounding == Rounding::remainder) {
+      const Split<Word> both = split<Word>(x, Storage{});
+      store_halves(at<Storage>(span.weight, i), both.half);
+      return store_halves(at<int16_t>(span.remainder, i), both.remainder & 0xffff);
+    }
+    const uint64_t first = static_cast<uint64_t>(span.first_element + i);
+    Word low{};
+    for (int lane = 0; lane < width; ++lane) low[lane] = static_cast<uint32_t>(first + lane);
+    const Word high =
+        Word{} + static_cast<uint32_t>(first >> 32) + (low < static_cast<uint32_t>(first) ? Word{} + 1 : Word{});
+    const Word random = random_bits(make_key(seed, span.stream), low, high);
+    store_halves(at<Storage>(span.weight, i), stochastic<Storage>(x, random));
   }
 
   ASKEW_FN P load_grad(const Span& span, int64_t i) const {
@@ -59,11 +65,11 @@ struct Access {
     }
     return load<P>(at<Storage>(span.state[which], i));
   }
-  ASKEW_FN void store_state(const Span& span, int which, int64_t i, P x) const {
+  template <int count> ASKEW_FN void store_states(const Span& span, int which, int64_t i, const P (&x)[count]) const {
     if constexpr (sizeof(Storage) == 2) {
-      if (wide_state) return store(at<T>(span.state[which], i), x);
+      if (wide_state) return store_all(at<T>(span.state[which], i), x);
     }
-    store(at<Storage>(span.state[which], i), x);
+    store_all(at<Storage>(span.state[which], i), x);
   }
 };
 

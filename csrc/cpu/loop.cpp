@@ -12,11 +12,28 @@
 namespace askew {
 namespace {
 
-// Packs per turn. Weight, gradient and state of a whole turn are loaded before its first store: large buffers often
-// start at the same offset within a page, and a load that follows a store to such an address waits for it (4 KiB
-// aliasing).
+// Packs that are stepped together. Weight, gradient and state of all of them are loaded before the first store: large
+// buffers often start at the same offset within a page, and a load that follows a store to such an address waits for it
+// (4 KiB aliasing).
 constexpr int packs = 2;
+// Packs per turn. What is done to a weight one after the other is a long chain, and a processor has room for few chains
+// at once: so a turn has passes, each over all of its packs, with short ones.
+constexpr int turn_packs = 32;
 constexpr int64_t prefetch_bytes = 512;
+
+// A codebook in which the nearest level has been found before.
+template <typename Codebook, typename IndexType>
+struct Found {
+  static constexpr bool quantized = true, even = Codebook::even;
+  const Codebook& codebook;
+  IndexType index;
+
+  template <typename P> ASKEW_FN IndexType nearest(P) const { return index; }
+  ASKEW_FN auto level(IndexType k) const { return codebook.level(k); }
+  template <typename P> ASKEW_FN P gap(IndexType k, P e) const { return codebook.gap(k, e); }
+  template <typename P> ASKEW_FN P inverse_gap(IndexType k, P e) const { return codebook.inverse_gap(k, e); }
+};
+template <typename Codebook, typename IndexType> Found(const Codebook&, IndexType) -> Found<Codebook, IndexType>;
 
 template <typename Storage, typename RuleType, typename Annealing, typename Codebook>
 struct Loop {
@@ -49,8 +66,12 @@ struct Loop {
         }
         grid = make_grid(broadcast(of_scale<0>(span, i), P{}), broadcast(of_scale<1>(span, i), P{}), codebook, h);
       }
-      for (; i + packs * width <= run_end; i += packs * width) turn<packs>(span, i, grid);
-      for (; i + width <= run_end; i += width) one(span, i, grid);
+      while (i + width <= run_end) {
+        const int64_t left = (run_end - i) / width;
+        const int count = left < turn_packs ? static_cast<int>(left) : turn_packs;
+        turn(span, i, count, grid);
+        i += count * width;
+      }
       if (i < run_end) {  // the run ends inside a pack: fill it up with what follows
         const int count = end - i < width ? static_cast<int>(end - i) : width;
         if constexpr (Codebook::quantized) {
@@ -92,9 +113,35 @@ struct Loop {
   }
 
   // `count` packs from weight i on.
-  template <int count>
-  ASKEW_FN void turn(const Span& span, int64_t i, const Grid<P>& grid) const {
-    P w[count], g[count], state[count][states];
+  ASKEW_FN void turn(const Span& span, int64_t i, int count, const Grid<P>& grid) const {
+    if constexpr (!Codebook::quantized) {
+      in_groups(count,
+                [&](int k, auto group) { steps<group>(span, i + k * width, grid, [&](int) { return codebook; }); });
+    } else {
+      decltype(codebook.nearest(P{})) found[turn_packs];
+      for (int k = 0; k < count; ++k)
+        found[k] = codebook.nearest(position(access.load_weight(span, i + k * width), grid, h));
+      in_groups(count, [&](int k, auto group) {
+        steps<group>(span, i + k * width, grid, [&](int j) { return Found{codebook, found[k + j]}; });
+      });
+      if (span.codes || span.snapped)
+        in_groups(count, [&](int k, auto group) { store_outputs<group>(span, i + k * width, grid); });
+    }
+  }
+  // A pack by itself, rare: one function, not a copy in each of the three places.
+  __attribute__((noinline)) void one(const Span& span, int64_t i, const Grid<P>& grid) const { turn(span, i, 1, grid); }
+
+  // Calls visit(k, how many) for packs 0 .. count, together as far as they go.
+  template <typename Visitor> static ASKEW_FN void in_groups(int count, const Visitor& visit) {
+    int k = 0;
+    for (; k + packs <= count; k += packs) visit(k, std::integral_constant<int, packs>{});
+    for (; k < count; ++k) visit(k, std::integral_constant<int, 1>{});
+  }
+
+  // Packs side by side, from weight i on; book_of(k): the codebook for one of them.
+  template <int count, typename BookOf>
+  ASKEW_FN void steps(const Span& span, int64_t i, const Grid<P>& grid, const BookOf& book_of) const {
+    P w[count], g[count], state[states][count];
     if constexpr (count == packs) prefetch(span, i);
 #pragma GCC unroll 4
     for (int k = 0; k < count; ++k) {
@@ -103,43 +150,49 @@ struct Loop {
       g[k] = access.load_grad(span, j);
 #pragma GCC unroll 4
       for (int which = 0; which < states; ++which)
-        state[k][which] = span.state[which] ? access.load_state(span, which, j) : P{};
+        state[which][k] = span.state[which] ? access.load_state(span, which, j) : P{};
     }
-#pragma GCC unroll 4
-    for (int k = 0; k < count; ++k) w[k] = step<RuleType, Annealing>(w[k], g[k], state[k], grid, codebook, h);
 #pragma GCC unroll 4
     for (int k = 0; k < count; ++k) {
-      const int64_t j = i + k * width;
-      access.store_weight(span, j, w[k]);
+      P moving[states];
 #pragma GCC unroll 4
-      for (int which = 0; which < states; ++which)
-        if (span.state[which]) access.store_state(span, which, j, state[k][which]);
-    }
-    if constexpr (Codebook::quantized) {
-      if (span.codes || span.snapped) {
+      for (int which = 0; which < states; ++which) moving[which] = state[which][k];
+      w[k] = step<RuleType, Annealing>(w[k], g[k], moving, grid, book_of(k), h);
 #pragma GCC unroll 4
-        for (int k = 0; k < count; ++k) store_outputs(span, i + k * width, w[k], grid);
-      }
+      for (int which = 0; which < states; ++which) state[which][k] = moving[which];
     }
+    access.store_weights(span, i, w);
+#pragma GCC unroll 4
+    for (int which = 0; which < states; ++which)
+      if (span.state[which]) access.store_states(span, which, i, state[which]);
   }
 
-  // A pack by itself, rare: one function, not a copy in each of the three places.
-  __attribute__((noinline)) void one(const Span& span, int64_t i, const Grid<P>& grid) const { turn<1>(span, i, grid); }
-
   // (E6) of the weights as they were stored, from weight i on: 16-bit storage has rounded them.
-  ASKEW_FN void store_outputs(const Span& span, int64_t i, P w, const Grid<P>& grid) const {
-    if constexpr (sizeof(Storage) == 2) w = load<P>(at<Storage>(span.weight, i));
-    const auto index = codebook.nearest(w * grid.inverse);
+  template <int count> ASKEW_FN void store_outputs(const Span& span, int64_t i, const Grid<P>& grid) const {
+    P w[count];
+    decltype(codebook.nearest(w[0])) index[count];
+#pragma GCC unroll 4
+    for (int k = 0; k < count; ++k) {
+      w[k] = load<P>(at<Storage>(span.weight, i + k * width));
+      index[k] = codebook.nearest(w[k] * grid.inverse);
+    }
     if (span.codes) store_codes(span.codes + i, index);
     if (!span.snapped) return;
-    const P level = grid.unit * codebook.level(index);
-    const P snapped = w == w ? level : w;  // NaN has none
-    if (snapped_dtype == Dtype::float64)
-      return store(at<double>(span.snapped, i), __builtin_convertvector(snapped, Pack<double, width>));
-    const auto single = __builtin_convertvector(snapped, Pack<float, width>);
-    if (snapped_dtype == Dtype::float32) return store(at<float>(span.snapped, i), single);
-    if (snapped_dtype == Dtype::bfloat16) return store(at<BFloat16>(span.snapped, i), single);
-    store(at<Float16>(span.snapped, i), single);
+#pragma GCC unroll 4
+    for (int k = 0; k < count; ++k) {
+      const P level = grid.unit * codebook.level(index[k]);
+      w[k] = w[k] == w[k] ? level : w[k];  // NaN has none
+    }
+    if (snapped_dtype == Dtype::float64) return store_as<double>(span.snapped, i, w);
+    if (snapped_dtype == Dtype::float32) return store_as<float>(span.snapped, i, w);
+    if (snapped_dtype == Dtype::bfloat16) return store_as<BFloat16>(span.snapped, i, w);
+    store_as<Float16>(span.snapped, i, w);
+  }
+  template <typename To, int count> static ASKEW_FN void store_as(void* to, int64_t i, const P (&x)[count]) {
+    Pack<Arithmetic<To>, width> converted[count];
+#pragma GCC unroll 4
+    for (int k = 0; k < count; ++k) converted[k] = __builtin_convertvector(x[k], Pack<Arithmetic<To>, width>);
+    store_all(at<To>(to, i), converted);
   }
 
   // The last `count` < width weights of the range: a turn on copies, so that nothing beyond them is touched.

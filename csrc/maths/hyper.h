@@ -17,9 +17,10 @@ ASKEW_FN void set_lr(Now<P>& now, const Settings& s, double value) {
     rate = lr * rate;
   if (!s.interval && !(rate < 1)) rate = 1;
   const double share = s.rate_is_alpha ? value * s.rate : s.rate;
-  now.moves = lr != 0;
+  now.moves = kept(lr != 0);
   now.minus_lr = constant(-lr, P{});
   now.rate = constant(rate, P{});
+  now.quarter_rate = constant(T(0.25) * rate, P{});
   now.max_step = constant(max_step, P{});
   now.snap = constant(static_cast<T>(::fmax(0x1p-16, s.snap_unit / ::fmin(share, 1.0))), P{});
 }
@@ -27,9 +28,7 @@ ASKEW_FN void set_lr(Now<P>& now, const Settings& s, double value) {
 template <typename P>
 ASKEW_FN void set_epsilon(Now<P>& now, double value) {
   using T = Lane<P>;
-  const T root = sqrt(static_cast<T>(value)), half_width = half_width_inside(root), capture_radius = 1 - half_width;
-  now.half_width = constant(half_width, P{});
-  now.half_width_outside = constant(half_width_outside(root), P{});
+  const T root = sqrt(static_cast<T>(value)), capture_radius = 1 - half_width(root);
   now.root = constant(root, P{});
   now.capture_radius = constant(capture_radius < 1 ? capture_radius : T(INFINITY), P{});
 }
@@ -39,7 +38,7 @@ ASKEW_FN void set_grad_scale(Now<P>& now, const Settings& s, double value) {
   using T = Lane<P>;
   const T factor = (s.maximize ? T(-1) : T(1)) / static_cast<T>(value);
   now.grad_factor = constant(factor, P{});
-  now.unscales = factor != 1;
+  now.unscales = kept(factor != 1);
 }
 
 template <typename P>
@@ -61,17 +60,17 @@ ASKEW_FN Hyper<P> hyper(const Settings& s) {
 #define ASKEW_ROUND(whose, name) h.name = all(static_cast<T>(s.name))
   ASKEW_NUMBERS(ASKEW_ROUND);
 #undef ASKEW_ROUND
-#define ASKEW_COPY(whose, name) h.name = s.name
+#define ASKEW_COPY(whose, name) h.name = kept(s.name)
   ASKEW_FLAGS(ASKEW_COPY);
 #undef ASKEW_COPY
   h.one_minus_dampening = all(static_cast<T>(1 - s.dampening));
   h.one_minus_beta1 = all(static_cast<T>(1 - s.beta1));
   h.one_minus_beta2 = all(static_cast<T>(1 - s.beta2));
-  h.decays = s.weight_decay != 0;
-  h.has_momentum = s.momentum != 0;
-  h.dampens = s.dampening != 0;
-  h.skew_gradient = s.skew_gradient;
-  h.learns = s.learns;
+  h.decays = kept(s.weight_decay != 0);
+  h.has_momentum = kept(s.momentum != 0);
+  h.dampens = kept(s.dampening != 0);
+  h.skew_gradient = kept(s.skew_gradient);
+  h.learns = kept(s.learns);
   return h;
 }
 

@@ -79,8 +79,12 @@ ASKEW_FN float no_more(float x, float most) {
 #endif
 #endif
 
-// table[index], index below `capacity`; the table may be larger. With a pack of integers, for each lane.
+// table[index], index below `capacity`, a power of two; the table may be larger. With a pack of integers, for each
+// lane.
 template <int capacity, typename T> ASKEW_FN T lookup(const T* table, int32_t index) { return table[index]; }
+
+// x, and one more where a comparison holds.
+ASKEW_FN int32_t one_more(int32_t x, bool holds) { return holds ? x + 1 : x; }
 
 // `value` in every lane of something like the second argument.
 ASKEW_FN float broadcast(float value, float) { return value; }
@@ -90,6 +94,15 @@ ASKEW_FN double broadcast(double value, double) { return value; }
 // each use.
 ASKEW_FN float constant(float value, float) { return value; }
 ASKEW_FN double constant(double value, double) { return value; }
+
+// A flag of a loop, kept as a byte. Otherwise compilers keep the numbers that it follows from and compare them anew at
+// each use.
+ASKEW_FN bool kept(bool flag) {
+#if !defined(__CUDA_ARCH__) && (defined(__x86_64__) || defined(__aarch64__))
+  asm("" : "+r"(flag));
+#endif
+  return flag;
+}
 
 // The type of one lane.
 template <typename P> struct LaneOf {
@@ -177,27 +190,73 @@ template <typename P> ASKEW_FN P ceil_index(P x) {
   }
 }
 
-// A table of one or two registers is shuffled by the lower bits of the index. Of a larger one both halves are looked up
-// and the next bit chooses, as long as that costs less than reading it lane by lane. Whole registers are read, so a
-// table has 16 entries at least.
+// The smaller one of two integers, in each lane.
+template <typename Integers> ASKEW_FN Integers smaller(Integers x, Integers y) {
+#if defined(__x86_64__)
+  if constexpr (sizeof(x) == 64 && sizeof(x[0]) == 4)
+    return (Integers)_mm512_maskz_min_epi32(0xffff, (__m512i)x, (__m512i)y);
+  if constexpr (sizeof(x) == 32 && sizeof(x[0]) == 4) return (Integers)_mm256_min_epi32((__m256i)x, (__m256i)y);
+#endif
+  return x < y ? x : y;
+}
+// AVX-512 has masks for it; else what holds is -1.
+template <typename Integers> ASKEW_FN Integers one_more(Integers x, MaskOf<Integers> holds) {
+  if constexpr (sizeof(x) == 64) return holds ? x + 1 : x;
+  return x - holds;
+}
+
+// Whether a register of a table can be shuffled by a pack of indices, of which then the lower bits count.
+template <typename P> constexpr bool shuffles() {
+#if defined(__x86_64__)
+  return sizeof(P) == 64 || (sizeof(P) == 32 && sizeof(P{}[0]) == 4);
+#else
+  return false;
+#endif
+}
+#if defined(__x86_64__)
+// table[index] for a table of `count` registers.
+template <int count, typename P, typename Integers> ASKEW_FN P shuffled(const Lane<P>* table, Integers index) {
+  constexpr int width = lanes<P>();
+  P first, second;
+  std::memcpy(&first, table, sizeof first);
+  if constexpr (count == 2) std::memcpy(&second, table + width, sizeof second);
+  if constexpr (sizeof(P) == 32) {
+    const __m256 low = _mm256_permutevar8x32_ps((__m256)first, (__m256i)index);
+    if constexpr (count == 1) return (P)low;
+    const __m256 high = _mm256_permutevar8x32_ps((__m256)second, (__m256i)index);
+    return (P)_mm256_blendv_ps(low, high, (__m256)(index << 28));
+  } else if constexpr (sizeof(first[0]) == 4) {
+    if constexpr (count == 1) return (P)_mm512_maskz_permutexvar_ps(0xffff, (__m512i)index, (__m512)first);
+    return (P)_mm512_permutex2var_ps((__m512)first, (__m512i)index, (__m512)second);
+  } else {
+    if constexpr (count == 1) return (P)_mm512_maskz_permutexvar_pd(0xff, (__m512i)index, (__m512d)first);
+    return (P)_mm512_permutex2var_pd((__m512d)first, (__m512i)index, (__m512d)second);
+  }
+}
+// `high` where a bit of the index is set, else `low`.
+template <int bit, typename P, typename Integers> ASKEW_FN P by_bit(Integers index, P low, P high) {
+  if constexpr (sizeof(P) == 32)
+    return (P)_mm256_blendv_ps((__m256)low, (__m256)high, (__m256)(index << (31 - __builtin_ctz(bit))));
+  else
+    return (index & bit) != 0 ? high : low;
+}
+#endif
+
+// A table of one or two registers is shuffled. Of a larger one both halves are looked up and the next bit chooses, as
+// long as that costs less than reading it lane by lane. Whole registers are read.
 template <int capacity, typename T, typename Integers> ASKEW_FN Pack<T, lanes<Integers>()> lookup(const T* table,
                                                                                                   Integers index) {
   using P = Pack<T, lanes<Integers>()>;
-#if !defined(__clang__)
   constexpr int width = lanes<P>();
-  if constexpr (width >= 8 && capacity <= 2 * width) {
-    P first, second;
-    std::memcpy(&first, table, sizeof first);
-    if constexpr (capacity <= width) return __builtin_shuffle(first, index);
-    std::memcpy(&second, table + width, sizeof second);
-    return __builtin_shuffle(first, second, index);
-  } else if constexpr (width >= 8 && (capacity <= 4 * width || width >= 16)) {
-    const P low = lookup<capacity / 2>(table, index), high = lookup<capacity / 2>(table + capacity / 2, index);
-    return (index & (capacity / 2)) != 0 ? high : low;
-  }
+#if defined(__x86_64__)
+  if constexpr (shuffles<P>() && capacity <= 2 * width)
+    return shuffled<(capacity > width) + 1, P>(table, index);
+  else if constexpr (shuffles<P>() && (capacity <= 64 || width == 16))
+    return by_bit<capacity / 2>(index, lookup<capacity / 2>(table, index),
+                                lookup<capacity / 2>(table + capacity / 2, index));
 #endif
   P found{};
-  for (int lane = 0; lane < lanes<P>(); ++lane) found[lane] = table[index[lane]];
+  for (int lane = 0; lane < width; ++lane) found[lane] = table[index[lane]];
   return found;
 }
 
@@ -217,12 +276,13 @@ template <typename P, typename Word> ASKEW_FN P of_bits(Word word) {
 }
 
 template <typename P, typename Word> ASKEW_FN P widen_bfloat16(Word half) { return of_bits<P>(half << 16); }
-// Round to nearest even; every NaN becomes the quiet one that torch writes.
-template <typename Word, typename P> ASKEW_FN Word narrow_bfloat16(P x) {
+// Round to nearest even; every NaN becomes the quiet one that torch writes. What comes out of it are the upper halves.
+template <typename Word, typename P> ASKEW_FN Word rounded_bfloat16(P x) {
   const Word bits = bits_of<Word>(x);
-  const Word rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  return x == x ? rounded : Word{} + 0x7fc0;
+  const Word rounded = bits + 0x7fff + ((bits >> 16) & 1);
+  return x == x ? rounded : Word{} + 0x7fc00000;
 }
+template <typename Word, typename P> ASKEW_FN Word narrow_bfloat16(P x) { return rounded_bfloat16<Word>(x) >> 16; }
 
 #if !defined(__CUDACC__)
 
@@ -335,13 +395,29 @@ template <typename Word> ASKEW_FN Pack<float, lanes<Word>()> of_word(Word word) 
   return __builtin_convertvector((Pack<int32_t, lanes<Word>()>)word, Pack<float, lanes<Word>()>);
 }
 
+// 16 bits to the lower halves of words and back. With the instructions that x86 has for it: compilers take three to
+// five.
 template <typename P> ASKEW_FN Pack<uint32_t, lanes<P>()> load_halves(const void* from) {
+  using Word = Pack<uint32_t, lanes<P>()>;
   Pack<uint16_t, lanes<P>()> half;
   std::memcpy(&half, from, sizeof half);
-  return __builtin_convertvector(half, Pack<uint32_t, lanes<P>()>);
+#if defined(__x86_64__)
+  if constexpr (sizeof(Word) == 64) return (Word)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)half);
+  if constexpr (sizeof(Word) == 32) return (Word)_mm256_cvtepu16_epi32((__m128i)half);
+#endif
+  return __builtin_convertvector(half, Word);
 }
-template <typename Word> ASKEW_FN void store_halves(void* to, Word word) {
-  const auto half = __builtin_convertvector(word, Pack<uint16_t, lanes<Word>()>);
+template <typename Word> ASKEW_FN void store_halves(void* to, Word word) {  // words below 2^16
+  using Half = Pack<uint16_t, lanes<Word>()>;
+  Half half;
+#if defined(__x86_64__)
+  if constexpr (sizeof(Word) == 64)
+    half = (Half)_mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)word);
+  else if constexpr (sizeof(Word) == 32)
+    half = (Half)_mm_packus_epi32(_mm256_castsi256_si128((__m256i)word), _mm256_extracti128_si256((__m256i)word, 1));
+  else
+#endif
+    half = __builtin_convertvector(word, Half);
   std::memcpy(to, &half, sizeof half);
 }
 template <typename P> ASKEW_FN P load(const BFloat16* from) { return widen_bfloat16<P>(load_halves<P>(from)); }
@@ -358,12 +434,45 @@ template <typename P> ASKEW_FN void store(Float16* to, P x) {
   store_halves(to, narrow_float16<Pack<uint32_t, lanes<P>()>>(x));
 }
 
+// Packs side by side to storage.
+template <typename Storage, typename P, int count> ASKEW_FN void store_all(Storage* to, const P (&x)[count]) {
+#if defined(__x86_64__) && !defined(__clang__)
+  // What is stored of two packs fills a register.
+  if constexpr (std::is_same_v<Storage, BFloat16> && count == 2 && sizeof(P) == 64) {
+    using Half = Pack<uint16_t, 32>;
+    using Word = Pack<uint32_t, 16>;
+    Half upper;
+    for (int k = 0; k < 32; ++k) upper[k] = static_cast<uint16_t>(2 * k + 1);
+    const Half half = __builtin_shuffle((Half)rounded_bfloat16<Word>(x[0]), (Half)rounded_bfloat16<Word>(x[1]), upper);
+    std::memcpy(to, &half, sizeof half);
+    return;
+  }
+#endif
+#pragma GCC unroll 4
+  for (int k = 0; k < count; ++k) store(to + k * lanes<P>(), x[k]);
+}
+
 // Level indices (0 .. 255, integers or not) as bytes; by way of 16 bits, since the direct way goes lane by lane.
 template <typename P> ASKEW_FN void store_codes(uint8_t* to, P index) {
+  using Codes = Pack<uint8_t, lanes<P>()>;
   const auto word = __builtin_convertvector(index, Pack<int32_t, lanes<P>()>);
-  const auto half = __builtin_convertvector(word, Pack<int16_t, lanes<P>()>);
-  const auto code = __builtin_convertvector(half, Pack<uint8_t, lanes<P>()>);
-  std::memcpy(to, &code, sizeof code);
+  Codes codes;
+#if defined(__x86_64__)
+  if constexpr (sizeof(word) == 64) {
+    codes = (Codes)_mm512_maskz_cvtepi32_epi8(0xffff, (__m512i)word);
+  } else if constexpr (sizeof(word) == 32) {
+    const __m128i low = _mm256_castsi256_si128((__m256i)word), high = _mm256_extracti128_si256((__m256i)word, 1);
+    const __m128i both = _mm_packs_epi32(low, high);
+    const __m128i bytes = _mm_packus_epi16(both, both);
+    std::memcpy(&codes, &bytes, sizeof codes);
+  } else
+#endif
+    codes = __builtin_convertvector(__builtin_convertvector(word, Pack<int16_t, lanes<P>()>), Codes);
+  std::memcpy(to, &codes, sizeof codes);
+}
+template <typename P, int count> ASKEW_FN void store_codes(uint8_t* to, const P (&index)[count]) {
+#pragma GCC unroll 4
+  for (int k = 0; k < count; ++k) store_codes(to + k * lanes<P>(), index[k]);
 }
 // .. and back, to a pack of numbers or of integers.
 template <typename P> ASKEW_FN P load_codes(const uint8_t* from) {

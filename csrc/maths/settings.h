@@ -47,14 +47,14 @@ struct Settings {
 template <typename P>
 struct Now {
   P minus_lr;
-  P grad_factor;                           // 1 / AMP's grad_scale, negated to maximize; mostly 1
-  P half_width, half_width_outside, root;  // (E1): r, r_out, sqrt(epsilon)
-  P capture_radius;                        // D = 1 - r in units of half the level distance; infinity once D = 1
-  P rate;                                  // a of (E2), (E2')
-  P max_step;                              // cap on the pull, in units of half the level distance
-  P snap;                                  // from this distance on the pull goes all the way, in the same units
-  P bias1, bias2;                          // bias corrections of Adam, 1 / (1 - beta1^t) and 1 / sqrt(1 - beta2^t)
-  bool moves, unscales;                    // lr is not 0, grad_factor is not 1
+  P grad_factor;         // 1 / AMP's grad_scale, negated to maximize; mostly 1
+  P root;                // (E1): sqrt(epsilon)
+  P capture_radius;      // D = 1 - r in units of half the level distance; infinity once D = 1
+  P rate, quarter_rate;  // a of (E2), (E2')
+  P max_step;            // cap on the pull, in units of half the level distance
+  P snap;                // from this distance on the pull goes all the way, in the same units
+  P bias1, bias2;        // bias corrections of Adam, 1 / (1 - beta1^t) and 1 / sqrt(1 - beta2^t)
+  bool moves, unscales;  // lr is not 0, grad_factor is not 1
 };
 
 // The scalars of a step, each rounded once to the arithmetic type.

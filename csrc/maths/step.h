@@ -15,18 +15,33 @@
 
 namespace askew {
 
-// (E1) Half-widths of the feasible interval around a level, inside the codebook and outside of it; root =
-// sqrt(epsilon).
-template <typename T> ASKEW_FN T half_width_inside(T root) { return root / (1 + sqrt(1 - root)); }
-template <typename T> ASKEW_FN T half_width_outside(T root) { return root / (1 + sqrt(1 + root)); }
+// (E1) Half-width of the feasible interval around a level, inside the codebook; root = sqrt(epsilon).
+template <typename T> ASKEW_FN T half_width(T root) { return root / (1 + sqrt(1 - root)); }
+
+// What follows from half the distance between the two levels around a weight.
+template <typename P>
+struct Reach {
+  P half;    // in weight units: r_h
+  P cap;     // the largest pull
+  P snap;    // (E2'): from this distance on the pull goes all the way
+  P radius;  // (E3'): of capture
+  P pull;    // (E2): a r_h / 4
+
+  static ASKEW_FN Reach of(P half, const Hyper<P>& h) {
+    const Now<P>& now = h.now;
+    return {half, now.max_step * half, now.snap * half, now.capture_radius * half, now.quarter_rate * half};
+  }
+};
 
 // What all weights under one scale share.
 template <typename P>
 struct Grid {
-  P unit;       // weight units per unit of the codebook
-  P inverse;    // 1 / unit
-  P low, high;  // the box: outermost levels, or infinities where nothing is clipped
-  P growth;     // (E7): f, where h.learns
+  P unit;          // weight units per unit of the codebook
+  P inverse;       // 1 / unit
+  P first, last;   // the outermost levels
+  P low, high;     // the box: outermost levels, or infinities where nothing is clipped
+  P growth;        // (E7): f, where h.learns
+  Reach<P> reach;  // of levels at one distance
 };
 
 template <typename P, typename Codebook>
@@ -35,10 +50,11 @@ ASKEW_FN Grid<P> make_grid(P scale, P growth, const Codebook& codebook, const Hy
   if (h.learns) scale = scale * growth;
   const P infinity = broadcast(T(INFINITY), scale);
   const P unit = scale * codebook.unit;
-  Grid<P> grid{unit, T(1) / unit, -infinity, infinity, growth};
+  Grid<P> grid{unit,     T(1) / unit, unit * codebook.lowest(),      unit * codebook.highest(), -infinity,
+               infinity, growth,      Reach<P>::of(unit * T(0.5), h)};
   if (h.clip) {  // a scale of zero has no levels: its weights are free
-    grid.low = scale > T(0) ? unit * codebook.lowest() : -infinity;
-    grid.high = scale > T(0) ? unit * codebook.highest() : infinity;
+    grid.low = scale > T(0) ? grid.first : -infinity;
+    grid.high = scale > T(0) ? grid.last : infinity;
   }
   return grid;
 }
@@ -47,20 +63,25 @@ ASKEW_FN Grid<P> make_grid(P scale, P growth, const Codebook& codebook, const Hy
 template <typename P, typename IndexType>
 struct Place {
   IndexType index;  // of the nearest level
-  P level;          // its value, units of the codebook
   P e;              // signed distance to it, q - w; weight units
-  P gap;            // half the distance between the two levels around the weight, units of the codebook
-  P half;           // the same in weight units: r_h
+  Reach<P> reach;
 };
 
+// Where a weight is looked for among the levels: in units of the codebook.
+template <typename P>
+ASKEW_FN P position(P w, const Grid<P>& grid, const Hyper<P>& h) {
+  return (h.learns ? w * grid.growth : w) * grid.inverse;
+}
+
 template <typename P, typename Codebook>
-ASKEW_FN auto locate(P w, const Grid<P>& grid, const Codebook& codebook) {
+ASKEW_FN auto locate(P w, const Grid<P>& grid, const Codebook& codebook, const Hyper<P>& h) {
   Place<P, decltype(codebook.nearest(w))> at;
   at.index = codebook.nearest(w * grid.inverse);
-  at.level = codebook.level(at.index);
-  at.e = grid.unit * at.level - w;
-  at.gap = codebook.gap(at.index, at.e);
-  at.half = grid.unit * at.gap;
+  at.e = grid.unit * codebook.level(at.index) - w;
+  if constexpr (Codebook::even && !std::is_arithmetic_v<P>)  // a thread of a GPU has time, but no registers for it
+    at.reach = grid.reach;
+  else
+    at.reach = Reach<P>::of(grid.unit * codebook.gap(at.index, at.e), h);
   return at;
 }
 
@@ -73,13 +94,12 @@ struct Capture {
   template <typename P, typename At, typename Codebook>
   static ASKEW_FN P skew(P d, P, const At& at, const Grid<P>&, const Codebook&, const Hyper<P>& h) {
     const P distance = abs(at.e);
-    const P cap = h.now.max_step * at.half;
-    P pull = at_most(h.now.rate * distance, cap);
-    pull = distance <= h.now.snap * at.half ? distance : pull;  // the last bit of the way: exactly onto the level
+    P pull = at_most(h.now.rate * distance, at.reach.cap);
+    pull = distance <= at.reach.snap ? distance : pull;  // the last bit of the way: exactly onto the level
     const P toward = flip(d, at.e);
     const P wanted = no_more(toward, distance);
     const P move = pull > wanted ? pull : wanted;
-    return distance < h.now.capture_radius * at.half ? flip(move, at.e) : d;
+    return distance < at.reach.radius ? flip(move, at.e) : d;
   }
 };
 
@@ -92,24 +112,17 @@ struct Interval {
   template <typename P, typename At, typename Codebook>
   static ASKEW_FN P skew(P d, P w, const At& at, const Grid<P>& grid, const Codebook& codebook, const Hyper<P>& h) {
     using T = Lane<P>;
-    const P distance = abs(at.e);
-    const auto outside =
-        ((at.level == codebook.lowest()) & (at.e > T(0))) | ((at.level == codebook.highest()) & (at.e < T(0)));
-    const P middle = grid.unit * (at.level - flip(at.gap, at.e));
-    const P from_middle = outside ? distance + at.half : abs(w - middle);
+    const P distance = abs(at.e), nothing = broadcast(T(-INFINITY), d);
+    P inwards = w < grid.first ? -distance : distance;  // outside of the codebook it is negative
+    inwards = w > grid.last ? -distance : inwards;
+    const P from_middle = at.reach.half - inwards;
     const P per_half = grid.inverse * codebook.inverse_gap(at.index, at.e);
-    const P delta = distance * per_half;
-    const P t = from_middle * per_half;               // |t|
-    const P signed_delta = outside ? -delta : delta;  // sigma delta
-    const P width = outside ? h.now.half_width_outside : h.now.half_width;
-    const P signed_width = outside ? -width : width;
-    const P well = delta * (T(2) - signed_delta);
-    const P pull = h.now.rate * at.half * T(0.25) * (delta - width) * (T(2) - (signed_delta + signed_width)) *
-                   (well + h.now.root) / (well * t);  // (E2)
-    const P cap = h.now.max_step * at.half;
-    const P toward = flip(d, at.e);
-    const auto keep = (delta <= width) | (from_middle == T(0)) | !(toward < pull);  // (E3); the last also keeps a NaN
-    return keep ? d : flip(pull < cap ? pull : cap, at.e);
+    const P delta = inwards * per_half;
+    const P well = abs(delta) * (T(2) - delta);  // |t^2 - 1|
+    P pull = at.reach.pull * (well - h.now.root) * (well + h.now.root) / (well * (from_middle * per_half));  // (E2)
+    pull = well > h.now.root ? pull : nothing;
+    pull = from_middle > T(0) ? pull : nothing;
+    return flip(d, at.e) < pull ? flip(pull < at.reach.cap ? pull : at.reach.cap, at.e) : d;  // (E3); NaN is kept
   }
 };
 
@@ -153,7 +166,7 @@ ASKEW_FN P step(P w, P g, P (&state)[Rule::states], const Grid<P>& grid, const C
     if (h.learns) w = w * grid.growth;
   }
   if constexpr (Codebook::quantized && Annealing::on_gradient) {
-    if (h.skew_gradient && h.now.moves) g = -Annealing::skew(-g, w, locate(w, grid, codebook), grid, codebook, h);
+    if (h.skew_gradient && h.now.moves) g = -Annealing::skew(-g, w, locate(w, grid, codebook, h), grid, codebook, h);
   }
   P d = Rule::displacement(g, w, state, h);
   if (!h.now.moves) return w;
@@ -161,7 +174,7 @@ ASKEW_FN P step(P w, P g, P (&state)[Rule::states], const Grid<P>& grid, const C
     return w + d;
   else {
     if (!(Annealing::on_gradient && h.skew_gradient))
-      d = Annealing::skew(d, w, locate(w, grid, codebook), grid, codebook, h);
+      d = Annealing::skew(d, w, locate(w, grid, codebook, h), grid, codebook, h);
     P moved = w + d;  // (E5)
     moved = moved < grid.low ? grid.low : moved;
     return moved > grid.high ? grid.high : moved;

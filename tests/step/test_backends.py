@@ -83,7 +83,8 @@ def test_the_table_reaches_every_branch(monkeypatch):
                 }
                 seen |= {"captured, against d": captured & (out * d < 0)}
             else:
-                feasible = distance <= torch.where(outside, h.half_width_outside, h.half_width) * at.half
+                half_width = h.root / (1 + torch.where(outside, 1 + h.root, 1 - h.root).sqrt())
+                feasible = distance <= half_width * at.half
                 kept, side = out == d, {"inside": ~outside, "outside": outside}
                 for name, here in side.items():
                     seen |= {
