@@ -192,7 +192,7 @@ EVERY_TASK = (
         length=1,
         batch=64,
         bases=EITHER[:-1] + DECAYED[:2],
-        ours=Base("sgd", 0.5, 2 / 938),  # docs/recipes.md
+        ours=Base("sgd", 0.2, 2 / 938),  # docs/recipes.md
         binary_decay=False,
         factors=UNNORMALISED_FACTORS,
         **FEW_SEEDS,
