@@ -264,8 +264,9 @@ def param_groups(
         names: False leaves the names of the parameters out, for wrappers that don't take any, such as
             ZeroRedundancyOptimizer; groups are then split where layers differ in their fan-in or their init.
         verbose: print the table.
-        keywords: go into every quantized group, such as anneal="interval". ``normalized`` overrides whether the network
-            has normalisation layers.
+        keywords: go into every quantized group, such as anneal="interval". ``normalized`` overrides what is found: that
+            the network has normalisation layers, and is not pretrained, or the weight is not that of a last layer
+            which no normalisation layer follows.
 
     Returns:
         Groups with named parameters, quantized ones first. Beside the quantizer they say what is known of their layers:
@@ -360,6 +361,24 @@ def _times(factor: float, number: Any) -> Any:
     return factor * number if is_number else number
 
 
+def _free_ends(model: nn.Module, found: Survey) -> set[Tensor]:
+    """The weight of the last layer, where no normalisation layer follows it: what the network says depends on its
+    scale. Empty where one does.
+    """
+    modules = list(model.modules())
+    last_norm = max(i for i, module in enumerate(modules) if is_norm(module))
+    places: dict[Tensor, list[int]] = {}
+    for i, module in enumerate(modules):
+        for weight in module._parameters.values():
+            if weight is not None:
+                places.setdefault(weight, []).append(i)
+    return {
+        weight
+        for weight, occurrences in found.places.items()
+        if any(each.order == found.layers - 1 for each in occurrences) and min(places.get(weight, [0])) > last_norm
+    }
+
+
 def _quantized_groups(
     model: nn.Module,
     named: dict[str, Tensor],
@@ -369,21 +388,23 @@ def _quantized_groups(
     keywords: dict[str, Any],
     lr_inputs: float,
 ) -> list[dict[str, Any]]:
-    """A group for each quantizer, output dimension and learning rate, and for what is not decayed."""
-    settings = {
-        "normalized": any(map(is_norm, model.modules())),
-        "trained_norms": not keywords["pretrained"] and _has_trained_norms(model),
-        **keywords,
-    }
+    """A group for each quantizer, output dimension and learning rate, for what is not decayed, and for the end of a
+    network with normalisation layers.
+    """
+    normalized = any(map(is_norm, model.modules()))
+    free_ends = _free_ends(model, found) if normalized and not keywords["pretrained"] else set()
+    settings = {"trained_norms": not keywords["pretrained"] and _has_trained_norms(model), **keywords}
     groups: dict[object, dict[str, Any]] = {}
     for name, quantizer in choice.chosen.items():
         weight, free = named[name], name in undecayed
         layout = _check(name, weight, quantizer, found, keywords["pretrained"])
         channel_dim = 0 if layout is None else layout.channel_dim
         share = 1.0 if layout is None else min(1.0, lr_inputs / layout.fan_in)
+        between_norms = bool(keywords.get("normalized", normalized and weight not in free_ends))
         group = groups.setdefault(
-            (quantizer, quantizer.blocks, channel_dim, free, share),
+            (quantizer, quantizer.blocks, channel_dim, free, share, between_norms),
             {
+                "normalized": between_norms,
                 "params": [],
                 "quantizer": quantizer.plain(),
                 "channel_dim": channel_dim,

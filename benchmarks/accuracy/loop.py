@@ -90,6 +90,8 @@ def train_networks(
     network, data, length = network_of(task, seeds, state), task.sample(seeds, tuning), task.budget(plan.start)
     layers = stacked.quantizable(network, task.quantized)
     quantized = [layer.weight for layer in layers]
+    for layer in layers:
+        layer.weight.is_free_end = layer is stacked.free_end(network)  # for the methods
     chosen = set(quantized)
     rest = [parameter for parameter in network.parameters() if parameter not in chosen]
     steps = data.steps(length, task.batch)

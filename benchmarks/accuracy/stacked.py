@@ -163,6 +163,12 @@ def quantizable(network: nn.Module, prefix: str = "") -> list[Quantizable]:
     ]
 
 
+def free_end(network: nn.Module) -> Quantizable | None:
+    """The last layer, where no normalisation layer follows it; what ``askew.param_groups`` sees in a plain network."""
+    last = [layer for layer in network.modules() if isinstance(layer, (Quantizable, BatchNorm, LayerNorm))][-1]
+    return last if isinstance(last, Quantizable) else None
+
+
 def _stacked(layers: Sequence[nn.Module], name: str) -> nn.Parameter | None:
     """The layers' parameters as one; None where they have none."""
     if getattr(layers[0], name) is None:

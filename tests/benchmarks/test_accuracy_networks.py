@@ -8,6 +8,7 @@ from torch.nn import functional
 pytest.importorskip("psutil", reason="the benchmarks' extra is not installed: pip install '.[bench]'")
 pytest.importorskip("sklearn", reason="the benchmarks' extra is not installed: pip install '.[bench]'")
 
+import askew_cuda as askew
 from benchmarks.accuracy import loop, networks, stacked, tasks
 from benchmarks.accuracy.methods.latent import Grid
 from benchmarks.accuracy.methods.method import Base
@@ -91,6 +92,17 @@ def test_the_encoder_is_minilm(monkeypatch, tmp_path):
     assert ended(torch.ones(2, 3)).tolist() == [[1, 0, 0], [1, 1, 0]]
     matrices = stacked.quantizable(stacked.stack([ours]), tasks.TASKS["minilm"].quantized)
     assert len(matrices) == 2 * 6  # of each layer: four of attention, two of the feed-forward network
+
+
+@pytest.mark.parametrize("name", ["digits-bn", "cnn", "fashion-cnn", "lm-gpt2"])
+def test_the_end_of_a_network_is_where_param_groups_sees_it(name):
+    plain = tasks.TASKS[name].plain(0)
+    groups = askew.param_groups(plain, {"*": "binary"}, verbose=False)
+    found = {at for group in groups if group["quantizer"] and not group["normalized"] for at, _ in group["params"]}
+    network = stacked.stack([plain])
+    end = {f"{at}.weight" for at, layer in network.named_modules() if layer is stacked.free_end(network)}
+    assert found == end
+    assert len(end) == 1
 
 
 def test_networks_count_as_normalized_with_their_gains_trained_too():

@@ -117,3 +117,30 @@ def test_only_a_trained_network_is_warned_that_the_first_clip_tears_it():
         model[1].weight.uniform_(0.5, 1.5)
     with pytest.warns(UserWarning, match="pretrained=True"):
         askew.AskewSGD(askew.param_groups(model, {"0.weight": "binary"}, verbose=False), lr=0.1).prepare()
+
+
+def normalized_weights(model: nn.Module, **keywords: object) -> dict[str, bool]:
+    """Which quantized weights are said to lie between normalisation layers."""
+    groups = askew.param_groups(model, {"*": "binary"}, verbose=False, **keywords)
+    return {name: group["normalized"] for group in groups if group["quantizer"] for name, _ in group["params"]}
+
+
+def test_the_end_of_a_network_is_not_between_norms():
+    """What it says depends on the scale there, which is that of a network without norms, and learns."""
+    model = nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 6))
+    assert normalized_weights(model) == {"0.weight": True, "2.weight": True, "4.weight": False}
+    optimizer = askew.AskewSGD(askew.param_groups(model, {"*": "binary"}, verbose=False), lr=0.1)
+    optimizer.prepare()
+    inner, end = optimizer.state[model[2].weight], optimizer.state[model[4].weight]
+    assert end["scale"].item() == pytest.approx(
+        estimate(model[4].weight, Quantizer("binary"), pretrained=False, name="w").item()
+    )
+    assert inner["scale"].item() == pytest.approx(1 / math.sqrt(3 * 6))
+    assert "scale_growth" in end
+    assert "scale_growth" not in inner
+    assert all(normalized_weights(model[:4]).values())  # a norm follows the last layer
+    assert all(normalized_weights(model, pretrained=True).values())  # the weights tell their scale
+    assert all(normalized_weights(model, normalized=True).values())  # as told
+    assert not any(normalized_weights(model, normalized=False).values())
+    model[4].weight = model[0].weight  # tied: it lies before a norm, too
+    assert all(normalized_weights(model).values())

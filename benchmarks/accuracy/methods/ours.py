@@ -53,13 +53,15 @@ class OursRun(Run):
             self.parts[stacked] = [nn.Parameter(each) for each in stacked.detach()]
             for part, grad in zip(self.parts[stacked], stacked.grad, strict=True):
                 part.grad = grad
-        keywords = {"normalized": are_normalized(rest), **keywords}
-        by_width &= not (keywords["normalized"] or keywords["pretrained"])
+        normalized = are_normalized(rest)
+        by_width &= not (keywords.get("normalized", normalized) or keywords["pretrained"])
         groups = [group for stacked in quantized for group in base.groups([stacked])]
         for group, stacked in zip(groups, quantized, strict=True):
             share = share_of_rate(base, stacked[0, 0].numel()) if by_width else 1.0
             own = {"lr": base.lr * share, "weight_decay": base.weight_decay / share}
-            group.update(keywords, params=self.parts[stacked], **own)
+            ends = not keywords["pretrained"] and getattr(stacked, "is_free_end", False)
+            own = {"normalized": normalized and not ends, **own}
+            group.update({**own, **keywords}, params=self.parts[stacked])
         rule = askew.AskewSGD if base.rule == "sgd" else askew.AskewAdamW
         super().__init__(rule(groups + base.groups(rest), **base.keywords))
         self.optimizer.zero_grad = self._zero_grad  # torch's would cut the views off
