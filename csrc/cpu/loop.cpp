@@ -41,6 +41,9 @@ struct Loop {
   using P = NativePack<Storage>;
   static constexpr int width = lanes<P>();
   static constexpr int states = RuleType::states;
+  // Whether the nearest levels are found in a pass of their own: where finding them, or what follows, is long.
+  static constexpr bool searches = Codebook::quantized && !(Codebook::even && std::is_same_v<Annealing, Capture>);
+  using IndexType = std::conditional_t<Codebook::even, P, Index<P>>;
 
   // What all spans of a call share. Copied to where it is used: a store to the weights could otherwise change it, for
   // all that the compiler knows.
@@ -114,33 +117,25 @@ struct Loop {
 
   // `count` packs from weight i on.
   ASKEW_FN void turn(const Span& span, int64_t i, int count, const Grid<P>& grid) const {
-    if constexpr (!Codebook::quantized) {
-      in_groups(count,
-                [&](int k, auto group) { steps<group>(span, i + k * width, grid, [&](int) { return codebook; }); });
-    } else {
-      decltype(codebook.nearest(P{})) found[turn_packs];
-      for (int k = 0; k < count; ++k)
-        found[k] = codebook.nearest(position(access.load_weight(span, i + k * width), grid, h));
-      in_groups(count, [&](int k, auto group) {
-        steps<group>(span, i + k * width, grid, [&](int j) { return Found{codebook, found[k + j]}; });
-      });
-      if (span.codes || span.snapped)
-        in_groups(count, [&](int k, auto group) { store_outputs<group>(span, i + k * width, grid); });
+    IndexType found[turn_packs];
+    int k = 0;
+    if constexpr (searches) {
+      for (; k < count; ++k) found[k] = codebook.nearest(position(access.load_weight(span, i + k * width), grid, h));
+    }
+    for (k = 0; k + packs <= count; k += packs) steps<packs>(span, i + k * width, grid, found + k);
+    for (; k < count; ++k) steps<1>(span, i + k * width, grid, found + k);
+    if constexpr (Codebook::quantized) {
+      if (!span.codes && !span.snapped) return;
+      for (k = 0; k + packs <= count; k += packs) store_outputs<packs>(span, i + k * width, grid);
+      for (; k < count; ++k) store_outputs<1>(span, i + k * width, grid);
     }
   }
   // A pack by itself, rare: one function, not a copy in each of the three places.
   __attribute__((noinline)) void one(const Span& span, int64_t i, const Grid<P>& grid) const { turn(span, i, 1, grid); }
 
-  // Calls visit(k, how many) for packs 0 .. count, together as far as they go.
-  template <typename Visitor> static ASKEW_FN void in_groups(int count, const Visitor& visit) {
-    int k = 0;
-    for (; k + packs <= count; k += packs) visit(k, std::integral_constant<int, packs>{});
-    for (; k < count; ++k) visit(k, std::integral_constant<int, 1>{});
-  }
-
-  // Packs side by side, from weight i on; book_of(k): the codebook for one of them.
-  template <int count, typename BookOf>
-  ASKEW_FN void steps(const Span& span, int64_t i, const Grid<P>& grid, const BookOf& book_of) const {
+  // Packs side by side, from weight i on; found: where they are among the levels, if it was looked for.
+  template <int count>
+  ASKEW_FN void steps(const Span& span, int64_t i, const Grid<P>& grid, [[maybe_unused]] const IndexType* found) const {
     P w[count], g[count], state[states][count];
     if constexpr (count == packs) prefetch(span, i);
 #pragma GCC unroll 4
@@ -157,7 +152,10 @@ struct Loop {
       P moving[states];
 #pragma GCC unroll 4
       for (int which = 0; which < states; ++which) moving[which] = state[which][k];
-      w[k] = step<RuleType, Annealing>(w[k], g[k], moving, grid, book_of(k), h);
+      if constexpr (searches)
+        w[k] = step<RuleType, Annealing>(w[k], g[k], moving, grid, Found{codebook, found[k]}, h);
+      else
+        w[k] = step<RuleType, Annealing>(w[k], g[k], moving, grid, codebook, h);
 #pragma GCC unroll 4
       for (int which = 0; which < states; ++which) state[which][k] = moving[which];
     }

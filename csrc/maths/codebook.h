@@ -8,13 +8,13 @@ namespace askew {
 
 // No constraint: the base rule alone.
 struct NoCodebook {
-  static constexpr bool quantized = false;
+  static constexpr bool quantized = false, even = true;
 };
 
 // Levels (first + k) * unit, k = 0 .. top, the unit a power of two: the nearest one by rounding.
 template <typename P>
 struct UniformCodebook {
-  static constexpr bool quantized = true, even = true;
+  static constexpr bool quantized = true, even = true;  // even: at one distance from each other
   P unit;  // in level units; all below in this unit, so that products with it are exact
   P first, last;
   P shift;        // -first - 1/2

@@ -50,8 +50,8 @@ ASKEW_FN Grid<P> make_grid(P scale, P growth, const Codebook& codebook, const Hy
   if (h.learns) scale = scale * growth;
   const P infinity = broadcast(T(INFINITY), scale);
   const P unit = scale * codebook.unit;
-  Grid<P> grid{unit,     T(1) / unit, unit * codebook.lowest(),      unit * codebook.highest(), -infinity,
-               infinity, growth,      Reach<P>::of(unit * T(0.5), h)};
+  Grid<P> grid{unit, T(1) / unit, unit * codebook.lowest(), unit * codebook.highest(), -infinity, infinity, growth, {}};
+  if constexpr (Codebook::even) grid.reach = Reach<P>::of(unit * T(0.5), h);
   if (h.clip) {  // a scale of zero has no levels: its weights are free
     grid.low = scale > T(0) ? grid.first : -infinity;
     grid.high = scale > T(0) ? grid.last : infinity;
