@@ -1,7 +1,7 @@
 """The scale of least squared error in PyTorch: the reference of the operator ``askew_cuda::fit_scales``, equal to it
 bit for bit. ``csrc/maths/fit.h`` explains the search and states the same; the numbers below are the same in both.
 
-Sums are in float64 and in the order of :mod:`askew_cuda.summation`.
+Sums are in the order of :mod:`askew_cuda.summation`.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,6 @@ from torch import Tensor
 from . import reference
 from .summation import CHUNK, add_up, in_sequence
 
-PHASES = 5  # the largest weight on the outermost level; two grids; least squares, twice
 AT_ONCE = 2**20  # weights that PyTorch works on at a time, whole chunks of sums: 8 MiB per float64 temporary
 
 
@@ -36,7 +35,7 @@ def grids_for(levels: Sequence[float], columns: int) -> Grids:
     if even and len(levels) <= 4:
         return Grids(6, 2, least, 0.87, 1.025, 12)
     if even:
-        return Grids(6 if columns >= 128 else 7, 2, least, 0.8333, 1.0147, 26)
+        return Grids(6, 2, least, 0.8333, 1.018, 22) if columns >= 128 else Grids(7, 2, least, 0.8333, 1.0147, 26)
     if few:
         return Grids(8, 4, least, 0.8333, 1.0147, 26)
     if columns >= 2**14:
@@ -74,6 +73,7 @@ class _Search:
         self.outermost = max(-first, last)
         up, down, total = self._range()
         self.largest = torch.maximum(up, down)
+        self.per_largest = self.largest.reciprocal()
         above = up / last if last > 0 else torch.zeros_like(up)
         below = down / -first if first < 0 else torch.zeros_like(up)
         high = self.grids.reach * torch.maximum(above, below)
@@ -83,7 +83,7 @@ class _Search:
         for _ in range(self.grids.roots):
             root = reference.sqrt(root)
         self.ratio = root * root * root
-        self.removed, self.best = torch.full_like(self.high, -1), torch.zeros_like(self.high)
+        self.least, self.best = torch.full_like(self.high, torch.inf), torch.zeros_like(self.high)
 
     def _pieces(self) -> list[Tensor]:
         """Columns that are worked on at a time, whole chunks of them."""
@@ -99,7 +99,18 @@ class _Search:
             total = in_sequence(total, add_up(w.abs()))
         return up, down, total
 
-    def _sums(self, unit: Tensor) -> tuple[Tensor, Tensor]:
+    def _sums(self, unit: Tensor) -> list[Tensor]:
+        """R, D and B at a scale, in units of the codebook."""
+        sums = [torch.zeros_like(unit)] * 3
+        inverse = unit.to(self.wide).reciprocal().unsqueeze(1)
+        for piece in self._pieces():
+            u = piece.to(self.wide) * inverse
+            q = self.book.level(self.book.nearest(u))
+            d = u - q
+            sums = [in_sequence(total, add_up(terms)) for total, terms in zip(sums, (d * d, d * q, q * q), strict=True)]
+        return sums
+
+    def _least_squares(self, unit: Tensor) -> tuple[Tensor, Tensor]:
         """A and B at a scale, in units of the codebook."""
         a = b = torch.zeros_like(unit)
         inverse = unit.to(self.wide).reciprocal().unsqueeze(1)
@@ -110,26 +121,29 @@ class _Search:
         return a, b
 
     def _trials(self, phase: int) -> tuple[Tensor, Tensor | float, int]:
-        """The first scale, from one to the next, and how many."""
+        """The first scale, from one to the next, and how many: the largest weight on the outermost level; two grids."""
         if phase == 0:
             return self.largest / self.outermost, 1.0, 1
         if phase == 1:
             return self.high, self.ratio, 2**self.grids.roots // 3 + 2
-        middle = torch.where(self.best > 0, self.best, self.high)
-        if phase == 2:
-            return middle * self.grids.first, self.grids.ratio, self.grids.fine
-        return middle, 1.0, 1
+        return self._middle() * self.grids.first, self.grids.ratio, self.grids.fine
+
+    def _middle(self) -> Tensor:
+        return torch.where(self.best > 0, self.best, self.high)
 
     def run(self) -> Tensor:
         """The scales, weight units per level unit."""
-        for phase in range(PHASES):
+        for phase in range(3):
             unit, ratio, count = self._trials(phase)
             for _ in range(count):
-                a, b = self._sums(unit)
-                part = a / self.largest  # so that no square leaves the range of a double
-                gain = torch.where((a > 0) & (b > 0), part * part / b, -1)
-                better = gain > self.removed
-                self.best = torch.where(better, a / b, self.best)
-                self.removed = torch.where(better, gain, self.removed)
+                error, along, square = self._sums(unit)
+                part = unit * self.per_largest  # so that no square leaves the range of a double
+                left = part * part * (error - along * (along / square))
+                better = (square > 0) & (square + along > 0) & (left < self.least)
+                self.best = torch.where(better, unit + unit * (along / square), self.best)
+                self.least = torch.where(better, left, self.least)
                 unit = unit * ratio
+        for _ in range(2):
+            a, b = self._least_squares(self._middle())
+            self.best = torch.where((a > 0) & (b > 0), a / b, 0)
         return torch.where(self.best > 0, self.best, self.largest / self.outermost) / self.per_unit

@@ -46,8 +46,8 @@ One arithmetic. Every operation rounds once, in the order written here, in float
 for all others; 16-bit storage is widened on load and rounded to nearest even on store. Scalars are rounded to that type
 first, as torch does with a Python number that meets a tensor. So nothing below uses ``addcmul``, ``lerp``,
 ``add(alpha=)`` or a division by a Python number, which round otherwise, and selects are written so that a NaN gets
-through. ``csrc/maths/step.h`` states the same operations in the same order. What a scale learns by (E7) is summed and
-computed in float64, in the order of :mod:`askew_cuda.summation`, and rounded to the scale's type at its end.
+through. ``csrc/maths/step.h`` states the same operations in the same order. What a scale learns by (E7) is summed in
+the order of :mod:`askew_cuda.summation`, computed in float64 and rounded to the scale's type at its end.
 
 All of it can be traced: ``torch.compile(sgd_, fullgraph=True)`` makes one graph of a step. Python branches on flags and
 on Python numbers, which become part of the graph; a number that comes in a tensor may change without a new one, since
@@ -353,7 +353,7 @@ def radial_sums(g: Tensor, w: Tensor, shape: Sequence[int]) -> list[Tensor]:
     """
     g, w = with_double(g), with_double(w)
     finite = g.isfinite() & w.isfinite()
-    g, w = torch.where(finite, g, 0).double(), torch.where(finite, w, 0).double()
+    g, w = torch.where(finite, g, 0), torch.where(finite, w, 0)
     return [summation.total(blocks(terms, shape)) for terms in (g * w, w * w)]
 
 
@@ -449,7 +449,7 @@ def second_moments(square: Tensor, step: Tensor, s: Settings, shape: Sequence[in
     """
     square = with_double(square)
     root = rounded(bias_corrections(step, s.beta1, s.beta2)[1], square.dtype, square.device).double()
-    return summation.total(blocks(torch.where(square.isfinite(), square, 0).double() * (root * root), shape))
+    return summation.total(blocks(torch.where(square.isfinite(), square, 0), shape), root * root)
 
 
 def bias_corrections(step: Tensor, beta1: float, beta2: float) -> tuple[Number, Number]:

@@ -19,23 +19,24 @@ struct BlockSums {
   }
   // Of AdamW's second moments, with amsgrad of the largest ones, times a factor; without those that are not finite.
   void second(const Span& span, int64_t begin, int64_t end, double factor, double* sum) const {
-    second_of<false>(span, begin, end, factor, sum);
-    if (!is_finite(*sum)) second_of<true>(span, begin, end, factor, sum);
+    second_of<false>(span, begin, end, sum);
+    if (!is_finite(*sum)) second_of<true>(span, begin, end, sum);
+    *sum *= factor;
   }
 
  private:
   // `checked`: leaves out what is not finite. It is looked for where a sum without checks is not finite.
   template <bool checked>
   __attribute__((noinline)) void radial_of(const Span& span, int64_t begin, int64_t end, double* gw, double* ww) const {
-    LaneSums along, square;
+    PackSums<P> along, square;
     const auto add = [&](int lane, P w, P g) {
       if constexpr (checked) {
         const auto finite = (w - w == Lane<P>(0)) & (g - g == Lane<P>(0));
         w = finite ? w : P{};
         g = finite ? g : P{};
       }
-      along.add(lane, g, w);
-      square.add(lane, w, w);
+      along.add(lane, g * w);
+      square.add(lane, w * w);
     };
     int64_t i = begin;
     for (; i + sum_lanes <= end; i += sum_lanes) {
@@ -52,13 +53,12 @@ struct BlockSums {
     *ww = square.total();
   }
   template <bool checked>
-  __attribute__((noinline)) void second_of(const Span& span, int64_t begin, int64_t end, double factor,
-                                           double* sum) const {
-    LaneSums sums;
+  __attribute__((noinline)) void second_of(const Span& span, int64_t begin, int64_t end, double* sum) const {
+    PackSums<P> sums;
     const int which = span.state[2] ? 2 : 1;
     const auto add = [&](int lane, P x) {
       if constexpr (checked) x = x - x == Lane<P>(0) ? x : P{};
-      sums.add_times(lane, x, factor);
+      sums.add(lane, x);
     };
     int64_t i = begin;
     for (; i + sum_lanes <= end; i += sum_lanes) {

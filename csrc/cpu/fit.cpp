@@ -60,25 +60,53 @@ ASKEW_FN void add_range(const FitChunk<T>& chunk, Range& range) {
   }
 }
 
-// A and B of several trials over a block.
-template <int trials, typename T, typename Codebook>
+// The sums of a trial, lane by lane.
+template <typename P>
+struct TrialSums {
+  PackSums<P> error, along, square;
+
+  ASKEW_FN void add(int lane, P, P d, P q) {
+    error.add(lane, d * d);
+    along.add_by_product(lane, d * q);
+    square.add_by_product(lane, q * q);
+  }
+  ASKEW_FN void put(P* packs) {
+    packs[0] = error.one_pack();
+    packs[1] = along.one_pack();
+    packs[2] = square.one_pack();
+  }
+  ASKEW_FN Sums total() { return {error.total(), along.total(), square.total()}; }
+};
+// .. and those of least squares.
+template <typename P>
+struct LeastSquaresSums {
+  LaneSums along, square;
+
+  ASKEW_FN void add(int lane, P w, P, P q) {
+    along.add(lane, w, q);
+    square.add(lane, q, q);
+  }
+  ASKEW_FN Sums total() { return {0, along.total(), square.total()}; }
+};
+
+// Those of several trials over a block.
+template <template <typename> typename Kind, int trials, typename T, typename Codebook>
 ASKEW_FN void sum_block(const T* weights, int64_t size, const NativePack<T>* inverse, const Codebook& codebook,
                         Sums* sums) {
   using P = NativePack<T>;
   constexpr int width = lanes<P>();
-  LaneSums a[trials], b[trials];
-  const auto add = [&](int k, int trial, P w, P q) {
-    a[trial].add(k, w, q);
-    b[trial].add(k, q, q);
-  };
+  constexpr bool together = std::is_same_v<Kind<P>, TrialSums<P>> && 3 * trials <= width;
+  Kind<P> here[trials];
   int64_t i = 0;
   for (; i + sum_lanes <= size; i += sum_lanes) {
 #pragma GCC unroll 8
     for (int k = 0; k < sum_lanes; k += width) {
       const P w = load<P>(weights + i + k);
 #pragma GCC unroll 4
-      for (int trial = 0; trial < trials; ++trial)
-        add(k, trial, w, codebook.level(codebook.nearest(w * inverse[trial])));
+      for (int trial = 0; trial < trials; ++trial) {
+        const P u = w * inverse[trial], q = codebook.level(codebook.nearest(u));
+        here[trial].add(k, w, u - q, q);
+      }
     }
   }
   if (i < size) {  // lanes beyond the end have no level
@@ -89,21 +117,28 @@ ASKEW_FN void sum_block(const T* weights, int64_t size, const NativePack<T>* inv
       const P w = load<P>(weights + i + k), live = load<P>(there + k);
 #pragma GCC unroll 4
       for (int trial = 0; trial < trials; ++trial) {
-        const P q = codebook.level(codebook.nearest(w * inverse[trial]));
-        add(k, trial, w, live > T(0) ? q : P{});
+        const P u = w * inverse[trial], q = codebook.level(codebook.nearest(u));
+        here[trial].add(k, w, live > T(0) ? u - q : P{}, live > T(0) ? q : P{});
       }
     }
   }
+  if constexpr (together) {
+    P packs[3 * trials];
 #pragma GCC unroll 4
-  for (int trial = 0; trial < trials; ++trial) {
-    sums[trial].a += a[trial].total();
-    sums[trial].b += b[trial].total();
+    for (int trial = 0; trial < trials; ++trial) here[trial].put(packs + 3 * trial);
+    const P totals = add_down_all<3 * trials, width>(packs);
+#pragma GCC unroll 4
+    for (int trial = 0; trial < trials; ++trial)
+      sums[trial].add({totals[3 * trial], totals[3 * trial + 1], totals[3 * trial + 2]});
+  } else {
+    for (int trial = 0; trial < trials; ++trial) sums[trial].add(here[trial].total());
   }
 }
 
-template <int trials, typename T, typename Codebook>
-__attribute__((noinline)) void sum_chunk_of(const FitChunk<T>& chunk, const double* units, const Codebook& codebook,
-                                            Sums* sums) {
+// Adds those of the first few of them over a chunk: it costs little more to try all.
+template <template <typename> typename Kind, int trials, typename T, typename Codebook>
+__attribute__((noinline)) void sum_chunk_of(const FitChunk<T>& chunk, const double* units, int wanted,
+                                            const Codebook& codebook, Sums* sums) {
   const Codebook book = codebook;
   NativePack<T> inverse[trials];
   for (int trial = 0; trial < trials; ++trial)
@@ -111,29 +146,25 @@ __attribute__((noinline)) void sum_chunk_of(const FitChunk<T>& chunk, const doub
   Sums here[trials] = {};
   for (int64_t block = 0; block < chunk.size; block += block_size) {
     const int64_t left = chunk.size - block;
-    sum_block<trials>(chunk.weights + block, left < block_size ? left : int64_t{block_size}, inverse, book, here);
+    sum_block<Kind, trials>(chunk.weights + block, left < block_size ? left : int64_t{block_size}, inverse, book, here);
   }
-  for (int trial = 0; trial < trials; ++trial) {
-    sums[trial].a += here[trial].a;
-    sums[trial].b += here[trial].b;
-  }
+  for (int trial = 0; trial < wanted; ++trial) sums[trial].add(here[trial]);
 }
 
 // Adds the sums of a chunk for all trials, a few of them at a time.
 template <typename T, typename Codebook>
 ASKEW_FN void sum_trials(const FitChunk<T>& chunk, Sequence trials, const Codebook& codebook, Sums* sums) {
-  constexpr int together = 2;
-  double units[together];
-  double unit = trials.first;
-  int trial = 0;
-  for (; trial + together <= trials.count; trial += together) {
+  constexpr int width = lanes<NativePack<T>>(), together = width < 4 ? 1 : width / 4;  // whose sums fit into a pack
+  if (trials.least_squares) return sum_chunk_of<LeastSquaresSums, 1>(chunk, &trials.first, 1, codebook, sums);
+  double units[together], unit = trials.first;
+  for (int trial = 0; trial < trials.count; trial += together) {
     for (double& each : units) {
       each = unit;
       unit *= trials.ratio;
     }
-    sum_chunk_of<together>(chunk, units, codebook, sums + trial);
+    const int left = trials.count - trial;
+    sum_chunk_of<TrialSums, together>(chunk, units, left < together ? left : together, codebook, sums + trial);
   }
-  for (; trial < trials.count; ++trial, unit *= trials.ratio) sum_chunk_of<1>(chunk, &unit, codebook, sums + trial);
 }
 
 // The search for one row, by one thread.
@@ -150,14 +181,12 @@ ASKEW_FN double fit_row(const Rows& rows, int64_t row, const Codebook& codebook,
   for (int phase = 0; phase < Search::phases && search.largest > 0; ++phase) {
     const Sequence trials = search.trials(phase);
     Sums sums[most_trials];
-    for (int trial = 0; trial < trials.count; ++trial) sums[trial] = {0, 0};
+    for (int trial = 0; trial < trials.count; ++trial) sums[trial] = {};
     for (int64_t k = 0; k < chunks; ++k) {
       if (chunks > 1) chunk.template load<Storage>(rows, row, k);
       sum_trials(chunk, trials, codebook, sums);
     }
-    double gains[most_trials];  // all of them first: divisions side by side
-    for (int trial = 0; trial < trials.count; ++trial) gains[trial] = search.gain(sums[trial]);
-    for (int trial = 0; trial < trials.count; ++trial) search.take(sums[trial], gains[trial]);
+    search.take_all(trials, sums);
   }
   return search.scale();
 }

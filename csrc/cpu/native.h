@@ -3,6 +3,7 @@
 #pragma once
 
 #include <type_traits>
+#include <utility>
 
 #include "../maths/order.h"
 #include "../variants.h"
@@ -83,40 +84,83 @@ template <typename Factor> ASKEW_FN Doubles plus_product(Doubles sum, Doubles x,
     return sum + x * y;
 }
 
+// x + y as x * 1 + y: the same bits, but on AMD's processors from the units that multiply, where those that add are the
+// busier ones.
+template <typename P> ASKEW_FN P plus_by_product(P x, P y) {
+#if defined(__x86_64__)
+  P one = broadcast(Lane<P>(1), P{});
+  asm("" : "+v"(one));  // or the compiler adds
+  if constexpr (std::is_same_v<Lane<P>, float> && sizeof(P) == 64)
+    return (P)_mm512_fmadd_ps((__m512)x, (__m512)one, (__m512)y);
+  else if constexpr (std::is_same_v<Lane<P>, float> && sizeof(P) == 32)
+    return (P)_mm256_fmadd_ps((__m256)x, (__m256)one, (__m256)y);
+  else
+#endif
+    return x + y;
+}
+
 // Adds up the lanes of a pack as a tree: upper halves onto lower ones.
-template <typename P> ASKEW_FN double add_down(P x) {
+template <typename P> ASKEW_FN Lane<P> add_down(P x) {
   if constexpr (lanes<P>() == 2)
     return x[0] + x[1];
   else if constexpr (lanes<P>() == 4)
     return add_down(__builtin_shufflevector(x, x, 0, 1) + __builtin_shufflevector(x, x, 2, 3));
-  else
+  else if constexpr (lanes<P>() == 8)
     return add_down(__builtin_shufflevector(x, x, 0, 1, 2, 3) + __builtin_shufflevector(x, x, 4, 5, 6, 7));
+  else
+    return add_down(__builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) +
+                    __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15));
 }
 
-// The lanes of a sum (order.h), as packs of doubles.
-struct LaneSums {
-  static constexpr int width = lanes<Doubles>(), packs = sum_lanes / width;
-  Doubles sums[packs] = {};
+// The lanes of a sum (order.h), as packs.
+template <typename P>
+struct PackSums {
+  static constexpr int width = lanes<P>(), packs = sum_lanes / width;
+  P sums[packs] = {};
 
-  // Adds the products of two packs whose first weights go to lane `first`.
-  template <typename P> ASKEW_FN void add(int first, P x, P y) {
-    const int at = first / width;
-    sums[at] = plus_product<Lane<P>>(sums[at], widened<0>(x), widened<0>(y));
-    if constexpr (lanes<P>() > width) sums[at + 1] = plus_product<Lane<P>>(sums[at + 1], widened<1>(x), widened<1>(y));
-  }
-  // Adds the numbers of a pack times a factor.
-  template <typename P> ASKEW_FN void add_times(int first, P x, double factor) {
-    const int at = first / width;
-    sums[at] = sums[at] + widened<0>(x) * factor;
-    if constexpr (lanes<P>() > width) sums[at + 1] = sums[at + 1] + widened<1>(x) * factor;
-  }
-  ASKEW_FN double total() {  // add_lanes(), by packs as long as they are whole
+  ASKEW_FN void add(int first, P x) { sums[first / width] += x; }  // whose first number goes to lane `first`
+  ASKEW_FN void add_by_product(int first, P x) { sums[first / width] = plus_by_product(x, sums[first / width]); }
+  ASKEW_FN P one_pack() {  // add_lanes(), as long as packs are whole
 #pragma GCC unroll 8
     for (int half = packs / 2; half > 0; half /= 2) {
 #pragma GCC unroll 8
       for (int k = 0; k < half; ++k) sums[k] += sums[k + half];
     }
-    return add_down(sums[0]);
+    return sums[0];
+  }
+  ASKEW_FN Lane<P> total() { return add_down(one_pack()); }
+};
+
+// Steps of add_down() for two packs at once: of each stretch of so many lanes the upper half is added onto the lower
+// one, and what comes out takes half the room.
+template <int stretch, typename P, int... lane>
+ASKEW_FN P add_halves(P x, P y, std::integer_sequence<int, lane...>) {
+  constexpr int width = lanes<P>(), half = stretch / 2;
+  constexpr auto lower = [](int k) { return k / (width / 2) * width + k % (width / 2) / half * stretch + k % half; };
+  return __builtin_shufflevector(x, y, lower(lane)...) + __builtin_shufflevector(x, y, (lower(lane) + half)...);
+}
+// add_down() of several packs, no more than one has lanes: lane k of what comes out has that of pack k.
+template <int count, int stretch, typename P>
+ASKEW_FN P add_down_all(const P* packs) {
+  constexpr auto every_lane = std::make_integer_sequence<int, lanes<P>()>{};
+  constexpr int left = (count + 1) / 2;
+  P halved[left];
+#pragma GCC unroll 16
+  for (int k = 0; k < left; ++k)
+    halved[k] = add_halves<stretch>(packs[2 * k], packs[2 * k + 1 < count ? 2 * k + 1 : 2 * k], every_lane);
+  if constexpr (stretch > 2)
+    return add_down_all<left, stretch / 2>(halved);
+  else
+    return halved[0];
+}
+
+// The same in double, of numbers of any type.
+struct LaneSums : PackSums<Doubles> {
+  // Adds the products of two packs whose first weights go to lane `first`.
+  template <typename P> ASKEW_FN void add(int first, P x, P y) {
+    const int at = first / width;
+    sums[at] = plus_product<Lane<P>>(sums[at], widened<0>(x), widened<0>(y));
+    if constexpr (lanes<P>() > width) sums[at + 1] = plus_product<Lane<P>>(sums[at + 1], widened<1>(x), widened<1>(y));
   }
 };
 

@@ -509,18 +509,19 @@ struct Worker {
 template <typename V>
 ASKEW_FN void sum_radial(const Block<V>& block, const KernelArguments<V>& arguments, int thread) {
   using Storage = typename V::Storage;
+  using T = typename V::T;
   const Span& span = block.span;
   if (block.skipped || !span.sums) return;
   const SumBlocks blocks = sum_blocks(span);
   const int64_t all = blocks.first_from(span.size), last = blocks.first_from(block.begin + block.size);
   for (int64_t b = blocks.first_from(block.begin) + thread / sum_lanes; b < last; b += block_threads / sum_lanes) {
     const int64_t begin = blocks.begin(b), end = blocks.end(b);
-    const Totals<2> sums = over_lanes<2>(thread, [&](int lane, double (&total)[2]) {
+    const auto sums = over_lanes<2, T>(thread, [&](int lane, T(&total)[2]) {
       for (int64_t i = begin - block.begin + lane; i < end - block.begin; i += sum_lanes) {
         uint16_t remainder = 0;
         if (rounding_of(arguments) == Rounding::remainder) remainder = static_cast<const uint16_t*>(span.remainder)[i];
-        const double w = joined(static_cast<const Storage*>(span.weight)[i], remainder, rounding_of(arguments));
-        const double g = gradient_of(arguments, span.grad, i);
+        const T w = joined(static_cast<const Storage*>(span.weight)[i], remainder, rounding_of(arguments));
+        const T g = gradient_of(arguments, span.grad, i);
         if (!(is_finite(w) && is_finite(g))) continue;
         total[0] += g * w;
         total[1] += w * w;
@@ -536,6 +537,7 @@ ASKEW_FN void sum_radial(const Block<V>& block, const KernelArguments<V>& argume
 // .. and of AdamW's second moments after it.
 template <typename V>
 ASKEW_FN void sum_second(const Block<V>& block, const KernelArguments<V>& arguments, int thread) {
+  using T = typename V::T;
   const Span& span = block.span;
   if (V::RuleType::states == 1 || block.skipped || !span.sums) return;
   const SumBlocks blocks = sum_blocks(span);
@@ -544,14 +546,14 @@ ASKEW_FN void sum_second(const Block<V>& block, const KernelArguments<V>& argume
   const void* squares = !V::usual && span.state[2] ? span.state[2] : span.state[1];
   for (int64_t b = blocks.first_from(block.begin) + thread / sum_lanes; b < last; b += block_threads / sum_lanes) {
     const int64_t begin = blocks.begin(b), end = blocks.end(b);
-    const Totals<1> second = over_lanes<1>(thread, [&](int lane, double (&total)[1]) {
+    const auto second = over_lanes<1, T>(thread, [&](int lane, T(&total)[1]) {
       for (int64_t i = begin - block.begin + lane; i < end - block.begin; i += sum_lanes) {
-        const double x = has_wide_state(arguments) ? static_cast<double>(static_cast<const typename V::T*>(squares)[i])
-                                                   : widen(static_cast<const typename V::Storage*>(squares)[i]);
-        if (is_finite(x)) total[0] += x * (root * root);
+        const T x = has_wide_state(arguments) ? static_cast<const T*>(squares)[i]
+                                              : widen(static_cast<const typename V::Storage*>(squares)[i]);
+        if (is_finite(x)) total[0] += x;
       }
     });
-    if (thread % sum_lanes == 0) span.sums[2 * all + b] = second.of[0];
+    if (thread % sum_lanes == 0) span.sums[2 * all + b] = second.of[0] * (root * root);
   }
 }
 

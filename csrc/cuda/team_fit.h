@@ -22,7 +22,8 @@ struct FitBlock {
   LargestBits up, down;
   double total, totals[team_halves];  // sum |w|, of the row and of blocks of sums
   int trials;
-  double units[most_trials], gains[most_trials];
+  bool least_squares;
+  double units[most_trials], left[most_trials];
   Sums sums[most_trials];
 };
 
@@ -92,26 +93,37 @@ ASKEW_FN void write_units(Sequence trials, double* units) {
   for (int trial = 0; trial < trials.count; ++trial, unit *= trials.ratio) units[trial] = unit;
 }
 
-// A and B of a trial over a chunk, for the first of the 16 threads that ask for it.
+// The sums of a trial over a chunk, or those of least squares, for the first of the 16 threads that ask for it.
 template <typename V>
 ASKEW_FN Sums sums_of_chunk(const FitBlock<V>& block, const RowOf<V>& row, int64_t chunk, double unit, int thread) {
   using T = typename V::T;
   const auto& book = block.levels.book;
   const T inverse = T(1) / static_cast<T>(unit);
-  Sums sums{0, 0};
+  Sums sums{};
   for (int part = 0; part < chunk_blocks; ++part) {
     const int64_t first = chunk * sum_chunk + part * int64_t{block_size};
     if (first >= row.columns) break;
-    const Totals<2> total = over_lanes<2>(thread, [&](int lane, double (&of)[2]) {
+    if (block.least_squares) {
+      const auto total = over_lanes<2>(thread, [&](int lane, double (&of)[2]) {
+        for (int64_t i = first + lane; i < row.end_of(first); i += sum_lanes) {
+          const T w = row.at(i);
+          const double wide = w, q = book.level(book.nearest(w * inverse));
+          of[0] += wide * q;
+          of[1] += q * q;
+        }
+      });
+      sums.add({0, total.of[0], total.of[1]});
+      continue;
+    }
+    const auto total = over_lanes<3, T>(thread, [&](int lane, T(&of)[3]) {
       for (int64_t i = first + lane; i < row.end_of(first); i += sum_lanes) {
-        const T w = row.at(i);
-        const double wide = w, q = book.level(book.nearest(w * inverse));
-        of[0] += wide * q;
-        of[1] += q * q;
+        const T u = row.at(i) * inverse, q = book.level(book.nearest(u)), d = u - q;
+        of[0] += d * d;
+        of[1] += d * q;
+        of[2] += q * q;
       }
     });
-    sums.a += total.of[0];
-    sums.b += total.of[1];
+    sums.add({total.of[0], total.of[1], total.of[2]});
   }
   return sums;
 }
@@ -121,11 +133,13 @@ template <typename V>
 ASKEW_FN void take_trials(FitBlock<V>& block, const Team& team) {
   team.all([&](int thread) {
     for (int trial = thread; trial < block.trials; trial += team_threads)
-      block.gains[trial] = block.search.gain(block.sums[trial]);
+      block.left[trial] = block.search.left(block.units[trial], block.sums[trial]);
   });
   team.all([&](int thread) {
-    for (int trial = 0; thread == 0 && trial < block.trials; ++trial)
-      block.search.take(block.sums[trial], block.gains[trial]);
+    if (thread > 0 || block.trials == 0) return;
+    if (block.least_squares) return block.search.take_least_squares(block.sums[0]);
+    for (int trial = 0; trial < block.trials; ++trial)
+      block.search.take(block.units[trial], block.sums[trial], block.left[trial]);
   });
 }
 
@@ -145,15 +159,13 @@ ASKEW_FN void fit_row(FitBlock<V>& block, const FitArguments& arguments, int64_t
       const Sequence trials = block.search.trials(phase);
       write_units(trials, block.units);
       block.trials = trials.count;
+      block.least_squares = trials.least_squares;
     });
     team.all([&](int thread) {
       for (int trial = thread / sum_lanes; trial < block.trials; trial += team_halves) {
-        Sums sums{0, 0};
-        for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-          const Sums here = sums_of_chunk(block, row, chunk, block.units[trial], thread);
-          sums.a += here.a;
-          sums.b += here.b;
-        }
+        Sums sums{};
+        for (int64_t chunk = 0; chunk < chunks; ++chunk)
+          sums.add(sums_of_chunk(block, row, chunk, block.units[trial], thread));
         if (thread % sum_lanes == 0) block.sums[trial] = sums;
       }
     });
@@ -184,6 +196,7 @@ ASKEW_FN void fit_part(FitBlock<V>& block, const FitArguments& arguments, int ph
     const Sequence trials = arguments.space.searches[number].trials(phase);
     write_units(trials, block.units);
     block.trials = trials.count;
+    block.least_squares = trials.least_squares;
   });
   team.all([&](int thread) {
     const int trial = first_trial + thread / sum_lanes;
@@ -215,17 +228,16 @@ ASKEW_FN void fit_take(FitBlock<V>& block, const FitArguments& arguments, int ph
   team.all([&](int thread) {
     if (thread > 0) return;
     block.search = space.searches[number];
-    block.trials = block.search.largest > 0 ? block.search.trials(phase).count : 0;
+    const Sequence trials = block.search.trials(phase);
+    write_units(trials, block.units);
+    block.trials = block.search.largest > 0 ? trials.count : 0;
+    block.least_squares = trials.least_squares;
   });
   team.all([&](int thread) {
     const int most = arguments.fit.grids.most();
     for (int trial = thread; trial < block.trials; trial += team_threads) {
-      Sums sums{0, 0};
-      for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-        const Sums& here = space.sums[(number * chunks + chunk) * most + trial];
-        sums.a += here.a;
-        sums.b += here.b;
-      }
+      Sums sums{};
+      for (int64_t chunk = 0; chunk < chunks; ++chunk) sums.add(space.sums[(number * chunks + chunk) * most + trial]);
       block.sums[trial] = sums;
     }
   });

@@ -42,7 +42,7 @@ struct Learning {
   bool over;              // annealing has begun
 };
 
-ASKEW_FN bool is_finite(double x) { return x - x == 0; }
+template <typename T> ASKEW_FN bool is_finite(T x) { return x - x == T(0); }
 
 // One scale. Its sums: of g w, of w^2, and, where `second` is given, of the corrected second moments; `count` weights.
 template <typename T>

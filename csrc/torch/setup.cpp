@@ -58,17 +58,14 @@ double fit_together(const Rows& rows, int64_t row, const Fitting& fit) {
   Search search = Search::of(fit, range);
   for (int phase = 0; phase < Search::phases && search.largest > 0; ++phase) {
     const Sequence trials = search.trials(phase);
-    std::vector<Sums> sums(trials.count, Sums{0, 0});
+    std::vector<Sums> sums(trials.count);
     over_chunks<Sums>(
         chunks, trials.count,
         [&](int64_t begin, int64_t end, Sums* found) { part_of(rows, {row, begin, end, &trials, nullptr, found}); },
         [&](const Sums* found) {
-          for (int trial = 0; trial < trials.count; ++trial) {
-            sums[trial].a += found[trial].a;
-            sums[trial].b += found[trial].b;
-          }
+          for (int trial = 0; trial < trials.count; ++trial) sums[trial].add(found[trial]);
         });
-    for (const Sums& each : sums) search.take(each, search.gain(each));
+    search.take_all(trials, sums.data());
   }
   return search.scale();
 }
