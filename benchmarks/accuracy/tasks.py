@@ -21,7 +21,8 @@ class Task:
 
     network: makes one, under the seed that was set. sample: seeds, tuning -> data.
     length: epochs of images, steps of text. bases: what every peer tries.
-    ours: the base rule of askew_cuda, which tries nothing; fine_tuning: the same for fine-tuning, if another.
+    ours: the base rule of askew_cuda, which tries nothing; fine_tuning, binary: the same for fine-tuning, and at 1 bit
+    from scratch, if another.
     factors: of the learning rate of these, by start and width. binary_decay: whether their weight decay holds at 1 bit.
     quantized: names of quantized layers begin so. granularity: of the scales.
     tuning_seeds, reporting_seeds: how many. unit: of the scores.
@@ -44,6 +45,7 @@ class Task:
     unit: str = "%"
     warmup: float = 0.0
     fine_tuning: Base | None = None
+    binary: Base | None = None
     factors: Mapping[tuple[str, str], float] = field(default_factory=dict)
     binary_decay: bool = True
     starts: tuple[str, ...] = ("scratch", "fine-tuned")
@@ -65,7 +67,11 @@ class Task:
         The more levels, the shorter the way to the next, and the smaller the learning rate. Weight decay pulls towards
         zero, which at 1 bit is as far from the levels as a weight can be.
         """
-        base = self.fine_tuning if start == "fine-tuned" and self.fine_tuning else self.ours
+        base = self.ours
+        if start == "fine-tuned" and self.fine_tuning:
+            base = self.fine_tuning
+        elif start == "scratch" and width == "binary" and self.binary:
+            base = self.binary
         if width == "binary" and not self.binary_decay:
             base = replace(base, weight_decay=0.0)
         return replace(base, lr=base.lr * self.factors.get((start, width), 1.0))
@@ -155,7 +161,8 @@ EVERY_TASK = (
         length=digits.EPOCHS,
         batch=digits.BATCH,
         bases=EITHER + DECAYED,
-        ours=Base("sgd", 0.1, 0.003),
+        ours=Base("adamw", 0.01, 0.3),  # the float run's, docs/recipes.md
+        binary=Base("sgd", 0.1),
         fine_tuning=Base("sgd", 0.1, 0.005),
         binary_decay=False,
         factors={("fine-tuned", "4bit"): 0.5},
@@ -181,7 +188,8 @@ EVERY_TASK = (
         length=1,
         batch=64,
         bases=EITHER[:-1],
-        ours=Base("sgd", 0.1),
+        ours=Base("adamw", 0.01),  # the float run's, docs/recipes.md
+        binary=Base("sgd", 0.1),
         **FEW_SEEDS,
     ),
     Task(
