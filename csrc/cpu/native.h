@@ -154,7 +154,7 @@ ASKEW_FN P add_down_all(const P* packs) {
     return halved[0];
 }
 
-// The same in double, of numbers of any type.
+// The lanes of a sum in double, of products of numbers of any type.
 struct LaneSums : PackSums<Doubles> {
   // Adds the products of two packs whose first weights go to lane `first`.
   template <typename P> ASKEW_FN void add(int first, P x, P y) {
