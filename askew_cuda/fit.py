@@ -4,7 +4,7 @@ bit for bit. ``csrc/maths/fit.h`` explains the search and states the same; the n
 Sums are in the order of :mod:`askew_cuda.summation`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -60,6 +60,18 @@ def fit_scales(rows: Tensor, levels: Sequence[float]) -> Tensor:
     return torch.cat(found)
 
 
+def _of_a_trial(w: Tensor, u: Tensor, q: Tensor) -> tuple[Tensor, ...]:
+    """What R, D and B are sums of."""
+    d = u - q
+    return d * d, d * q, q * q
+
+
+def _of_least_squares(w: Tensor, u: Tensor, q: Tensor) -> tuple[Tensor, ...]:
+    """What A and B are sums of."""
+    q = q.double()
+    return w.double() * q, q * q
+
+
 class _Search:
     """The search for some rows."""
 
@@ -99,26 +111,17 @@ class _Search:
             total = in_sequence(total, add_up(w.abs()))
         return up, down, total
 
-    def _sums(self, unit: Tensor) -> list[Tensor]:
-        """R, D and B at a scale, in units of the codebook."""
-        sums = [torch.zeros_like(unit)] * 3
-        inverse = unit.to(self.wide).reciprocal().unsqueeze(1)
-        for piece in self._pieces():
-            u = piece.to(self.wide) * inverse
-            q = self.book.level(self.book.nearest(u))
-            d = u - q
-            sums = [in_sequence(total, add_up(terms)) for total, terms in zip(sums, (d * d, d * q, q * q), strict=True)]
-        return sums
-
-    def _least_squares(self, unit: Tensor) -> tuple[Tensor, Tensor]:
-        """A and B at a scale, in units of the codebook."""
-        a = b = torch.zeros_like(unit)
+    def _sums(self, unit: Tensor, terms_of: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]) -> list[Tensor]:
+        """At a scale, in units of the codebook: of weights, of them in units of the scale, and of their levels."""
+        sums: list[Tensor] = []
         inverse = unit.to(self.wide).reciprocal().unsqueeze(1)
         for piece in self._pieces():
             w = piece.to(self.wide)
-            q = self.book.level(self.book.nearest(w * inverse)).double()
-            a, b = in_sequence(a, add_up(w.double() * q)), in_sequence(b, add_up(q * q))
-        return a, b
+            u = w * inverse
+            parts = [add_up(terms) for terms in terms_of(w, u, self.book.level(self.book.nearest(u)))]
+            sums = sums or [torch.zeros_like(unit)] * len(parts)
+            sums = [in_sequence(total, part) for total, part in zip(sums, parts, strict=True)]
+        return sums
 
     def _trials(self, phase: int) -> tuple[Tensor, Tensor | float, int]:
         """The first scale, from one to the next, and how many: the largest weight on the outermost level; two grids."""
@@ -136,7 +139,7 @@ class _Search:
         for phase in range(3):
             unit, ratio, count = self._trials(phase)
             for _ in range(count):
-                error, along, square = self._sums(unit)
+                error, along, square = self._sums(unit, _of_a_trial)
                 part = unit * self.per_largest  # so that no square leaves the range of a double
                 left = part * part * (error - along * (along / square))
                 better = (square > 0) & (square + along > 0) & (left < self.least)
@@ -144,6 +147,6 @@ class _Search:
                 self.least = torch.where(better, left, self.least)
                 unit = unit * ratio
         for _ in range(2):
-            a, b = self._least_squares(self._middle())
+            a, b = self._sums(self._middle(), _of_least_squares)
             self.best = torch.where((a > 0) & (b > 0), a / b, 0)
         return torch.where(self.best > 0, self.best, self.largest / self.outermost) / self.per_unit

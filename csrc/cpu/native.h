@@ -3,7 +3,6 @@
 #pragma once
 
 #include <type_traits>
-#include <utility>
 
 #include "../maths/order.h"
 #include "../variants.h"
@@ -131,10 +130,18 @@ struct PackSums {
   ASKEW_FN Lane<P> total() { return add_down(one_pack()); }
 };
 
+// The numbers 0 .. count - 1, for a shuffle.
+template <int... lane> struct Lanes {};
+template <int count, int... lane> ASKEW_FN constexpr auto first_lanes() {
+  if constexpr (count == 0)
+    return Lanes<lane...>{};
+  else
+    return first_lanes<count - 1, count - 1, lane...>();
+}
 // Steps of add_down() for two packs at once: of each stretch of so many lanes the upper half is added onto the lower
 // one, and what comes out takes half the room.
 template <int stretch, typename P, int... lane>
-ASKEW_FN P add_halves(P x, P y, std::integer_sequence<int, lane...>) {
+ASKEW_FN P add_halves(P x, P y, Lanes<lane...>) {
   constexpr int width = lanes<P>(), half = stretch / 2;
   constexpr auto lower = [](int k) { return k / (width / 2) * width + k % (width / 2) / half * stretch + k % half; };
   return __builtin_shufflevector(x, y, lower(lane)...) + __builtin_shufflevector(x, y, (lower(lane) + half)...);
@@ -142,12 +149,12 @@ ASKEW_FN P add_halves(P x, P y, std::integer_sequence<int, lane...>) {
 // add_down() of several packs, no more than one has lanes: lane k of what comes out has that of pack k.
 template <int count, int stretch, typename P>
 ASKEW_FN P add_down_all(const P* packs) {
-  constexpr auto every_lane = std::make_integer_sequence<int, lanes<P>()>{};
   constexpr int left = (count + 1) / 2;
   P halved[left];
 #pragma GCC unroll 16
   for (int k = 0; k < left; ++k)
-    halved[k] = add_halves<stretch>(packs[2 * k], packs[2 * k + 1 < count ? 2 * k + 1 : 2 * k], every_lane);
+    halved[k] =
+        add_halves<stretch>(packs[2 * k], packs[2 * k + 1 < count ? 2 * k + 1 : 2 * k], first_lanes<lanes<P>()>());
   if constexpr (stretch > 2)
     return add_down_all<left, stretch / 2>(halved);
   else

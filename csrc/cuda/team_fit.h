@@ -21,8 +21,7 @@ struct FitBlock {
   Search search;
   LargestBits up, down;
   double total, totals[team_halves];  // sum |w|, of the row and of blocks of sums
-  int trials;
-  bool least_squares;
+  Sequence trials;
   double units[most_trials], left[most_trials];
   Sums sums[most_trials];
 };
@@ -88,11 +87,6 @@ template <typename V> ASKEW_FN Range range_of(const FitBlock<V>& block) {
   return {number_of(block.up), number_of(block.down), block.total};
 }
 
-ASKEW_FN void write_units(Sequence trials, double* units) {
-  double unit = trials.first;
-  for (int trial = 0; trial < trials.count; ++trial, unit *= trials.ratio) units[trial] = unit;
-}
-
 // The sums of a trial over a chunk, or those of least squares, for the first of the 16 threads that ask for it.
 template <typename V>
 ASKEW_FN Sums sums_of_chunk(const FitBlock<V>& block, const RowOf<V>& row, int64_t chunk, double unit, int thread) {
@@ -103,7 +97,7 @@ ASKEW_FN Sums sums_of_chunk(const FitBlock<V>& block, const RowOf<V>& row, int64
   for (int part = 0; part < chunk_blocks; ++part) {
     const int64_t first = chunk * sum_chunk + part * int64_t{block_size};
     if (first >= row.columns) break;
-    if (block.least_squares) {
+    if (block.trials.least_squares) {
       const auto total = over_lanes<2>(thread, [&](int lane, double (&of)[2]) {
         for (int64_t i = first + lane; i < row.end_of(first); i += sum_lanes) {
           const T w = row.at(i);
@@ -132,13 +126,13 @@ ASKEW_FN Sums sums_of_chunk(const FitBlock<V>& block, const RowOf<V>& row, int64
 template <typename V>
 ASKEW_FN void take_trials(FitBlock<V>& block, const Team& team) {
   team.all([&](int thread) {
-    for (int trial = thread; trial < block.trials; trial += team_threads)
+    for (int trial = thread; trial < block.trials.count; trial += team_threads)
       block.left[trial] = block.search.left(block.units[trial], block.sums[trial]);
   });
   team.all([&](int thread) {
-    if (thread > 0 || block.trials == 0) return;
-    if (block.least_squares) return block.search.take_least_squares(block.sums[0]);
-    for (int trial = 0; trial < block.trials; ++trial)
+    if (thread > 0 || block.trials.count == 0) return;
+    if (block.trials.least_squares) return block.search.take_least_squares(block.sums[0]);
+    for (int trial = 0; trial < block.trials.count; ++trial)
       block.search.take(block.units[trial], block.sums[trial], block.left[trial]);
   });
 }
@@ -156,13 +150,11 @@ ASKEW_FN void fit_row(FitBlock<V>& block, const FitArguments& arguments, int64_t
   for (int phase = 0; phase < Search::phases && block.search.largest > 0; ++phase) {
     team.all([&](int thread) {
       if (thread > 0) return;
-      const Sequence trials = block.search.trials(phase);
-      write_units(trials, block.units);
-      block.trials = trials.count;
-      block.least_squares = trials.least_squares;
+      block.trials = block.search.trials(phase);
+      block.trials.write(block.units);
     });
     team.all([&](int thread) {
-      for (int trial = thread / sum_lanes; trial < block.trials; trial += team_halves) {
+      for (int trial = thread / sum_lanes; trial < block.trials.count; trial += team_halves) {
         Sums sums{};
         for (int64_t chunk = 0; chunk < chunks; ++chunk)
           sums.add(sums_of_chunk(block, row, chunk, block.units[trial], thread));
@@ -193,14 +185,12 @@ ASKEW_FN void fit_part(FitBlock<V>& block, const FitArguments& arguments, int ph
   }
   team.all([&](int thread) {
     if (thread > 0) return;
-    const Sequence trials = arguments.space.searches[number].trials(phase);
-    write_units(trials, block.units);
-    block.trials = trials.count;
-    block.least_squares = trials.least_squares;
+    block.trials = arguments.space.searches[number].trials(phase);
+    block.trials.write(block.units);
   });
   team.all([&](int thread) {
     const int trial = first_trial + thread / sum_lanes;
-    if (trial >= block.trials) return;
+    if (trial >= block.trials.count) return;
     const Sums sums = sums_of_chunk(block, row, chunk, block.units[trial], thread);
     if (thread % sum_lanes == 0) arguments.space.sums[at * arguments.fit.grids.most() + trial] = sums;
   });
@@ -228,14 +218,13 @@ ASKEW_FN void fit_take(FitBlock<V>& block, const FitArguments& arguments, int ph
   team.all([&](int thread) {
     if (thread > 0) return;
     block.search = space.searches[number];
-    const Sequence trials = block.search.trials(phase);
-    write_units(trials, block.units);
-    block.trials = block.search.largest > 0 ? trials.count : 0;
-    block.least_squares = trials.least_squares;
+    block.trials = block.search.trials(phase);
+    block.trials.write(block.units);
+    if (!(block.search.largest > 0)) block.trials.count = 0;
   });
   team.all([&](int thread) {
     const int most = arguments.fit.grids.most();
-    for (int trial = thread; trial < block.trials; trial += team_threads) {
+    for (int trial = thread; trial < block.trials.count; trial += team_threads) {
       Sums sums{};
       for (int64_t chunk = 0; chunk < chunks; ++chunk) sums.add(space.sums[(number * chunks + chunk) * most + trial]);
       block.sums[trial] = sums;

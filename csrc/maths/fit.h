@@ -35,6 +35,11 @@ struct Sequence {
   double first, ratio;
   int count;
   bool least_squares;  // no trial: A and B are wanted at this scale
+
+  ASKEW_FN void write(double* scales) const {
+    double scale = first;
+    for (int k = 0; k < count; ++k, scale *= ratio) scales[k] = scale;
+  }
 };
 
 // What a search has to know of a row.
@@ -129,8 +134,7 @@ struct Search {
   ASKEW_FN void take_all(Sequence trials, const Sums* sums) {
     if (trials.least_squares) return take_least_squares(sums[0]);
     double units[most_trials], errors[most_trials];  // all of them first: divisions side by side
-    double unit = trials.first;
-    for (int trial = 0; trial < trials.count; ++trial, unit *= trials.ratio) units[trial] = unit;
+    trials.write(units);
     for (int trial = 0; trial < trials.count; ++trial) errors[trial] = left(units[trial], sums[trial]);
     for (int trial = 0; trial < trials.count; ++trial) take(units[trial], sums[trial], errors[trial]);
   }

@@ -195,8 +195,8 @@ SETUP_FAULTS = {
     "counts that are not cleared": ("cuda/team_look.h", "block.occupancy[thread] = 0;", "", "another count of a level"),
     "the last trial of a group": (
         "cuda/team_fit.h",
-        "trial < block.trials; trial += team_halves",
-        "trial < block.trials - 1; trial += team_halves",
+        "trial < block.trials.count; trial += team_halves",
+        "trial < block.trials.count - 1; trial += team_halves",
         "another scale",
     ),
     "a range that forgets the row before": (

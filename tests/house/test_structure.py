@@ -31,12 +31,7 @@ INCLUDES = {
     "cuda": {"maths", ".", "cuda"},
     "torch": {"maths", ".", "cpu", "cuda", "torch"},
 }
-OUTSIDE = {
-    "maths/pack.h": {"immintrin.h"},
-    "cpu/native.h": {"utility"},
-    "cuda/kernel.cu": {"algorithm"},
-    "cuda/launches.h": {"cuda_runtime.h"},
-}
+OUTSIDE = {"maths/pack.h": {"immintrin.h"}, "cuda/kernel.cu": {"algorithm"}, "cuda/launches.h": {"cuda_runtime.h"}}
 
 # What a function that needs it may import, not the module: the package imports without.
 OPTIONAL = {"matplotlib", "numpy", "onnx", "torchao"}

@@ -29,13 +29,20 @@ def by_hand(weight, grad, scale, velocity, growth, settings, second=None):
     return scale * growth, v, math.exp(-x)
 
 
-def in_lanes(terms):
-    """A block's sum: 16 lanes in turn, upper halves onto lower ones, in the type of the terms."""
-    lanes = [sum(terms[lane::16], terms.new_zeros(())) for lane in range(16)]
-    while len(lanes) > 1:
-        half = len(lanes) // 2
-        lanes = [a + b for a, b in zip(lanes[:half], lanes[half:], strict=True)]
-    return lanes[0].item()
+def summed(terms):
+    """(rows, columns) to (rows,), in the order that is written: lanes in the type of the terms, the rest in float64."""
+    total = torch.zeros(len(terms), dtype=torch.float64)
+    for chunk in terms.split(summation.CHUNK, 1):
+        whole = torch.zeros_like(total)
+        for block in chunk.split(summation.BLOCK, 1):
+            lanes = terms.new_zeros(len(terms), 16)
+            for step in block.split(16, 1):
+                lanes[:, : step.shape[1]] += step
+            for half in (8, 4, 2, 1):
+                lanes = lanes[:, :half] + lanes[:, half:]
+            whole = whole + lanes[:, 0].double()
+        total = total + whole
+    return total
 
 
 def draw(seed=0, dtype=torch.float32, size=40):
@@ -52,8 +59,8 @@ def test_a_step_of_sgd_and_what_its_scale_learns():
         [weight], [grad], [buffer.clone()], [scale], (-1, 1), [], [], growths=[growth], sums=[sums], lr=0.5,
         epsilon=1.0, **SGD,
     )  # fmt: skip
-    assert sums[0].item() == in_lanes(grad * before)
-    assert sums[1].item() == in_lanes(before * before)
+    assert sums[0].item() == summed((grad * before)[None])[0].item()
+    assert sums[1].item() == summed((before * before)[None])[0].item()
     moved = (before * 1.02 - 0.5 * (0.9 * buffer + grad)).clamp(-0.7 * 1.02, 0.7 * 1.02)
     torch.testing.assert_close(weight, moved)
 
@@ -75,7 +82,7 @@ def test_a_step_of_adamw_and_what_its_scale_learns():
     )  # fmt: skip
     corrected = (after / (1 - 0.99**5)).tolist()
     assert sums[2].item() == pytest.approx(sum(corrected), rel=1e-6)
-    assert sums[2].item() == in_lanes(square) * float(torch.tensor((1 - 0.99**5) ** -0.5)) ** 2
+    assert sums[2].item() == summed(square[None])[0].item() * float(torch.tensor((1 - 0.99**5) ** -0.5)) ** 2
     wanted = by_hand(before, grad, 0.7, -0.2, 1.0, ADAMW | {"lr": 0.01, "scale_lr": 3.0}, corrected)
     numbers = {"lr": 0.01, "epsilon": 1.0, "scale_lr": 3.0, "momentum": 0.9, "dampening": 0.9}
     reference.learn_scales_([scale], [velocity], [growth], [sums], [40], **numbers)
@@ -180,16 +187,7 @@ def test_sums_are_those_of_each_scale(columns):
     radial, square = reference.radial_sums(grad, weight, (3, 1))
     weight[0, 0] = weight[2, -1] = 0  # neither counts
     grad[2, -1] = 0
+    assert_same_bits(radial, summed(grad * weight), "g w")
+    assert_same_bits(square, summed(weight * weight), "w^2")
     for found, terms in ((radial, grad.double() * weight.double()), (square, weight.double().square())):
-        assert found.dtype == torch.float64
         assert ((found - terms.sum(1)).abs() <= 1e-6 * terms.abs().sum(1)).all()
-
-
-@pytest.mark.parametrize("size", [summation.BLOCK - 1, summation.BLOCK, summation.BLOCK + 40])
-def test_lanes_are_in_the_weights_type_and_blocks_in_float64(size):
-    weight, grad, _ = draw(5, size=size)
-    radial, square = reference.radial_sums(grad, weight, (1,))
-    cut = slice(summation.BLOCK), slice(summation.BLOCK, None)
-    assert radial.item() == sum(in_lanes((grad * weight)[part]) for part in cut)
-    assert square.item() == sum(in_lanes((weight * weight)[part]) for part in cut)
-    assert radial.item() != sum(in_lanes((grad.double() * weight.double())[part]) for part in cut)
